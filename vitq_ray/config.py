@@ -41,7 +41,7 @@ class Config:
     """Base of the frozen dataclasses: `to_dict`, and a `from_dict` that refuses unknown and missing keys."""
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
 
     @classmethod
     def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
@@ -91,10 +91,7 @@ class QuantSetting(Config):
     def label(self) -> str:
         """Short name for tables, e.g. `ft2 percentile 99.99 n=10 w8a8`."""
         percentile = "" if self.percentile is None else f" {self.percentile:g}"
-        return (
-            f"{self.mode} {self.calibrator}{percentile} n={self.num_batches} "
-            f"w{self.weight_bits}a{self.act_bits}"
-        )
+        return f"{self.mode} {self.calibrator}{percentile} n={self.num_batches} w{self.weight_bits}a{self.act_bits}"
 
 
 def _is_percentile(value: Any) -> bool:

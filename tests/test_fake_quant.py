@@ -1,0 +1,78 @@
+"""Against a scalar computation by hand, and against PyTorch's own autograd where the two should agree."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vitq_ray.quant.fake_quant import fake_quantize, integer_range
+
+BITS = range(2, 9)
+
+
+def by_hand(value: float, amax: float, bits: int) -> float:
+    qmax = 2 ** (bits - 1) - 1
+    level = round(value * qmax / amax)  # Python rounds half to even, as the kernel does
+    return max(-qmax - 1, min(qmax, level)) * amax / qmax
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_per_tensor(bits: int) -> None:
+    x = torch.linspace(-3, 3, 997)
+    expected = torch.tensor([by_hand(v, 1.7, bits) for v in x.tolist()])
+    assert torch.allclose(fake_quantize(x, torch.tensor(1.7), bits), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_per_row_equals_per_tensor_on_each_row(bits: int) -> None:
+    weight = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
+    amax = weight.abs().amax(dim=1, keepdim=True) * 0.8
+    rows = torch.stack([fake_quantize(row, a.squeeze(), bits) for row, a in zip(weight, amax, strict=True)])
+    assert torch.equal(fake_quantize(weight, amax, bits, axis=0), rows)
+
+
+def test_range_at_8_bits_includes_minus_128() -> None:
+    assert integer_range(8) == (-128, 127)
+    x = torch.tensor([-10.0, 10.0])
+    assert fake_quantize(x, torch.tensor(127.0 / 127)).tolist() == pytest.approx([-128 / 127, 1.0])
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+def test_amax_zero_gives_zeros(axis: int | None) -> None:
+    x = torch.tensor([[1e6, -3.0], [0.5, 0.0]])
+    amax = torch.zeros(()) if axis is None else torch.zeros(2, 1)
+    assert torch.equal(fake_quantize(x, amax, 8, axis), torch.zeros(2, 2))
+
+
+def test_only_the_degenerate_channel_becomes_zero() -> None:
+    x = torch.tensor([[0.5, -1.0], [0.5, -1.0]])
+    y = fake_quantize(x, torch.tensor([[0.0], [1.0]]), 8, axis=0)
+    assert torch.equal(y[0], torch.zeros(2))
+    assert y[1].tolist() == pytest.approx([round(63.5) / 127, -1.0])
+
+
+def test_tiny_amax_stays_finite() -> None:
+    assert torch.isfinite(fake_quantize(torch.tensor([0.0, 1.0]), torch.tensor(1e-42))).all()
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+def test_gradient_mask_is_amax_and_not_half_a_step_further(axis: int | None) -> None:
+    # 1.003 lies within half a step (1/254) of amax: PyTorch's own op would let its gradient through.
+    x = torch.tensor([[-1.003, -1.0, 0.2], [1.0, 1.003, 5.0]], requires_grad=True)
+    amax = torch.ones(()) if axis is None else torch.ones(2, 1)
+    grad = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    fake_quantize(x, amax, 8, axis).backward(grad)
+    assert x.grad is not None
+    assert x.grad.tolist() == [[0.0, 2.0, 3.0], [4.0, 0.0, 0.0]]
+
+    native = x.detach().clone().requires_grad_()
+    torch.fake_quantize_per_tensor_affine(native, 1 / 127, 0, -128, 127).backward(grad)
+    assert native.grad is not None
+    assert native.grad[1, 1] == 5.0, "PyTorch's mask has changed; ours may no longer be needed"
+
+
+def test_amax_gets_no_gradient() -> None:
+    amax = torch.tensor(1.0, requires_grad=True)
+    x = torch.ones(3, requires_grad=True)
+    fake_quantize(x, amax).sum().backward()
+    assert amax.grad is None

@@ -1,0 +1,145 @@
+"""Against np.histogram of the float32 array, whose definition of bins this one shares."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vitq_ray.quant import histogram as module
+from vitq_ray.quant.histogram import INITIAL_BINS, Histogram, StatisticsError, count_bins
+
+
+def draw(seed: int, size: int, scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(size, generator=generator) * scale
+
+
+def numpy_counts(x: torch.Tensor, bins: int = INITIAL_BINS) -> np.ndarray:
+    magnitude = np.abs(x.numpy().ravel())
+    return np.histogram(magnitude, bins=bins, range=(0, magnitude.max()))[0]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_first_batch_equals_numpy(seed: int) -> None:
+    x = draw(seed, 200_003, scale=10.0 ** (seed - 4))
+    seen = Histogram.observe(x)
+    assert seen.counts.dtype == np.int64
+    assert seen.max == x.abs().max().item()
+    assert seen.width == seen.max / 2048
+    np.testing.assert_array_equal(seen.counts, numpy_counts(x))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.floats(2.0**-90, 2.0**90, width=32),
+    st.lists(st.tuples(st.integers(0, 2048), st.sampled_from([-1, 0, 1])), max_size=60),
+)
+def test_values_on_and_beside_the_edges(maximum: float, places: list[tuple[int, int]]) -> None:
+    edges = np.linspace(0, np.float32(maximum), INITIAL_BINS + 1, dtype=np.float32)
+    values = [np.float32(maximum)]
+    for k, side in places:
+        towards = np.float32(side * np.inf) if side else edges[k]
+        values.append(np.nextafter(edges[k], towards))
+    x = torch.from_numpy(np.clip(np.array(values, np.float32), 0, np.float32(maximum)))
+    np.testing.assert_array_equal(Histogram.observe(x).counts, numpy_counts(x))
+
+
+def test_maximum_falls_in_the_last_bin() -> None:
+    assert Histogram.observe(torch.tensor([0.0, 2.0, -2.0])).counts[-1] == 2
+
+
+def test_sign_shape_strides_and_dtype_do_not_matter() -> None:
+    x = draw(0, 6000)
+    plain = Histogram.observe(x)
+    assert Histogram.observe(-x) == plain
+    assert Histogram.observe(x.reshape(10, 20, 30).permute(2, 0, 1)) == plain
+    assert Histogram.observe(x.double()) == plain
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_do_not_matter(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = draw(3, 300_001)
+    monkeypatch.setattr(module.torch, "get_num_threads", lambda: threads)
+    np.testing.assert_array_equal(Histogram.observe(x).counts, numpy_counts(x))
+
+
+def test_accelerator_path_counts_the_same() -> None:
+    x = draw(5, 100_000)
+    width = x.abs().max().item() / 2048
+    np.testing.assert_array_equal(module._count_bins_torch(x, width, 2048), count_bins(x, width, 2048))
+
+
+def test_counts_past_2_to_the_24() -> None:
+    many = 2**24 + 3  # float32 counters stop at 2**24
+    seen = Histogram.observe(torch.cat([torch.full((many,), 0.25), torch.ones(1)]))
+    assert seen.counts[512] == many
+
+
+def test_range_grows_by_appending_bins() -> None:
+    first, second = draw(0, 1000), draw(1, 1000) * 3
+    one = Histogram.observe(first)
+    two = Histogram.observe(second, one.width)
+    assert two.width == one.width
+    assert len(two.counts) == np.ceil(two.max / one.width)
+    merged = one.merge(two)
+    edges = (np.arange(len(two.counts) + 1) * one.width).astype(np.float32)
+    both = np.abs(torch.cat([first, second]).numpy())
+    # The maximum of the first batch sits on the upper end of its last bin; in the grown range it starts the next.
+    expected = np.histogram(both, bins=edges)[0]
+    expected[2047] += 1
+    expected[2048] -= 1
+    np.testing.assert_array_equal(merged.counts, expected)
+
+
+def test_merge_is_exact_in_any_order() -> None:
+    first = Histogram.observe(draw(0, 1000))
+    parts = [first, *(Histogram.observe(draw(s, 777, scale=s), first.width) for s in (1, 2, 3))]
+    results = []
+    for order in itertools.permutations(parts):
+        total = Histogram.empty(first.width)
+        for part in order:
+            total = total.merge(part)
+        results.append(total)
+    assert all(total == results[0] for total in results)
+    assert results[0].counts.sum() == 1000 + 3 * 777
+
+
+def test_merging_leaves_the_parts_alone() -> None:
+    one = Histogram.observe(draw(0, 100))
+    before = one.counts.copy()
+    one.merge(one)
+    np.testing.assert_array_equal(one.counts, before)
+
+
+def test_merge_refuses_other_widths() -> None:
+    with pytest.raises(StatisticsError, match="cannot be merged"):
+        Histogram.observe(torch.ones(3)).merge(Histogram.observe(torch.ones(3) * 2))
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(8), "all zeros in the first calibration batch"),
+        (torch.tensor([1.0, float("nan")]), "NaN or infinite"),
+        (torch.tensor([1.0, float("-inf")]), "NaN or infinite"),
+        (torch.empty(0), "empty"),
+    ],
+)
+def test_refuses(x: torch.Tensor, message: str) -> None:
+    with pytest.raises(StatisticsError, match=message):
+        Histogram.observe(x)
+
+
+def test_zeros_are_fine_after_the_first_batch() -> None:
+    seen = Histogram.observe(torch.zeros(8), width=0.5)
+    assert (seen.counts[0], seen.counts.sum(), seen.max) == (8, 8, 0.0)
+
+
+def test_runaway_range_is_an_error() -> None:
+    with pytest.raises(StatisticsError, match="range grew from 2 in the first batch to 4000"):
+        Histogram.observe(torch.tensor([4000.0]), width=2 / 2048)

@@ -1,0 +1,218 @@
+"""Look once, decide many times: calibration statistics, and the scales that any setting makes of them.
+
+    batches -> float model, every activation tensor observed -> CalibrationStatistics     (seconds to minutes)
+    CalibrationStatistics × QuantSetting -> amax of every site -> applied to the model    (milliseconds)
+
+Statistics are histograms per tensor and per segment of batches. A segment ends at each batch count for which amax
+is wanted (a snapshot); what was seen after n batches is the sum of the segments up to n. Sums are exact, so
+statistics collected by several workers, whole batches each, merge to what one worker would have collected.
+"""
+
+from __future__ import annotations
+
+import bisect
+import io
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vitq_ray.config import InputError, QuantSetting
+from vitq_ray.quant.amax import entropy_amax, max_amax, mse_amax, percentile_amax
+from vitq_ray.quant.histogram import Histogram, StatisticsError
+from vitq_ray.quant.modes import MODES
+from vitq_ray.quant.vit import apply_amax, observing, quantizers_off, site_amax, tensor_keys
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class CalibrationStatistics:
+    """Histograms of every activation tensor of the float model.
+
+    Attributes:
+        keys: full names of the tensors (see `vit.tensor_keys`).
+        snapshots: numbers of batches at which amax can be asked for, ascending.
+        segments: [snapshot][tensor] histograms of the batches between the previous snapshot and this one.
+    """
+
+    keys: tuple[str, ...]
+    snapshots: tuple[int, ...]
+    segments: tuple[tuple[Histogram, ...], ...]
+
+    def __post_init__(self) -> None:
+        check_snapshots(self.snapshots)
+        assert [len(row) for row in self.segments] == [len(self.keys)] * len(self.snapshots)
+
+    def after(self, num_batches: int) -> tuple[Histogram, ...]:
+        """Histograms of the first `num_batches` batches, one per key; it must be one of the snapshots."""
+        if num_batches not in self.snapshots:
+            known = ", ".join(map(str, self.snapshots))
+            raise InputError(f"number of calibration batches: {num_batches} was not collected, only {known}")
+        rows = self.segments[: self.snapshots.index(num_batches) + 1]
+        return tuple(reduce(Histogram.merge, column) for column in zip(*rows, strict=True))
+
+    def merge(self, other: CalibrationStatistics) -> CalibrationStatistics:
+        """Statistics of both sets of batches. Same model, same snapshots and same bin widths are required."""
+        if (self.keys, self.snapshots) != (other.keys, other.snapshots):
+            raise StatisticsError("statistics of different tensors or snapshots cannot be merged")
+        rows = zip(self.segments, other.segments, strict=True)
+        return CalibrationStatistics(
+            self.keys,
+            self.snapshots,
+            tuple(tuple(a.merge(b) for a, b in zip(mine, theirs, strict=True)) for mine, theirs in rows),
+        )
+
+    def widths(self) -> dict[str, float]:
+        """Bin width of every tensor: what other workers need before they can observe."""
+        return {key: h.width for key, h in zip(self.keys, self.segments[0], strict=True)}
+
+    def to_bytes(self) -> bytes:
+        """An `.npz` with the counts of all histograms end to end; no pickle inside."""
+        flat = list(itertools.chain.from_iterable(self.segments))
+        buffer = io.BytesIO()
+        np.savez_compressed(
+            buffer,
+            format=np.array(_FORMAT),
+            keys=np.array(self.keys),
+            snapshots=np.array(self.snapshots, np.int64),
+            widths=np.array([h.width for h in self.segments[0]], np.float64),
+            max=np.array([h.max for h in flat], np.float64),
+            bins=np.array([len(h.counts) for h in flat], np.int64),
+            counts=np.concatenate([h.counts for h in flat]),
+        )
+        return buffer.getvalue()
+
+    @staticmethod
+    def from_bytes(data: bytes) -> CalibrationStatistics:
+        """The inverse of `to_bytes`."""
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            if int(arrays["format"]) != _FORMAT:
+                raise InputError(f"statistics: format {arrays['format']} found, {_FORMAT} expected")
+            keys = tuple(map(str, arrays["keys"]))
+            widths, maxima = arrays["widths"], arrays["max"]
+            parts = np.split(arrays["counts"], np.cumsum(arrays["bins"])[:-1])
+            snapshots = tuple(map(int, arrays["snapshots"]))
+        histograms = [
+            Histogram(float(widths[i % len(keys)]), counts, float(maxima[i])) for i, counts in enumerate(parts)
+        ]
+        rows = tuple(tuple(histograms[i : i + len(keys)]) for i in range(0, len(histograms), len(keys)))
+        return CalibrationStatistics(keys, snapshots, rows)
+
+
+def check_snapshots(snapshots: Sequence[int]) -> None:
+    """Raise InputError unless the batch counts are positive and strictly ascending."""
+    if not snapshots or snapshots[0] < 1 or list(snapshots) != sorted(set(snapshots)):
+        raise InputError(f"snapshots: expected ascending batch counts from 1 on, got {list(snapshots)}")
+
+
+def collect_statistics(
+    model: nn.Module,
+    batches: Iterable[tuple[int, Tensor]],
+    snapshots: Sequence[int],
+    widths: Mapping[str, float] | None = None,
+    on_batch: Callable[[int, Tensor], None] = lambda index, logits: None,
+) -> CalibrationStatistics:
+    """Run the float model over calibration batches and count every activation tensor.
+
+    Args:
+        model: from `quantize_vit`; its quantizers are off meanwhile and dropout is inactive.
+        batches: (batch index, images (B, 3, S, S) as the model takes them). Indices say which segment a batch
+            belongs to; they may come in any order once `widths` are given, else index 0 must be the first.
+        snapshots: batch counts at which amax will be wanted; the last one is the number of batches.
+        widths: bin widths from the statistics of batch 0, for workers that do not see that batch.
+        on_batch: sees the index of every batch and the float model's logits, for progress and sanity checks.
+
+    Raises:
+        StatisticsError: naming the site that has non-finite values, or zeros only in the first batch.
+    """
+    check_snapshots(snapshots)
+    keys = tensor_keys(model)
+    known = dict(widths or {})
+    table: dict[tuple[int, str], Histogram] = {}
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for index, images in batches:
+            segment = _segment_of(index, snapshots)
+            with observing(model, {key: _observer(key, segment, table, known) for key in keys}):
+                logits = model(images)
+            on_batch(index, logits)
+    model.train(was_training)
+    if not known:
+        raise InputError("calibration: no images, at least one batch is needed")
+    rows = ((table.get((s, key)) or Histogram.empty(known[key]) for key in keys) for s in range(len(snapshots)))
+    return CalibrationStatistics(keys, tuple(snapshots), tuple(tuple(row) for row in rows))
+
+
+def _segment_of(index: int, snapshots: Sequence[int]) -> int:
+    if index >= snapshots[-1]:
+        raise ValueError(f"batch {index} is past the last snapshot, {snapshots[-1]} batches")
+    return bisect.bisect_right(snapshots, index)
+
+
+def _observer(
+    key: str, segment: int, table: dict[tuple[int, str], Histogram], widths: dict[str, float]
+) -> Callable[[Tensor], None]:
+    def observe(x: Tensor) -> None:
+        try:
+            seen = Histogram.observe(x, widths.get(key))
+        except StatisticsError as error:
+            raise StatisticsError(f"{key}: {error}") from None
+        widths[key] = seen.width
+        earlier = table.get((segment, key))
+        table[segment, key] = seen if earlier is None else earlier.merge(seen)
+
+    return observe
+
+
+CALIBRATORS: dict[str, Callable[[Sequence[Histogram], QuantSetting], np.ndarray]] = {
+    "max": lambda histograms, setting: max_amax(histograms),
+    "percentile": lambda histograms, setting: percentile_amax(histograms, [_percentile_of(setting)])[0],
+    "mse": lambda histograms, setting: mse_amax(histograms, setting.act_bits),
+    "entropy": lambda histograms, setting: entropy_amax(histograms, setting.act_bits),
+}
+
+
+def _percentile_of(setting: QuantSetting) -> float:
+    assert setting.percentile is not None  # QuantSetting has checked it
+    return setting.percentile
+
+
+def tensor_amax(statistics: CalibrationStatistics, setting: QuantSetting) -> dict[str, Tensor]:
+    """{tensor name: amax, shape (), float32} for one setting."""
+    amax = CALIBRATORS[setting.calibrator](statistics.after(setting.num_batches), setting)
+    return dict(zip(statistics.keys, torch.from_numpy(amax).float().unbind(), strict=True))
+
+
+def setting_amax(model: nn.Module, statistics: CalibrationStatistics, setting: QuantSetting) -> dict[str, Tensor]:
+    """{site name: amax} of every site: () for tensors, (rows, 1) for weights in modes with per-channel weights."""
+    return site_amax(model, tensor_amax(statistics, setting), MODES[setting.mode])
+
+
+def apply_setting(model: nn.Module, statistics: CalibrationStatistics, setting: QuantSetting) -> dict[str, Tensor]:
+    """Quantize the model with one setting; returns the amax of every site."""
+    amax = setting_amax(model, statistics, setting)
+    apply_amax(model, amax, setting.mode, setting.weight_bits, setting.act_bits)
+    return amax
+
+
+def degenerate_sites(amax: Mapping[str, Tensor]) -> list[str]:
+    """Sites with an amax of 0 (in any channel): they quantize to zeros."""
+    return [key for key, value in amax.items() if bool((value == 0).any())]
+
+
+__all__ = [
+    "CalibrationStatistics",
+    "apply_setting",
+    "check_snapshots",
+    "collect_statistics",
+    "degenerate_sites",
+    "quantizers_off",
+    "setting_amax",
+    "tensor_amax",
+]

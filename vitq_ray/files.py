@@ -1,0 +1,73 @@
+"""Reading from local paths and URIs alike, and writing so that a killed run never leaves half a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pyarrow import fs
+
+from vitq_ray.config import InputError
+
+
+def resolve(path: str) -> tuple[fs.FileSystem, str]:
+    """File system and path within it of a local path or a URI such as `s3://bucket/key`."""
+    if "://" not in path:
+        return fs.LocalFileSystem(), str(Path(path).expanduser().absolute())
+    try:
+        return fs.FileSystem.from_uri(path)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: not a readable URI: {one_line(error)}") from None
+
+
+def read_bytes(path: str, what: str) -> bytes:
+    """The whole file. Raises InputError, naming `what` the file was wanted for, where it cannot be read."""
+    filesystem, inner = resolve(path)
+    try:
+        info = filesystem.get_file_info(inner)
+        if info.type == fs.FileType.NotFound:
+            raise InputError(f"{path}: no such file; expected {what}")
+        if info.type == fs.FileType.Directory:
+            raise InputError(f"{path}: is a folder; expected {what}")
+        with filesystem.open_input_stream(inner) as stream:
+            return stream.read()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {one_line(error)}") from None
+
+
+def exists(path: str) -> bool:
+    filesystem, inner = resolve(path)
+    return bool(filesystem.get_file_info(inner).type == fs.FileType.File)
+
+
+def one_line(error: object) -> str:
+    """An error's message without line breaks."""
+    return " ".join(str(error).split())
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Write to a temporary file beside `path`, renamed to it once complete and synced to disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as indented JSON, atomically. NaN is refused: it is not JSON."""
+    with atomic_file(path) as stream:
+        stream.write((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())

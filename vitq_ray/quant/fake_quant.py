@@ -1,0 +1,70 @@
+"""Fake quantization: round to the integer grid and come back, in floating point.
+
+    q = clamp(round(x · qmax / amax), -qmax - 1, qmax)        qmax = 2^(bits-1) - 1, i.e. 127 at 8 bits
+    x̂ = q · amax / qmax
+
+Symmetric, the full negative range included. The forward pass is PyTorch's own fake-quantize kernel. The backward
+pass is ours: the gradient goes straight through where |x| <= amax and is zero outside, whereas PyTorch's kernel
+lets it pass half a step further. amax gets no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# A scale under which every finite activation rounds to 0: what amax == 0 means. Its inverse is a normal float32.
+_SCALE_OF_ZERO_AMAX = 2.0**100
+_SMALLEST_SCALE = 2.0**-126
+
+
+def integer_range(bits: int) -> tuple[int, int]:
+    """Smallest and largest integer of the grid at `bits` bits: (-128, 127) at 8."""
+    qmax = 2 ** (bits - 1) - 1
+    return -qmax - 1, qmax
+
+
+def scale_of(amax: Tensor, bits: int) -> Tensor:
+    """Step size amax / qmax, same shape as `amax`; a zero amax yields a scale that quantizes everything to 0."""
+    scale = (amax / integer_range(bits)[1]).clamp_min(_SMALLEST_SCALE)
+    return torch.where(amax > 0, scale, torch.full_like(scale, _SCALE_OF_ZERO_AMAX))
+
+
+def fake_quantize(x: Tensor, amax: Tensor, bits: int = 8, axis: int | None = None) -> Tensor:
+    """Quantize and dequantize `x`, with a straight-through gradient inside [-amax, amax].
+
+    Args:
+        x: any shape, float32.
+        amax: shape () for one scale, or one value per slice along `axis` in any shape with that many elements,
+            e.g. (rows, 1) for a weight of shape (rows, columns) and axis 0.
+        bits: 2 to 8.
+        axis: the channel axis of `x`, or None for one scale.
+    """
+    return _FakeQuantize.apply(x, amax, bits, axis)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, amax: Tensor, bits: int, axis: int | None) -> Tensor:
+        ctx.save_for_backward(x, amax)
+        ctx.axis = axis
+        qmin, qmax = integer_range(bits)
+        scale = scale_of(amax, bits)
+        if axis is None:
+            zero = torch.zeros((), dtype=torch.int32, device=x.device)
+            return torch.fake_quantize_per_tensor_affine(x, scale.reshape(()), zero, qmin, qmax)
+        scale = scale.flatten()
+        zeros = torch.zeros_like(scale, dtype=torch.int32)
+        return torch.fake_quantize_per_channel_affine(x, scale, zeros, axis, qmin, qmax)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad,) = grads
+        x, amax = ctx.saved_tensors
+        if ctx.axis is not None:
+            shape = [1] * x.ndim
+            shape[ctx.axis] = -1
+            amax = amax.reshape(shape)
+        return grad * (x.abs() <= amax), None, None, None

@@ -1,0 +1,134 @@
+"""What is quantized where: the quantizer sites of a block, and the modes, both as tables.
+
+A site is a place in a block that can quantize a tensor; its name is the one FasterTransformer's checkpoints use.
+Several sites may see one tensor (the input of query, key and value), so statistics belong to tensors, scales to
+sites. A mode switches families of sites off, chooses the weight axis, and says whether query, key and value share
+their scales. Every site is calibrated and saved in every mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+LAYER_PREFIX = "transformer.encoder.layer."
+WEIGHT = "weight"  # the one family whose tensors are parameters, not activations
+
+
+@dataclass(frozen=True)
+class Site:
+    """One quantizer of a block.
+
+    Attributes:
+        name: FasterTransformer name below `transformer.encoder.layer.{i}.`.
+        tensor: name of the site at which its tensor is observed; equal for sites that see the same tensor.
+        family: what the modes switch.
+    """
+
+    name: str
+    tensor: str
+    family: str
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One row of the table of modes.
+
+    Attributes:
+        weight_axis: 0 for one scale per output channel, None for one per weight tensor.
+        fuse_qkv: query, key and value share the maximum of their three amax values.
+        left_out: families that stay in floating point.
+    """
+
+    name: str
+    weight_axis: int | None
+    fuse_qkv: bool
+    left_out: frozenset[str]
+
+    def quantizes(self, site: Site) -> bool:
+        return site.family not in self.left_out
+
+
+GEMMS = ("ffn.fc1", "ffn.fc2", "attn.query", "attn.key", "attn.value", "attn.out")
+_QKV_INPUT = "attn.query._input_quantizer"
+
+
+def _gemm_sites(gemm: str) -> tuple[Site, ...]:
+    input_site = f"{gemm}._input_quantizer"
+    tensor = _QKV_INPUT if gemm in ("attn.key", "attn.value") else input_site
+    return (
+        Site(input_site, tensor, "input"),
+        Site(f"{gemm}._weight_quantizer", f"{gemm}._weight_quantizer", WEIGHT),
+        Site(f"{gemm}._aftergemm_quantizer", f"{gemm}._aftergemm_quantizer", "aftergemm"),
+    )
+
+
+def _activation_site(name: str, family: str, tensor: str | None = None) -> Site:
+    return Site(f"{name}_quantizer", f"{tensor or name}_quantizer", family)
+
+
+SITES: tuple[Site, ...] = (
+    *(site for gemm in GEMMS for site in _gemm_sites(gemm)),
+    _activation_site("attn.matmul_q_input", "matmul"),
+    _activation_site("attn.matmul_k_input", "matmul"),
+    _activation_site("attn.matmul_v_input", "matmul"),
+    _activation_site("attn.matmul_a_input", "matmul"),
+    _activation_site("attn.softmax_input", "softmax_input"),
+    _activation_site("layernorm_input1", "layernorm_input"),
+    _activation_site("add1_local_input", "local"),
+    _activation_site("add1_residual_input", "residual", tensor="layernorm_input1"),
+    _activation_site("layernorm_input2", "layernorm_input"),
+    _activation_site("add2_local_input", "local"),
+    _activation_site("add2_residual_input", "residual", tensor="layernorm_input2"),
+)
+
+# Sites whose amax values are replaced by their maximum in modes that fuse query, key and value.
+FUSED_GROUPS: tuple[tuple[str, ...], ...] = (
+    tuple(f"attn.{name}._weight_quantizer" for name in ("query", "key", "value")),
+    tuple(f"attn.{name}._aftergemm_quantizer" for name in ("query", "key", "value")),
+    tuple(f"attn.matmul_{name}_input_quantizer" for name in "qkv"),
+)
+
+FAMILIES = frozenset(site.family for site in SITES)
+
+_INT32_OUT = frozenset({"layernorm_input", "residual", "local", "softmax_input", "aftergemm"})
+MODES: dict[str, Mode] = {
+    mode.name: mode
+    for mode in (
+        Mode("ft1", 0, False, _INT32_OUT),
+        Mode("ft2", None, True, frozenset({"layernorm_input", "residual", "local"})),
+        Mode("ft3", None, True, frozenset({"layernorm_input", "local"})),
+        Mode("trt", None, True, frozenset({"layernorm_input", "softmax_input", "aftergemm"})),
+    )
+}
+
+V = TypeVar("V")
+
+
+def site_key(block: int, name: str) -> str:
+    """Full FasterTransformer name of a site, without the `._amax` of its buffer."""
+    return f"{LAYER_PREFIX}{block}.{name}"
+
+
+def observed_tensors() -> tuple[str, ...]:
+    """Names of the distinct activation tensors of a block, in site order."""
+    return tuple(dict.fromkeys(site.tensor for site in SITES if site.family != WEIGHT))
+
+
+def weight_amax(weight: Tensor, mode: Mode) -> Tensor:
+    """max|w|: shape (rows, 1) per output channel, () per tensor. `weight` is (rows, columns)."""
+    magnitude = weight.detach().abs()
+    return magnitude.amax() if mode.weight_axis is None else magnitude.amax(dim=1, keepdim=True)
+
+
+def fuse(amax: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One block's {site name: amax} with query, key and value sharing the maximum; the input is left alone."""
+    fused = dict(amax)
+    for group in FUSED_GROUPS:
+        largest = torch.stack([amax[name] for name in group]).amax(dim=0)
+        fused.update(dict.fromkeys(group, largest))
+    return fused

@@ -1,0 +1,77 @@
+"""TensorQuantizer: one site of the model, with one state and one amax buffer."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from vitq_ray.quant.fake_quant import fake_quantize
+
+Observer = Callable[[Tensor], None]
+
+
+class State(enum.Enum):
+    """What a quantizer does with the tensor that passes through it."""
+
+    OFF = "off"  # nothing
+    OBSERVE = "observe"  # hand it to the observer, pass it on unchanged
+    QUANTIZE = "quantize"  # fake-quantize it
+
+
+class TensorQuantizer(nn.Module):
+    """Passes a tensor on, shows it to an observer, or fake-quantizes it.
+
+    Scales are numbers in the `_amax` buffer: () for a tensor, (rows, 1) for weight rows. A new setting changes the
+    numbers and leaves the module tree alone.
+    """
+
+    _amax: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = State.OFF
+        self.bits = 8
+        self.axis: int | None = None
+        self._observer: Observer | None = None
+        self._frozen: Tensor | None = None
+        self.register_buffer("_amax", torch.zeros(()))
+
+    @property
+    def amax(self) -> Tensor:
+        return self._amax
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.state is State.OFF:
+            return x
+        if self.state is State.QUANTIZE:
+            return fake_quantize(x, self._amax, self.bits, self.axis) if self._frozen is None else self._frozen
+        assert self._observer is not None
+        self._observer(x)
+        return x
+
+    def set_amax(self, amax: Tensor, bits: int, axis: int | None) -> None:
+        """Take over new scales, in place where the shape allows it, so that compiled code sees them."""
+        if self._amax.shape == amax.shape:
+            self._amax.copy_(amax)
+        else:
+            self._amax = amax.detach().clone().to(self._amax.device, torch.float32)
+        self.bits, self.axis = bits, axis
+        self._frozen = None
+
+    def freeze(self, x: Tensor) -> None:
+        """Quantize `x` now and return that from every call: for weights, which do not change in evaluation."""
+        self._frozen = fake_quantize(x, self._amax, self.bits, self.axis).detach()
+
+    def thaw(self) -> None:
+        """Undo `freeze`."""
+        self._frozen = None
+
+    def observe(self, observer: Observer) -> None:
+        self.state, self._observer = State.OBSERVE, observer
+
+    def extra_repr(self) -> str:
+        axis = "per tensor" if self.axis is None else f"axis {self.axis}"
+        return f"{self.state.value}, {self.bits} bits, {axis}"

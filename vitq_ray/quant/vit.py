@@ -1,0 +1,277 @@
+"""A timm VisionTransformer with quantizers at every site, in place of its blocks.
+
+A QuantBlock reuses the parameters and submodules of a timm Block under their timm names, so `state_dict()` is timm's
+plus `_amax` buffers, and adds quantizers under FasterTransformer's names (`attn.query._input_quantizer`, …), so
+that a site is found by its name. Query, key and value stay one parameter and are three GEMMs on its rows.
+
+Legend: B batch, N tokens, C width, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention, Mlp
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from vitq_ray.config import InputError
+from vitq_ray.quant.modes import (
+    MODES,
+    SITES,
+    WEIGHT,
+    Mode,
+    Site,
+    fuse,
+    observed_tensors,
+    site_key,
+    weight_amax,
+)
+from vitq_ray.quant.quantizer import Observer, State, TensorQuantizer
+
+
+class GemmQuantizers(nn.Module):
+    """The three quantizers of a linear layer; `linear` applies them around its GEMM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._input_quantizer = TensorQuantizer()
+        self._weight_quantizer = TensorQuantizer()
+        self._aftergemm_quantizer = TensorQuantizer()
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x·Wᵀ + b with W and x·Wᵀ quantized; the input has been quantized by the caller. (…, in) -> (…, out)"""
+        weight = self._weight_quantizer(weight)
+        if self._aftergemm_quantizer.state is State.OFF:
+            return F.linear(x, weight, bias)
+        y = self._aftergemm_quantizer(F.linear(x, weight))
+        if bias is None:
+            return y
+        return y + bias if torch.is_grad_enabled() else y.add_(bias)
+
+
+class QuantAttention(nn.Module):
+    """timm's Attention with its sites. The input of query, key and value is one tensor and one quantizer."""
+
+    qkv: nn.Linear
+    proj: nn.Linear
+    attn_drop: nn.Dropout
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.scale = attention.num_heads, attention.head_dim, attention.scale
+        self.qkv, self.proj = attention.qkv, attention.proj
+        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
+        self.attn_drop, self.proj_drop = attention.attn_drop, attention.proj_drop
+        self.query, self.key, self.value, self.out = (GemmQuantizers() for _ in range(4))
+        self.key._input_quantizer = self.value._input_quantizer = self.query._input_quantizer
+        self.matmul_q_input_quantizer = TensorQuantizer()
+        self.matmul_k_input_quantizer = TensorQuantizer()
+        self.matmul_v_input_quantizer = TensorQuantizer()
+        self.matmul_a_input_quantizer = TensorQuantizer()
+        self.softmax_input_quantizer = TensorQuantizer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.query._input_quantizer(x)
+        weights = self.qkv.weight.chunk(3)
+        biases = (None, None, None) if self.qkv.bias is None else self.qkv.bias.chunk(3)
+        gemms = (self.query, self.key, self.value)
+        q, k, v = (self._split_heads(g.linear(x, w, b)) for g, w, b in zip(gemms, weights, biases, strict=True))
+        y = self._attend(self.q_norm(q), self.k_norm(k), v)
+        y = self.out._input_quantizer(y.transpose(1, 2).flatten(2))
+        return self.proj_drop(self.out.linear(y, self.proj.weight, self.proj.bias))
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # (B, H, N, D)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """softmax(q·kᵀ/√d)·v with its five sites; (B, H, N, D) each."""
+        if self._attention_is_float():
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=self._dropout(), scale=self.scale)
+        q = self.matmul_q_input_quantizer(q)
+        k = self.matmul_k_input_quantizer(k)
+        v = self.matmul_v_input_quantizer(v)
+        scores = self.softmax_input_quantizer(q @ k.transpose(-2, -1)) * self.scale  # (B, H, N, N)
+        probabilities = self.attn_drop(scores.softmax(dim=-1))
+        return self.matmul_a_input_quantizer(probabilities) @ v
+
+    def _attention_is_float(self) -> bool:
+        quantizers = (
+            self.matmul_q_input_quantizer,
+            self.matmul_k_input_quantizer,
+            self.matmul_v_input_quantizer,
+            self.matmul_a_input_quantizer,
+            self.softmax_input_quantizer,
+        )
+        return all(quantizer.state is State.OFF for quantizer in quantizers)
+
+    def _dropout(self) -> float:
+        return float(self.attn_drop.p) if self.training else 0.0
+
+    def weights(self) -> dict[str, Tensor]:
+        """{site name within a block: the rows it quantizes}, each (rows, columns)."""
+        q, k, v = self.qkv.weight.chunk(3)
+        weights = {"query": q, "key": k, "value": v, "out": self.proj.weight}
+        return {f"attn.{name}._weight_quantizer": weight for name, weight in weights.items()}
+
+
+class FeedForwardQuantizers(nn.Module):
+    """The quantizers of the two layers of an MLP, under FasterTransformer's name `ffn`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = GemmQuantizers(), GemmQuantizers()
+
+
+class QuantBlock(nn.Module):
+    """timm's pre-norm Block with its sites."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = block.norm1, block.norm2
+        self.attn = QuantAttention(cast(Attention, block.attn))
+        self.mlp = cast(Mlp, block.mlp)
+        self.ls1, self.ls2 = block.ls1, block.ls2
+        self.drop_path1, self.drop_path2 = block.drop_path1, block.drop_path2
+        self.ffn = FeedForwardQuantizers()
+        self.layernorm_input1_quantizer, self.layernorm_input2_quantizer = (
+            TensorQuantizer(),
+            TensorQuantizer(),
+        )
+        self.add1_local_input_quantizer, self.add2_local_input_quantizer = (
+            TensorQuantizer(),
+            TensorQuantizer(),
+        )
+        self.add1_residual_input_quantizer = TensorQuantizer()
+        self.add2_residual_input_quantizer = TensorQuantizer()
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, N, C) -> (B, N, C)
+        local = self.ls1(self.attn(self.norm1(self.layernorm_input1_quantizer(x))))
+        local = self.drop_path1(self.add1_local_input_quantizer(local))
+        x = self.add1_residual_input_quantizer(x) + local
+        local = self.ls2(self._feed_forward(self.norm2(self.layernorm_input2_quantizer(x))))
+        local = self.drop_path2(self.add2_local_input_quantizer(local))
+        return self.add2_residual_input_quantizer(x) + local
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        mlp, fc1, fc2 = self.mlp, self.ffn.fc1, self.ffn.fc2
+        x = fc1.linear(fc1._input_quantizer(x), mlp.fc1.weight, mlp.fc1.bias)
+        x = mlp.drop1(mlp.act(x))
+        x = fc2.linear(fc2._input_quantizer(x), mlp.fc2.weight, mlp.fc2.bias)
+        return mlp.drop2(x)
+
+    def quantizer(self, site: str) -> TensorQuantizer:
+        """The quantizer of a site, by its name within a block."""
+        found = self.get_submodule(site)
+        assert isinstance(found, TensorQuantizer)
+        return found
+
+    def weights(self) -> dict[str, Tensor]:
+        """{site name within a block: the (rows, columns) weight it quantizes}."""
+        ffn = {"fc1": self.mlp.fc1.weight, "fc2": self.mlp.fc2.weight}
+        return self.attn.weights() | {f"ffn.{n}._weight_quantizer": w for n, w in ffn.items()}
+
+
+def quantize_vit(model: VisionTransformer) -> VisionTransformer:
+    """Put quantizers, all of them off, into `model` in place; returns it. Blocks must be plain timm Blocks."""
+    for index, block in enumerate(model.blocks):
+        if type(block) is not Block:
+            kind = type(block).__name__
+            raise InputError(f"block {index}: {kind} is not supported, expected timm's plain Block")
+    model.blocks = nn.Sequential(*(QuantBlock(cast(Block, block)) for block in model.blocks))
+    return model
+
+
+def quant_blocks(model: nn.Module) -> list[QuantBlock]:
+    """The blocks of a model made by `quantize_vit`."""
+    return list(model.blocks)  # type: ignore[arg-type]
+
+
+def sites_of(model: nn.Module) -> Iterator[tuple[str, Site, TensorQuantizer]]:
+    """(full FasterTransformer name, site, quantizer) of every site, block by block."""
+    for index, block in enumerate(quant_blocks(model)):
+        for site in SITES:
+            yield site_key(index, site.name), site, block.quantizer(site.name)
+
+
+@contextmanager
+def quantizers_off(model: nn.Module) -> Iterator[nn.Module]:
+    """The float model, for as long as the context lasts; the states come back whatever happens."""
+    before = [(quantizer, quantizer.state) for _, _, quantizer in sites_of(model)]
+    try:
+        for quantizer, _ in before:
+            quantizer.state = State.OFF
+        yield model
+    finally:
+        for quantizer, state in before:
+            quantizer.state = state
+
+
+@contextmanager
+def observing(model: nn.Module, observers: Mapping[str, Observer]) -> Iterator[None]:
+    """Show every distinct activation tensor of the float model to its observer, once per forward pass.
+
+    `observers` maps the full names of `tensor_keys` to what is called with the tensor.
+    """
+    with quantizers_off(model):
+        for key, quantizer in _representatives(model):
+            quantizer.observe(observers[key])
+        yield
+
+
+def tensor_keys(model: nn.Module) -> tuple[str, ...]:
+    """Full names of the distinct activation tensors, in order: what calibration statistics are kept for."""
+    return tuple(key for key, _ in _representatives(model))
+
+
+def _representatives(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
+    for index, block in enumerate(quant_blocks(model)):
+        for tensor in observed_tensors():
+            yield site_key(index, tensor), block.quantizer(tensor)
+
+
+def site_amax(model: nn.Module, tensor_amax: Mapping[str, Tensor], mode: Mode) -> dict[str, Tensor]:
+    """amax of every site from that of every activation tensor: weights added, fused where the mode fuses.
+
+    Args:
+        tensor_amax: {full name as in `tensor_keys`: shape ()}.
+
+    Returns:
+        {full site name: () or (rows, 1)}, the sites that the mode leaves out included.
+    """
+    result: dict[str, Tensor] = {}
+    for index, block in enumerate(quant_blocks(model)):
+        amax = {s.name: tensor_amax[site_key(index, s.tensor)] for s in SITES if s.family != WEIGHT}
+        amax |= {name: weight_amax(weight, mode) for name, weight in block.weights().items()}
+        amax = fuse(amax) if mode.fuse_qkv else amax
+        result |= {site_key(index, site.name): amax[site.name] for site in SITES}
+    return result
+
+
+def apply_amax(model: nn.Module, amax: Mapping[str, Tensor], mode_name: str, weight_bits: int, act_bits: int) -> None:
+    """Switch the model to quantized execution with these scales (as from `site_amax` or a checkpoint)."""
+    mode = MODES[mode_name]
+    for key, site, quantizer in sites_of(model):
+        is_weight = site.family == WEIGHT
+        axis = mode.weight_axis if is_weight else None
+        quantizer.set_amax(amax[key], weight_bits if is_weight else act_bits, axis)
+        quantizer.state = State.QUANTIZE if mode.quantizes(site) else State.OFF
+
+
+@contextmanager
+def frozen_weights(model: nn.Module) -> Iterator[None]:
+    """Quantize the weights once instead of in every forward pass: the same numbers, for evaluation only."""
+    pairs = [
+        (block.quantizer(name), weight) for block in quant_blocks(model) for name, weight in block.weights().items()
+    ]
+    try:
+        for quantizer, weight in pairs:
+            quantizer.freeze(weight)
+        yield
+    finally:
+        for quantizer, _ in pairs:
+            quantizer.thaw()
