@@ -1,0 +1,228 @@
+"""Calibrate one INT8 setting, evaluate it on all of val, and write the calibrated checkpoint.
+
+    python scripts/calib.py                                          # the bundled sample
+    python scripts/calib.py --pretrained_dir ViT-B_16.npz --data-path /data/imagenet --model_type ViT-B_16 \\
+        --img_size 384 --num-calib-batch 20 --calib-batchsz 8 --quant-mode ft2 --calibrator percentile \\
+        --percentile 99.99 --calib-output-path runs/vit
+
+Writes `<name>_calib.pth`, its sidecar `<name>_calib.json`, and `result.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitq_ray import cli
+from vitq_ray.calibrate import CalibrationStatistics, apply_setting, collect_statistics, degenerate_sites
+from vitq_ray.checkpoint import Sidecar, save_calibrated
+from vitq_ray.config import InputError, QuantSetting
+from vitq_ray.data.loader import Batch, iter_batches
+from vitq_ray.data.samples import SampleIndex, calibration_ids, has_split, open_split
+from vitq_ray.data.transforms import EvalTransform
+from vitq_ray.evaluate import Evaluation, evaluate, float_sanity_problem
+from vitq_ray.files import write_json
+from vitq_ray.models import LoadedModel, load_model
+from vitq_ray.quant.modes import WEIGHT
+from vitq_ray.quant.quantizer import State
+from vitq_ray.quant.vit import frozen_weights, quant_blocks, quantize_vit, sites_of
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = cli.Parser(__doc__ or "")
+    cli.add_model_options(parser)
+    cli.add_setting_options(parser)
+    parser.add("--calib-batchsz", type=cli.number(int, 1), default=8, help="images per calibration batch")
+    parser.add("--calib-split", choices=("train", "val"), help="images to calibrate on; default: train if there")
+    parser.add("--calib-order", choices=("shuffled", "map"), default="shuffled", help="which images of the split")
+    parser.add("--batch-size", type=cli.number(int, 1), default=64, help="images per evaluation batch")
+    parser.add("--calib-output-path", default="runs/calib", help="folder for checkpoint and results")
+    parser.add("--calib", action="store_true", help="accepted for the old toolkit's command lines")
+    parser.add("--name", help="name of the experiment, kept in result.json")
+    return parser.parse_args(argv)
+
+
+@dataclass
+class Job:
+    """What a run works with, made by `prepare`."""
+
+    args: argparse.Namespace
+    setting: QuantSetting
+    loaded: LoadedModel
+    model: nn.Module
+    transform: EvalTransform
+    device: torch.device
+    calib: SampleIndex
+    calib_split: str
+    val: SampleIndex
+    bad_images: list[tuple[str, str]]
+
+    def to_input(self, images: Tensor) -> Tensor:
+        """uint8 (B, S, S, 3) -> float32 (B, 3, S, S) on the model's device."""
+        return self.transform.normalize(images.to(self.device))
+
+    def batches(self, index: SampleIndex, ids: Any, size: int) -> Iterator[Batch]:
+        args = self.args
+        return iter_batches(index, ids, self.transform, size, args.num_workers, args.on_bad_image, self.bad_images)
+
+
+def prepare(args: argparse.Namespace) -> Job:
+    """Check every option and open every file before the first second is spent computing."""
+    cli.apply_sample_defaults(args)
+    setting, device = cli.setting_from(args), cli.device_from(args)
+    split = args.calib_split or ("train" if has_split(args.data_path, "train") else "val")
+    loaded = load_model(args.model_type, args.pretrained_dir, args.img_size)
+    classes = loaded.geometry.num_classes
+    val = open_split(args.data_path, "val", classes)
+    calib = val if split == "val" else open_split(args.data_path, split, classes)
+    needed = args.num_calib_batch * args.calib_batchsz
+    calibration_ids(len(calib), needed, args.calib_order, args.seed)  # enough images?
+    model = quantize_vit(loaded.model).to(device)
+    return Job(args, setting, loaded, model, cli.eval_transform(loaded), device, calib, split, val, [])
+
+
+def calibrate(job: Job) -> tuple[CalibrationStatistics, Evaluation, list[int]]:
+    """One float pass: statistics, how well the float model did on these images, and which images they were."""
+    args = job.args
+    # Every image of the split in order, so that others move up where a broken one is skipped.
+    ids = calibration_ids(len(job.calib), len(job.calib), args.calib_order, args.seed)
+    batches = itertools.islice(job.batches(job.calib, ids, args.calib_batchsz), args.num_calib_batch)
+    seen: list[Batch] = []
+    judged: list[Evaluation] = []
+
+    def inputs() -> Iterator[tuple[int, Tensor]]:
+        for index, batch in enumerate(cli.track(batches, args.num_calib_batch, "calibrate")):
+            seen.append(batch)
+            yield index, job.to_input(batch.images)
+
+    def judge(index: int, logits: Tensor) -> None:
+        judged.append(Evaluation.of_logits(logits, seen[index].labels, seen[index].sample_ids))
+
+    statistics = collect_statistics(job.model, inputs(), [args.num_calib_batch], on_batch=judge)
+    used = [int(i) for batch in seen for i in batch.sample_ids]
+    if len(used) < args.num_calib_batch * args.calib_batchsz:
+        raise InputError(f"calibration: only {len(used)} readable images in the {job.calib_split} split")
+    return statistics, Evaluation.concatenate(judged), used
+
+
+def evaluate_all(job: Job) -> Evaluation:
+    """All of val in map order."""
+    size = job.args.batch_size
+    batches = job.batches(job.val, range(len(job.val)), size)
+    with frozen_weights(job.model):
+        return evaluate(job.model, cli.track(batches, -(-len(job.val) // size), "evaluate"), job.to_input)
+
+
+def print_summary(model: nn.Module) -> None:
+    """Every quantizer: site, bits, axis, amax, on or off; then the share of block weights that are quantized."""
+    print(f"{'site':<70} {'bits':>4} {'axis':>10} {'amax':>23}  state")
+    for key, _, quantizer in sites_of(model):
+        axis = "per tensor" if quantizer.axis is None else f"axis {quantizer.axis}"
+        low, high = quantizer.amax.min().item(), quantizer.amax.max().item()
+        amax = f"{high:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
+        state = "on" if quantizer.state is State.QUANTIZE else "off"
+        print(f"{key:<70} {quantizer.bits:>4} {axis:>10} {amax:>23}  {state}")
+    on = [q.state is State.QUANTIZE for _, _, q in sites_of(model)]
+    print(f"quantizers: {sum(on)} of {len(on)} on; {quantized_weight_share(model):.2%} of all weights quantized")
+
+
+def quantized_weight_share(model: nn.Module) -> float:
+    """Quantized parameters over all parameters, a fraction."""
+    states = {key: q.state for key, site, q in sites_of(model) if site.family == WEIGHT}
+    weights = [w for block in quant_blocks(model) for w in block.weights().values()]
+    quantized = sum(w.numel() for w, state in zip(weights, states.values(), strict=True) if state is State.QUANTIZE)
+    return quantized / sum(parameter.numel() for parameter in model.parameters())
+
+
+def result_of(job: Job, evaluation: Evaluation, on_calib: Evaluation, used: list[int]) -> dict[str, Any]:
+    args = job.args
+    return {
+        **evaluation.summary(),
+        "setting": job.setting.to_dict(),
+        "model_type": args.model_type,
+        "img_size": job.loaded.geometry.img_size,
+        "name": args.name,
+        "seed": args.seed,
+        "calibration": {
+            "split": job.calib_split,
+            "order": args.calib_order,
+            "batches": args.num_calib_batch,
+            "batch_size": args.calib_batchsz,
+            "sample_ids": used,
+            "images_also_evaluated": len(used) if job.calib_split == "val" else 0,
+            "float_top1": on_calib.top1,
+        },
+        "bad_images": [{"image": name, "reason": reason} for name, reason in job.bad_images],
+        "weights_fingerprint": job.loaded.fingerprint,
+        "data_fingerprint": job.val.fingerprint,
+        "versions": cli.versions(),
+    }
+
+
+def sidecar_of(job: Job, result: dict[str, Any]) -> Sidecar:
+    keys = ("images", "top1_correct", "top5_correct", "top1", "top5")
+    loaded = job.loaded
+    return Sidecar(
+        setting=job.setting,
+        geometry=loaded.geometry,
+        mean=loaded.mean,
+        std=loaded.std,
+        interpolation=loaded.interpolation,
+        weights_fingerprint=loaded.fingerprint,
+        data_fingerprint=job.val.fingerprint,
+        seed=job.args.seed,
+        calibration={k: v for k, v in result["calibration"].items() if k != "sample_ids"},
+        accuracy={key: result[key] for key in keys},
+        versions=result["versions"],
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    watch = cli.Stopwatch()
+    args = parse(argv)
+    with watch.stage("load"):
+        job = prepare(args)
+    with watch.stage("calibrate"):
+        statistics, on_calib, used = calibrate(job)
+    if problem := float_sanity_problem(on_calib):
+        cli.warn(f"{problem} (measured on the calibration images)")
+    with watch.stage("scales"):
+        amax = apply_setting(job.model, statistics, job.setting)
+    print_summary(job.model)
+    for site in degenerate_sites(amax):
+        cli.warn(f"{site}: amax is 0, this tensor quantizes to zeros")
+    with watch.stage("evaluate"):
+        evaluation = evaluate_all(job)
+    result = result_of(job, evaluation, on_calib, used)
+    result["degenerate_sites"] = degenerate_sites(amax)
+    folder = Path(args.calib_output_path)
+    with watch.stage("save"):
+        path = save_calibrated(folder, cli.checkpoint_name(args), job.model, sidecar_of(job, result))
+    write_json(folder / "result.json", {**result, "seconds": watch.seconds})
+    report(job, evaluation, path, watch)
+
+
+def report(job: Job, evaluation: Evaluation, path: Path, watch: cli.Stopwatch) -> None:
+    low, high = evaluation.summary()["top1_interval95"]
+    print(
+        f"{job.setting.label}: top-1 {evaluation.top1:.2%} (95 % interval {low:.2%} to {high:.2%}), "
+        f"top-5 {evaluation.top5:.2%} of {evaluation.images} images"
+    )
+    if job.calib_split == "val":
+        cli.warn("calibration images came from val and are among the images evaluated")
+    if job.bad_images:
+        cli.warn(f"{len(job.bad_images)} broken images were skipped; they are listed in result.json")
+    print(f"wrote {path}, {path.with_suffix('.json').name} and result.json")
+    print("seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in watch.seconds.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,411 @@
+"""An index of labelled images in zip or folder layout, and the splits made of it. No Ray, no decoding.
+
+    zip layout      <root>/{train,val}.zip with {train,val}_map.txt; a map line is relative/path<TAB>label
+    folder layout   <root>/{train,val}/<class>/*.jpg, classes numbered by name
+
+A sample is a row of the map (or of the sorted folder); its position there is its `sample_id`. An index is a handful
+of NumPy arrays: where each member lies in the zip, how long it is, its label. ImageNet's 1.28 million rows are read
+and joined by compiled loops (`zip_directory`, `map_lines`, `match_names`) in about a second, and the arrays can be
+shared between processes as they are. Zip members are read by offset, never extracted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pyarrow import NativeFile, fs
+
+from vitq_ray.config import InputError, require_choice
+from vitq_ray.data import tables
+from vitq_ray.files import exists, one_line, read_bytes, resolve
+
+SPLITS = ("train", "val")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif")
+_STORED, _DEFLATED = 0, 8
+_LOCAL_HEADER = 30
+_EXTRA_SLACK = 128  # local extra fields are read along with the data; longer ones cost a second read
+
+Ids = npt.NDArray[np.int64]
+
+
+class BadImageError(InputError):
+    """One image that cannot be read or decoded; the message names it and the reason."""
+
+
+@dataclass(frozen=True, eq=False)
+class SampleIndex:
+    """Where every image of a split is, and its label; a value that pickles cheaply.
+
+    Attributes:
+        source: the archive or folder that images are read from (path or URI).
+        labels: (N,) int32.
+        names: all relative paths, UTF-8, end to end, as bytes of an array; name i is
+            `names[name_start[i] : name_start[i] + name_length[i]]`.
+        sizes: (N,) int64, bytes of the encoded image.
+        members: where each image lies in the archive, (N,) rows; None for folders.
+    """
+
+    source: str
+    labels: npt.NDArray[np.int32]
+    names: npt.NDArray[np.uint8]
+    name_start: npt.NDArray[np.int64]
+    name_length: npt.NDArray[np.int32]
+    sizes: npt.NDArray[np.int64]
+    members: npt.NDArray[np.void] | None = None
+    _file: list[NativeFile] = field(default_factory=list, repr=False)
+    _lock: Any = field(default_factory=Lock, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_file", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _file=[], _lock=Lock())
+
+    @property
+    def num_classes_seen(self) -> int:
+        """One more than the largest label."""
+        return int(self.labels.max()) + 1
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of names, labels, sizes and (in zips) checksums: of the content, wherever it lies."""
+        digest = hashlib.sha256()
+        arrays: list[npt.NDArray[Any]] = [self._names_in_order(), self.labels, self.sizes]
+        if self.members is not None:
+            arrays.append(np.ascontiguousarray(self.members["crc"]))
+        for array in arrays:
+            digest.update(array.data)
+            digest.update(b"|")
+        return digest.hexdigest()
+
+    def _names_in_order(self) -> npt.NDArray[np.uint8]:
+        return tables.gather(self.names, self.name_start, self.name_length)
+
+    def name(self, i: int) -> str:
+        """Relative path of an image, as the map or the folder has it."""
+        start = int(self.name_start[i])
+        return self.names[start : start + int(self.name_length[i])].tobytes().decode()
+
+    def where(self, i: int) -> str:
+        """An image's full address, for messages: `archive!member` or `folder/path`."""
+        return f"{self.source}{'/' if self.members is None else '!'}{self.name(i)}"
+
+    def read(self, i: int) -> bytes:
+        """The encoded image. BadImageError where it is truncated, corrupt or gone. Safe to call from threads."""
+        try:
+            return self._read_file(i) if self.members is None else self._read_member(i, self.members[i])
+        except (OSError, zlib.error) as error:
+            raise BadImageError(f"{self.where(i)}: cannot be read: {one_line(error)}") from None
+
+    def _read_file(self, i: int) -> bytes:
+        filesystem, root = resolve(self.source)
+        with filesystem.open_input_file(f"{root}/{self.name(i)}") as file:
+            return file.read()
+
+    def _read_member(self, i: int, member: Any) -> bytes:
+        raw = self._raw_member(i, member)
+        data = raw if member["method"] == _STORED else self._inflate(i, raw, int(member["size"]))
+        if len(data) != member["size"] or zlib.crc32(data) != member["crc"]:
+            raise BadImageError(f"{self.where(i)}: corrupt: size or checksum is not that of the zip's directory")
+        return data
+
+    def _raw_member(self, i: int, member: Any) -> bytes:
+        """The member's bytes as they lie in the archive, in one read where its local extra field is short."""
+        offset, stored = int(member["offset"]), int(member["stored"])
+        guess = _LOCAL_HEADER + int(member["name_length"]) + _EXTRA_SLACK
+        head = self._read_at(offset, guess + stored)
+        if len(head) < _LOCAL_HEADER or head[:4] != b"PK\x03\x04":
+            raise BadImageError(f"{self.where(i)}: corrupt: no local header at byte {offset}; is the zip truncated?")
+        start = _LOCAL_HEADER + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
+        raw = head[start : start + stored] if start <= guess else self._read_at(offset + start, stored)
+        if len(raw) != stored:
+            raise BadImageError(f"{self.where(i)}: truncated: {len(raw)} of {stored} bytes are there")
+        return raw
+
+    def _inflate(self, i: int, raw: bytes, size: int) -> bytes:
+        # Never more than the directory promises: a deflate bomb stops here.
+        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+        data = inflater.decompress(raw, size + 1)
+        if len(data) > size:
+            raise BadImageError(f"{self.where(i)}: corrupt: inflates to more than the {size} bytes of the directory")
+        return data
+
+    def _read_at(self, offset: int, length: int) -> bytes:
+        if not self._file:
+            with self._lock:
+                if not self._file:
+                    filesystem, path = resolve(self.source)
+                    self._file.append(filesystem.open_input_file(path))
+        return self._file[0].read_at(length, offset)
+
+
+def has_split(data_path: str, split: str) -> bool:
+    """Whether `data_path` has `<split>.zip` or a folder `<split>`."""
+    return exists(f"{_root(data_path)}/{split}.zip") or _is_folder(f"{_root(data_path)}/{split}")
+
+
+def open_split(data_path: str, split: str, num_classes: int | None = None) -> SampleIndex:
+    """Index one split of a data set in either layout.
+
+    Args:
+        data_path: local path or URI (`s3://…`) of the folder that holds the splits.
+        split: `train` or `val`.
+        num_classes: labels must be below it; not checked where None.
+
+    Raises:
+        InputError: for anything missing, unreadable, inconsistent or empty; the message names file, line and value.
+    """
+    require_choice("split", split, SPLITS)
+    root = _root(data_path)
+    if exists(f"{root}/{split}.zip"):
+        return _open_zip(f"{root}/{split}.zip", f"{root}/{split}_map.txt", num_classes)
+    if _is_folder(f"{root}/{split}"):
+        return _open_folder(root, split, num_classes)
+    raise InputError(
+        f"{data_path}: has no {split} split; expected {split}.zip with {split}_map.txt, or a folder {split}"
+    )
+
+
+def _root(data_path: str) -> str:
+    return data_path.rstrip("/") or "/"
+
+
+def _is_folder(path: str) -> bool:
+    filesystem, inner = resolve(path)
+    return bool(filesystem.get_file_info(inner).type == fs.FileType.Directory)
+
+
+# Zip layout ---------------------------------------------------------------------------------------------------------
+
+
+def _open_zip(archive: str, map_path: str, num_classes: int | None) -> SampleIndex:
+    members, member_names = _read_directory(archive)
+    text = np.frombuffer(
+        read_bytes(map_path, "lines of relative/path<TAB>label").removeprefix(b"\xef\xbb\xbf"), np.uint8
+    )
+    lines = tables.map_lines(text)
+    _check_lines(map_path, text, lines, num_classes)
+    if len(lines) == 0:
+        raise InputError(f"{map_path}: lists no image; expected lines of relative/path<TAB>label")
+    rows = _rows_of(archive, map_path, text, lines, member_names, members)
+    chosen = members[rows]
+    _check_members(archive, text, lines, chosen)
+    return SampleIndex(
+        source=archive,
+        labels=lines["label"].astype(np.int32),
+        names=text,
+        name_start=lines["start"].copy(),
+        name_length=lines["length"].copy(),
+        sizes=chosen["size"].astype(np.int64),
+        members=chosen,
+    )
+
+
+def _read_directory(archive: str) -> tuple[npt.NDArray[np.void], npt.NDArray[np.uint8]]:
+    """The archive's central directory: (members,) rows of `tables.MEMBER`, and the bytes their names point into."""
+    filesystem, path = resolve(archive)
+    try:
+        with filesystem.open_input_file(path) as file:
+            size = file.size()
+            end = tables.find_directory(archive, size, lambda offset, length: file.read_at(length, offset))
+            raw = np.frombuffer(file.read_at(end.size, end.offset), np.uint8)
+    except OSError as error:
+        raise InputError(f"{archive}: cannot be read: {one_line(error)}") from None
+    return tables.zip_directory(archive, raw, end), raw
+
+
+def _check_lines(
+    map_path: str, text: npt.NDArray[np.uint8], lines: npt.NDArray[np.void], num_classes: int | None
+) -> None:
+    bad = lines["problem"] != tables.FINE
+    if num_classes is not None:
+        bad |= lines["label"] >= num_classes
+    if bad.any():
+        line = lines[int(np.argmax(bad))]
+        content = tables.text_of(text, line["line_start"], line["line_length"])
+        labels = "a label >= 0" if num_classes is None else f"a label from 0 to {num_classes - 1}"
+        problem = {
+            tables.FINE: f"label out of range in {content!r}",
+            tables.NO_TAB: f"no tab in {content!r}",
+            tables.BAD_LABEL: f"the label is not a non-negative integer in {content!r}",
+        }[int(line["problem"])]
+        raise InputError(f"{map_path}: line {line['number']}: {problem}; expected relative/path<TAB>label, {labels}")
+
+
+def _rows_of(
+    archive: str,
+    map_path: str,
+    text: npt.NDArray[np.uint8],
+    lines: npt.NDArray[np.void],
+    member_names: npt.NDArray[np.uint8],
+    members: npt.NDArray[np.void],
+) -> npt.NDArray[np.int64]:
+    """Row of `members` for every map line, also where all members lie under one extra top folder."""
+    rows = tables.match_names(text, lines["start"], lines["length"], member_names, members, skip=0)
+    if (rows < 0).any() and (skip := tables.common_top_folder(member_names, members)):
+        under_top = tables.match_names(text, lines["start"], lines["length"], member_names, members, skip)
+        rows = np.where(rows < 0, under_top, rows)
+    if (rows < 0).any():
+        line = lines[int(np.argmax(rows < 0))]
+        name = tables.text_of(text, line["start"], line["length"])
+        raise InputError(
+            f"{map_path}: line {line['number']}: {name!r} is not in {archive} ({len(members)} members); "
+            "expected the path of a member"
+        )
+    return rows
+
+
+def _check_members(
+    archive: str, text: npt.NDArray[np.uint8], lines: npt.NDArray[np.void], chosen: npt.NDArray[np.void]
+) -> None:
+    encrypted = (chosen["flags"] & 1) != 0
+    unknown = (chosen["method"] != _STORED) & (chosen["method"] != _DEFLATED)
+    if not (encrypted | unknown).any():
+        return
+    i = int(np.argmax(encrypted | unknown))
+    name = tables.text_of(text, lines["start"][i], lines["length"][i])
+    found = "is encrypted" if encrypted[i] else f"has compression method {chosen['method'][i]}"
+    raise InputError(f"{archive}!{name}: {found}; expected a stored (0) or deflated (8) member")
+
+
+# Folder layout ------------------------------------------------------------------------------------------------------
+
+
+def _open_folder(root: str, split: str, num_classes: int | None) -> SampleIndex:
+    classes = _class_names(root, "train" if _is_folder(f"{root}/train") else split)
+    if num_classes is not None and len(classes) > num_classes:
+        raise InputError(f"{root}: {len(classes)} class folders, but the model has {num_classes} classes")
+    number = {name: label for label, name in enumerate(classes)}
+    labels, names, sizes = [], [], []
+    for name, size in _image_files(root, split):
+        label = number.get(name.split("/", 1)[0])
+        if label is None:
+            raise InputError(
+                f"{root}/{split}/{name}: its class is not among the {len(classes)} folders of {root}/train"
+            )
+        labels.append(label)
+        names.append(name.encode())
+        sizes.append(size)
+    if not names:
+        raise InputError(
+            f"{root}/{split}: no images; expected {split}/<class>/*.jpg (or {', '.join(IMAGE_SUFFIXES[1:])})"
+        )
+    lengths = np.array([len(name) for name in names], np.int32)
+    return SampleIndex(
+        source=f"{root}/{split}",
+        labels=np.array(labels, np.int32),
+        names=np.frombuffer(b"".join(names), np.uint8),
+        name_start=np.concatenate([[0], np.cumsum(lengths[:-1], dtype=np.int64)]),
+        name_length=lengths,
+        sizes=np.array(sizes, np.int64),
+    )
+
+
+def _list(path: str, recursive: bool) -> list[fs.FileInfo]:
+    filesystem, inner = resolve(path)
+    try:
+        return list(filesystem.get_file_info(fs.FileSelector(inner, recursive=recursive)))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be listed: {one_line(error)}") from None
+
+
+def _class_names(root: str, split: str) -> list[str]:
+    return sorted(e.base_name for e in _list(f"{root}/{split}", False) if e.type == fs.FileType.Directory)
+
+
+def _image_files(root: str, split: str) -> list[tuple[str, int]]:
+    """(path below the split, bytes) of every image in a class folder, sorted by class, then by path."""
+    _, inner = resolve(f"{root}/{split}")
+    files = [e for e in _list(f"{root}/{split}", True) if e.type == fs.FileType.File]
+    paths = ((e.path[len(inner) :].lstrip("/"), e.size) for e in files)
+    images = ((p, size) for p, size in paths if "/" in p and p.lower().endswith(IMAGE_SUFFIXES))
+    return sorted(images, key=lambda item: (item[0].split("/", 1)[0], item[0]))
+
+
+# Splits -------------------------------------------------------------------------------------------------------------
+
+
+def calibration_ids(n_images: int, count: int, order: str, seed: int) -> Ids:
+    """The first `count` images of the map, or `count` by seed (`shuffled`); a smaller count is a prefix of a larger.
+
+    Raises InputError where there are fewer than `count` images.
+    """
+    require_choice("calibration order", order, ("shuffled", "map"))
+    if count > n_images:
+        raise InputError(f"calibration: needs {count} images (batches x batch size), the split has {n_images}")
+    ids = np.arange(n_images) if order == "map" else np.random.default_rng(seed).permutation(n_images)
+    return ids[:count].astype(np.int64)
+
+
+def split_halves(labels: npt.ArrayLike, fingerprint: str, split_seed: int) -> tuple[Ids, Ids]:
+    """val as (selection, report): random, class-balanced, disjoint, together everything.
+
+    A function of the data's content and `split_seed` only. Per class the halves differ by at most one image, and the
+    odd ones go to either side in turn. Ids ascend.
+    """
+    labels = np.asarray(labels)
+    rng = np.random.default_rng(_seed(fingerprint, split_seed))
+    sides: tuple[list[Ids], list[Ids]] = ([], [])
+    turn = 0
+    for label in np.unique(labels):
+        ids = rng.permutation(np.flatnonzero(labels == label))
+        half = len(ids) // 2
+        if len(ids) % 2:
+            half, turn = half + (turn == 0), 1 - turn
+        sides[0].append(ids[:half])
+        sides[1].append(ids[half:])
+    selection, report = (np.sort(np.concatenate(side)).astype(np.int64) for side in sides)
+    return selection, report
+
+
+def split_thirds(
+    labels: npt.ArrayLike, fingerprint: str, split_seed: int, calibration_count: int
+) -> tuple[Ids, Ids, Ids]:
+    """(calibration, selection, report) where only val exists: all disjoint, class-balanced, together everything."""
+    labels = np.asarray(labels)
+    if calibration_count > len(labels) - 2:
+        raise InputError(
+            f"calibration: needs {calibration_count} of the {len(labels)} images of val; "
+            "none would be left to select and to report on"
+        )
+    order = class_balanced_order(labels, np.arange(len(labels)), _seed(fingerprint, split_seed))
+    calibration = np.sort(order[:calibration_count])
+    rest = np.sort(order[calibration_count:])
+    selection, report = split_halves(labels[rest], fingerprint, split_seed)
+    return calibration, rest[selection], rest[report]
+
+
+def class_balanced_order(labels: npt.ArrayLike, ids: npt.ArrayLike, seed: int | list[int]) -> Ids:
+    """The ids in a random order of which every prefix is as balanced over classes as their counts allow.
+
+    `labels` are those of the whole split, indexed by id.
+    """
+    ids = np.asarray(ids, np.int64)
+    rng = np.random.default_rng(seed)
+    shuffled = rng.permutation(ids)
+    classes = np.asarray(labels)[shuffled]
+    by_class = np.argsort(classes, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(classes[by_class]) > 0])
+    rank = np.arange(len(ids)) - np.repeat(starts, np.diff(np.r_[starts, len(ids)]))
+    round_of = np.empty(len(ids), np.int64)
+    round_of[by_class] = rank
+    return shuffled[np.argsort(round_of, kind="stable")]
+
+
+def random_order(ids: npt.ArrayLike, seed: int) -> Ids:
+    """One uniformly random permutation of the ids."""
+    return np.random.default_rng(seed).permutation(np.asarray(ids, np.int64))
+
+
+def _seed(fingerprint: str, split_seed: int) -> list[int]:
+    return [split_seed, int(fingerprint[:16], 16)]

@@ -1,0 +1,146 @@
+"""From encoded bytes to what a model takes: decode, resize, normalise; and the augmentations of training.
+
+    bytes -> uint8 (S, S, 3)          EvalTransform.decode: on CPUs, where the reading is
+    uint8 (B, S, S, 3) -> float32     EvalTransform.normalize: on the model's device
+
+Images stay uint8 until then: a quarter of the memory on the way. Legend: B batch, S image size in pixels.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vitq_ray.config import Config, InputError, require_choice, require_int
+from vitq_ray.data.samples import BadImageError
+from vitq_ray.files import one_line
+
+# An image of more pixels is refused unread: nothing that is resized to a few hundred pixels needs them.
+MAX_PIXELS = 178_956_970
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+AUGMENTATIONS = ("none", "light", "toolkit")
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class EvalTransform(Config):
+    """Resize to size x size, scale to [0, 1], normalise per channel; cropping only with `crop_pct`.
+
+    Without `crop_pct` the whole image is resized, its aspect ratio lost, as Google's models were fine-tuned. With it,
+    timm's rule: the short side becomes size / crop_pct, then the centre is cropped.
+    """
+
+    size: int
+    mean: Triple = (0.5, 0.5, 0.5)
+    std: Triple = (0.5, 0.5, 0.5)
+    interpolation: str = "bilinear"
+    crop_pct: float | None = None
+
+    def __post_init__(self) -> None:
+        require_int("image size", self.size, 1)
+        require_choice("interpolation", self.interpolation, INTERPOLATIONS)
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(s > 0 for s in self.std):
+            raise InputError(f"mean, std: expected three numbers each, std > 0, got {self.mean} and {self.std}")
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise InputError(f"crop_pct: expected a number in (0, 1], got {self.crop_pct!r}")
+
+    def decode(self, data: bytes, name: str) -> npt.NDArray[np.uint8]:
+        """An encoded image as RGB (S, S, 3). BadImageError, naming it, if that cannot be done."""
+        with _naming(name):
+            image = self._resize(load_rgb(data))
+        return np.asarray(image)
+
+    def _resize(self, image: Image.Image) -> Image.Image:
+        if self.crop_pct is None:
+            return self._resize_to(image, (self.size, self.size))
+        # torchvision's Resize(int) and CenterCrop, which timm uses: the long side is truncated.
+        short = int(self.size / self.crop_pct)
+        width, height = image.size
+        scaled = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+        image = self._resize_to(image, scaled)
+        left, top = round((scaled[0] - self.size) / 2), round((scaled[1] - self.size) / 2)
+        return image.crop((left, top, left + self.size, top + self.size))
+
+    def _resize_to(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
+        return image if image.size == size else image.resize(size, INTERPOLATIONS[self.interpolation])
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 (B, S, S, 3) -> float32 (B, 3, S, S), contiguous: (x / 255 - mean) / std."""
+        x = images.permute(0, 3, 1, 2).contiguous().float().div_(255)
+        mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (self.mean, self.std))
+        return x.sub_(mean).div_(std)
+
+
+def load_rgb(data: bytes) -> Image.Image:
+    """Decode to RGB. Transparency is dropped, 16-bit greys are scaled to 8 bits; EXIF rotation is not applied, as in
+    the data loaders that the checkpoints were trained with."""
+    with Image.open(io.BytesIO(data)) as image:
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"{width}x{height} pixels, more than the {MAX_PIXELS} allowed (decompression bomb?)")
+        image.load()
+        if image.mode in ("I", "I;16", "I;16B", "I;16L"):
+            return Image.fromarray((np.asarray(image, np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+        return image.convert("RGB")
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Turn whatever a decoder raises into a BadImageError that names the image."""
+    try:
+        yield
+    except Exception as error:  # Pillow's decoders raise anything from OSError to SyntaxError
+        reason = one_line(error) or type(error).__name__
+        raise BadImageError(f"{name}: not a readable image: {reason}") from None
+
+
+def timm_eval_transform(config: Mapping[str, Any], size: int) -> EvalTransform:
+    """The evaluation transform of a timm model, from its resolved data configuration; uncropped, as DESIGN asks."""
+    return EvalTransform(size, tuple(config["mean"]), tuple(config["std"]), config["interpolation"])
+
+
+def train_transform(evaluation: EvalTransform, kind: str) -> Callable[[Image.Image], Tensor]:
+    """Augmentation for QAT: an RGB image -> float32 (3, S, S), normalised exactly as `evaluation` does.
+
+    `none` is the evaluation transform itself; `light` a random crop of 80 to 100 % of the area and a flip; `toolkit`
+    the old toolkit's: timm's RandAugment rand-m9-mstd0.5-inc1, colour jitter 0.4, random erasing 0.25.
+    """
+    require_choice("augmentation", kind, AUGMENTATIONS)
+    if kind == "none":
+        return lambda image: evaluation.normalize(_as_batch(evaluation._resize(image)))[0]
+    return _timm_train_transform(evaluation, kind)
+
+
+def _as_batch(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image))[None]
+
+
+def _timm_train_transform(evaluation: EvalTransform, kind: str) -> Callable[[Image.Image], Tensor]:
+    from timm.data import create_transform  # a second of imports that evaluation does not need
+
+    settings: dict[str, dict[str, Any]] = {
+        "light": {"scale": (0.8, 1.0), "color_jitter": None, "re_prob": 0.0},
+        "toolkit": {"color_jitter": 0.4, "auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25},
+    }
+    return create_transform(
+        input_size=evaluation.size,
+        is_training=True,
+        interpolation=evaluation.interpolation,
+        mean=evaluation.mean,
+        std=evaluation.std,
+        **settings[kind],
+    )
