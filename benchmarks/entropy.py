@@ -36,7 +36,7 @@ def tensors(count: int) -> list[torch.Tensor]:
 def peer_amax(x: torch.Tensor) -> float:
     from modelopt.torch.quantization.calib import HistogramCalibrator
 
-    calibrator = HistogramCalibrator(num_bits=8, axis=None, unsigned=False, torch_hist=False)
+    calibrator = HistogramCalibrator(num_bits=8, axis=None, unsigned=False, torch_hist=True)
     calibrator.collect(x)
     return float(calibrator.compute_amax("entropy"))
 

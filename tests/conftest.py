@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
+import io
+import sys
+import zipfile
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
+from vitq_ray.data.transforms import EvalTransform
+from vitq_ray.models import google_arrays
 from vitq_ray.quant.vit import quantize_vit
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -55,3 +65,72 @@ def reference() -> Path:
     if not folder.is_dir():
         pytest.skip("reference numbers (../shared/reference) are not on this machine")
     return folder
+
+
+CLASSES, SIZE = 7, 16
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_zip_split(folder: Path, split: str, images: list[bytes], labels: list[int]) -> None:
+    """`<split>.zip` and `<split>_map.txt` as in the zip layout."""
+    names = [f"c{label}/{i:04d}.png" for i, label in enumerate(labels)]
+    with zipfile.ZipFile(folder / f"{split}.zip", "w") as archive:
+        for name, data in zip(names, images, strict=True):
+            archive.writestr(name, data)
+    rows = zip(names, labels, strict=True)
+    (folder / f"{split}_map.txt").write_text("".join(f"{name}\t{label}\n" for name, label in rows))
+
+
+@dataclass(frozen=True)
+class Project:
+    """A folder with `vit.npz` and random images in the zip layout, labelled with what the float model says."""
+
+    folder: Path
+
+    @property
+    def checkpoint(self) -> str:
+        return str(self.folder / "vit.npz")
+
+    @property
+    def options(self) -> list[str]:
+        return ["--pretrained_dir", self.checkpoint, "--data-path", str(self.folder)]
+
+
+def make_project(folder: Path, train: int = 40, val: int = 22, seed: int = 0) -> Project:
+    model, normalize = tiny_vit(seed), EvalTransform(SIZE).normalize
+    rng = np.random.default_rng(seed)
+    colours = rng.integers(0, 256, (train + val, 1, 1, 3))
+    pixels = ((colours + rng.integers(0, 256, (train + val, SIZE, SIZE, 3))) // 2).astype(np.uint8)
+    with torch.no_grad():
+        logits = model(normalize(torch.from_numpy(pixels)))
+        model.head.bias -= logits.mean(0)  # else a random model says one class to all images
+        labels = (logits - logits.mean(0)).argmax(1).tolist()
+    np.savez(folder / "vit.npz", **google_arrays(model))
+    encoded = [encode_png(p) for p in pixels]
+    write_zip_split(folder, "train", encoded[:train], labels[:train])
+    write_zip_split(folder, "val", encoded[train:], labels[train:])
+    return Project(folder)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    folder = tmp_path / "project"
+    folder.mkdir()
+    return make_project(folder)
+
+
+def load_script(name: str) -> ModuleType:
+    """A script as a module, without running it."""
+    path = Path(__file__).resolve().parents[1] / "scripts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"script_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

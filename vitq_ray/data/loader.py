@@ -6,8 +6,9 @@ Decoders release the GIL, so threads use the cores; work is handed out a few bat
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,24 +53,25 @@ def iter_batches(
     require_int("number of threads", num_threads, 1)
     require_choice("on bad image", on_bad_image, ON_BAD_IMAGE)
     rows: list[tuple[int, Pixels]] = []
-    for sample_id, pixels in _decoded(index, ids, transform, num_threads):
-        if isinstance(pixels, BadImageError):
-            if on_bad_image == "error":
-                raise pixels
-            if bad_images is not None:
-                bad_images.append((index.where(sample_id), str(pixels)))
-            continue
-        rows.append((sample_id, pixels))
-        if len(rows) == batch_size:
-            yield _batch(index, rows)
-            rows = []
+    with closing(_decoded(index, ids, transform, num_threads)) as decoded:
+        for sample_id, pixels in decoded:
+            if isinstance(pixels, BadImageError):
+                if on_bad_image == "error":
+                    raise pixels
+                if bad_images is not None:
+                    bad_images.append((index.where(sample_id), str(pixels)))
+                continue
+            rows.append((sample_id, pixels))
+            if len(rows) == batch_size:
+                yield _batch(index, rows)
+                rows = []
     if rows:
         yield _batch(index, rows)
 
 
 def _decoded(
     index: SampleIndex, ids: Iterable[int], transform: EvalTransform, num_threads: int
-) -> Iterator[tuple[int, Pixels | BadImageError]]:
+) -> Generator[tuple[int, Pixels | BadImageError], None, None]:
     """(sample id, pixels or what was wrong with them) in the order of `ids`."""
 
     def decode(sample_id: int) -> Pixels | BadImageError:

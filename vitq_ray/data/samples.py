@@ -94,7 +94,7 @@ class SampleIndex:
     def name(self, i: int) -> str:
         """Relative path of an image, as the map or the folder has it."""
         start = int(self.name_start[i])
-        return self.names[start : start + int(self.name_length[i])].tobytes().decode()
+        return self.names[start : start + int(self.name_length[i])].tobytes().decode(errors="replace")
 
     def where(self, i: int) -> str:
         """An image's full address, for messages: `archive!member` or `folder/path`."""
@@ -227,19 +227,20 @@ def _read_directory(archive: str) -> tuple[npt.NDArray[np.void], npt.NDArray[np.
 def _check_lines(
     map_path: str, text: npt.NDArray[np.uint8], lines: npt.NDArray[np.void], num_classes: int | None
 ) -> None:
-    bad = lines["problem"] != tables.FINE
-    if num_classes is not None:
-        bad |= lines["label"] >= num_classes
+    largest = tables.MAX_LABEL if num_classes is None else num_classes - 1
+    bad = (lines["problem"] != tables.FINE) | (lines["label"] > largest)
     if bad.any():
         line = lines[int(np.argmax(bad))]
         content = tables.text_of(text, line["line_start"], line["line_length"])
-        labels = "a label >= 0" if num_classes is None else f"a label from 0 to {num_classes - 1}"
         problem = {
             tables.FINE: f"label out of range in {content!r}",
             tables.NO_TAB: f"no tab in {content!r}",
             tables.BAD_LABEL: f"the label is not a non-negative integer in {content!r}",
         }[int(line["problem"])]
-        raise InputError(f"{map_path}: line {line['number']}: {problem}; expected relative/path<TAB>label, {labels}")
+        raise InputError(
+            f"{map_path}: line {line['number']}: {problem}; "
+            f"expected relative/path<TAB>label, a label from 0 to {largest}"
+        )
 
 
 def _rows_of(

@@ -43,10 +43,12 @@ LINE = np.dtype(
     ]
 )
 FINE, NO_TAB, BAD_LABEL = 0, 1, 2
+MAX_LABEL = 2**31 - 1  # larger ones are read as MAX_LABEL + 1
 
 _END, _ZIP64_LOCATOR, _ZIP64_END = b"PK\x05\x06", b"PK\x06\x07", b"PK\x06\x06"
 _END_SIZE, _LOCATOR_SIZE, _ZIP64_END_SIZE, _LONGEST_COMMENT = 22, 20, 56, 65535
-_HEADER_SIZE = 46
+_HEADER_SIZE, _LOCAL_SIZE = 46, 30
+_DEFLATE_RATIO = 1032  # the most that deflate can do: 258 bytes in 2 bits
 _UTF8_FLAG = 1 << 11
 
 
@@ -111,7 +113,7 @@ def _find_zip64(
     beside = end - _LOCATOR_SIZE - _ZIP64_END_SIZE  # where it is if bytes precede the archive
     for place in (said, beside):
         record = read_at(place, _ZIP64_END_SIZE) if 0 <= place < end else b""
-        if record[:4] == _ZIP64_END:
+        if len(record) == _ZIP64_END_SIZE and record[:4] == _ZIP64_END:
             disk, directory_disk, _, count, length, offset = struct.unpack_from("<2I4Q", record, 16)
             return place, disk, directory_disk, count, length, offset
     raise InputError(f"{archive}: corrupt: no zip64 end record at byte {said}")
@@ -122,11 +124,28 @@ def zip_directory(archive: str, raw: Bytes, end: Directory) -> npt.NDArray[np.vo
     if end.count * _HEADER_SIZE > len(raw):
         raise InputError(f"{archive}: corrupt directory: {end.count} members do not fit into its {len(raw)} bytes")
     members = np.zeros(end.count, MEMBER)
-    found = _parse_directory(raw, members, end.shift)
+    found, read = _parse_directory(raw, members, end.shift)
     if found != end.count:
         raise InputError(f"{archive}: corrupt directory: {found} readable members of the {end.count} it should list")
+    if read != len(raw):
+        raise InputError(f"{archive}: corrupt directory: its {end.count} members take {read} of its {len(raw)} bytes")
+    _check_places(archive, raw, members, end.offset)
     ends_in_slash = raw[members["name_start"] + members["name_length"].astype(np.int64) - 1] == ord("/")
     return members[~ends_in_slash]
+
+
+def _check_places(archive: str, raw: Bytes, members: npt.NDArray[np.void], limit: int) -> None:
+    """Refuse members that cannot lie before the directory, at byte `limit`, or that deflate cannot have packed so."""
+    offset, stored, size = members["offset"], members["stored"], members["size"]
+    lost = (offset < 0) | (stored < 0) | (stored > limit - _LOCAL_SIZE - offset)
+    lost |= (size < 0) | (size > _DEFLATE_RATIO * stored)
+    if lost.any():
+        i = int(np.argmax(lost))
+        name = text_of(raw, members["name_start"][i], members["name_length"][i])
+        raise InputError(
+            f"{archive}: corrupt directory: {name!r} would be {size[i]} bytes, packed in {stored[i]} from byte "
+            f"{offset[i]} on; expected them before byte {limit}"
+        )
 
 
 @numba.njit(cache=True)
@@ -139,37 +158,38 @@ def _number(raw, at, size):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True)
 def _parse_directory(raw, members, shift):  # type: ignore[no-untyped-def]
-    """Fill `members`; returns how many were readable."""
+    """Fill `members`; returns how many were readable, and the bytes that they took."""
     at = 0
     for i in range(members.size):
         if at + 46 > raw.size or _number(raw, at, 4) != 0x02014B50:
-            return i
+            return i, at
         member = members[i]
         name_length, extra, comment = _number(raw, at + 28, 2), _number(raw, at + 30, 2), _number(raw, at + 32, 2)
         following = at + 46 + name_length + extra + comment
         if following > raw.size or name_length == 0:
-            return i
+            return i, at
         member.flags, member.method = _number(raw, at + 8, 2), _number(raw, at + 10, 2)
         member.crc = _number(raw, at + 16, 4)
         member.name_start, member.name_length = at + 46, name_length
         stored, size, offset = _number(raw, at + 20, 4), _number(raw, at + 24, 4), _number(raw, at + 42, 4)
         saturated = np.int64(0xFFFFFFFF)
         if stored == saturated or size == saturated or offset == saturated:
-            field = at + 46 + name_length
-            while field + 4 <= at + 46 + name_length + extra:
-                if _number(raw, field, 2) == 1:  # zip64: only what is saturated, in this order
-                    value = field + 4
-                    if size == saturated:
-                        size, value = _number(raw, value, 8), value + 8
-                    if stored == saturated:
-                        stored, value = _number(raw, value, 8), value + 8
-                    if offset == saturated:
-                        offset = _number(raw, value, 8)
-                    break
+            needed = 8 * (int(stored == saturated) + int(size == saturated) + int(offset == saturated))
+            field, fields_end = at + 46 + name_length, at + 46 + name_length + extra
+            while field + 4 <= fields_end and _number(raw, field, 2) != 1:
                 field += 4 + _number(raw, field + 2, 2)
+            if field + 4 + needed > fields_end or _number(raw, field + 2, 2) < needed:
+                return i, at
+            value = field + 4  # zip64: only what is saturated, in this order
+            if size == saturated:
+                size, value = _number(raw, value, 8), value + 8
+            if stored == saturated:
+                stored, value = _number(raw, value, 8), value + 8
+            if offset == saturated:
+                offset = _number(raw, value, 8)
         member.stored, member.size, member.offset = stored, size, offset + shift
         at = following
-    return members.size
+    return members.size, at
 
 
 # Map file -----------------------------------------------------------------------------------------------------------
@@ -219,7 +239,7 @@ def _parse_line(text, start, end, row):  # type: ignore[no-untyped-def]
     first = tab + 1
     while first < end and text[first] == 32:
         first += 1
-    if first == end or end - first > 18 or tab == start:
+    if first == end or tab == start:
         row.problem = 2
         return
     label = np.int64(0)
@@ -228,7 +248,7 @@ def _parse_line(text, start, end, row):  # type: ignore[no-untyped-def]
         if digit < 0 or digit > 9:
             row.problem = 2
             return
-        label = 10 * label + digit
+        label = min(10 * label + digit, np.int64(MAX_LABEL + 1))
     row.label = label
 
 

@@ -9,6 +9,8 @@ Images stay uint8 until then: a quarter of the memory on the way. Legend: B batc
 from __future__ import annotations
 
 import io
+import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +28,9 @@ from vitq_ray.files import one_line
 
 # An image of more pixels is refused unread: nothing that is resized to a few hundred pixels needs them.
 MAX_PIXELS = 178_956_970
+# An image that Pillow reads counts as readable, whatever it remarks on (odd EXIF, many pixels); what it cannot read is
+# an exception. Set here once: switching warnings off around each call is not safe in threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -51,9 +56,12 @@ class EvalTransform(Config):
     crop_pct: float | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "mean", tuple(self.mean))  # JSON has lists
+        object.__setattr__(self, "std", tuple(self.std))
         require_int("image size", self.size, 1)
         require_choice("interpolation", self.interpolation, INTERPOLATIONS)
-        if len(self.mean) != 3 or len(self.std) != 3 or not all(s > 0 for s in self.std):
+        finite = all(map(math.isfinite, (*self.mean, *self.std)))
+        if len(self.mean) != 3 or len(self.std) != 3 or not finite or not all(s > 0 for s in self.std):
             raise InputError(f"mean, std: expected three numbers each, std > 0, got {self.mean} and {self.std}")
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
             raise InputError(f"crop_pct: expected a number in (0, 1], got {self.crop_pct!r}")
@@ -76,6 +84,7 @@ class EvalTransform(Config):
         return image.crop((left, top, left + self.size, top + self.size))
 
     def _resize_to(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
+        _check_pixels(*size)  # with crop_pct, a very long image becomes a very large one
         return image if image.size == size else image.resize(size, INTERPOLATIONS[self.interpolation])
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -89,13 +98,17 @@ def load_rgb(data: bytes) -> Image.Image:
     """Decode to RGB. Transparency is dropped, 16-bit greys are scaled to 8 bits; EXIF rotation is not applied, as in
     the data loaders that the checkpoints were trained with."""
     with Image.open(io.BytesIO(data)) as image:
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"{width}x{height} pixels, more than the {MAX_PIXELS} allowed (decompression bomb?)")
+        _check_pixels(*image.size)
         image.load()
+        image.info.pop("transparency", None)  # Pillow would warn that it is dropped
         if image.mode in ("I", "I;16", "I;16B", "I;16L"):
             return Image.fromarray((np.asarray(image, np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
         return image.convert("RGB")
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width}x{height} pixels, more than the {MAX_PIXELS} allowed (decompression bomb?)")
 
 
 @contextmanager
