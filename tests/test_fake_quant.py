@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vitq_ray.quant.fake_quant import fake_quantize, integer_range
+from vitq_ray.quant.fake_quant import _native_forward, fake_quantize, integer_range, scale_of
 
 BITS = range(2, 9)
 
@@ -29,6 +29,16 @@ def test_per_row_equals_per_tensor_on_each_row(bits: int) -> None:
     amax = weight.abs().amax(dim=1, keepdim=True) * 0.8
     rows = torch.stack([fake_quantize(row, a.squeeze(), bits) for row, a in zip(weight, amax, strict=True)])
     assert torch.equal(fake_quantize(weight, amax, bits, axis=0), rows)
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+@pytest.mark.parametrize("bits", BITS)
+def test_equals_pytorchs_kernel_bit_for_bit(bits: int, axis: int | None) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    x = torch.randn(300, 200, generator=generator)
+    amax = torch.rand(() if axis is None else (x.shape[axis],), generator=generator) * 3 + 0.01
+    native = _native_forward(x, scale_of(amax, bits), integer_range(bits), axis)
+    assert torch.equal(fake_quantize(x, amax, bits, axis), native)
 
 
 def test_range_at_8_bits_includes_minus_128() -> None:
