@@ -6,6 +6,7 @@ import importlib.util
 import io
 import sys
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
+from vitq_ray.cluster import cluster
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.models import google_arrays
 from vitq_ray.quant.vit import quantize_vit
@@ -134,3 +136,10 @@ def load_script(name: str) -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One small Ray for all tests that need it."""
+    with cluster(num_cpus=2, object_store_bytes=300_000_000, dashboard=False):
+        yield

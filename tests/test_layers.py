@@ -26,11 +26,17 @@ ORDER = (
     "data.samples",
     "data.transforms",
     "data.loader",
+    "data.source",
     "calibrate",
     "evaluate",
+    "search_space",
+    "run_folder",
+    "live",
     "cli",
+    "cluster",
+    "search",
 )
-MAY_IMPORT_RAY: frozenset[str] = frozenset()
+MAY_IMPORT_RAY = frozenset({"data.source", "cluster", "search"})
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
     for path in PACKAGE.rglob("*.py")

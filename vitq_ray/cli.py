@@ -144,6 +144,14 @@ def track(items: Iterable[T], total: int, label: str) -> Iterable[T]:
     return rich.progress.track(items, label, total, disable=not sys.stdout.isatty(), transient=True)
 
 
+def add_search_options(parser: Parser) -> None:
+    """Where and how a search runs on Ray."""
+    parser.add("--max-trials-in-flight", type=number(int, 1), help="trials at once; default: as many as fit")
+    parser.add("--threads-per-trial", type=number(int, 1), default=1, help="CPUs of one trial")
+    parser.add("--ray-address", help="host:port of a Ray cluster, or auto; default: start Ray on this machine")
+    parser.add("--dashboard", action=argparse.BooleanOptionalAction, default=True, help="serve Ray's dashboard")
+
+
 class Stopwatch:
     """Seconds per named stage, for result files."""
 

@@ -33,13 +33,11 @@ MEMBER = np.dtype(
 )
 LINE = np.dtype(
     [
-        ("number", np.int64),  # in the file, from 1
-        ("line_start", np.int64),
-        ("line_length", np.int64),
-        ("start", np.int64),  # of the path
-        ("length", np.int32),
-        ("label", np.int64),
-        ("problem", np.int32),
+        ("start", np.int64),  # of the line and of the path
+        ("line_length", np.int32),
+        ("length", np.int32),  # of the path
+        ("label", np.uint32),
+        ("problem", np.uint8),
     ]
 )
 FINE, NO_TAB, BAD_LABEL = 0, 1, 2
@@ -131,7 +129,7 @@ def zip_directory(archive: str, raw: Bytes, end: Directory) -> npt.NDArray[np.vo
         raise InputError(f"{archive}: corrupt directory: its {end.count} members take {read} of its {len(raw)} bytes")
     _check_places(archive, raw, members, end.offset)
     ends_in_slash = raw[members["name_start"] + members["name_length"].astype(np.int64) - 1] == ord("/")
-    return members[~ends_in_slash]
+    return members[~ends_in_slash] if ends_in_slash.any() else members
 
 
 def _check_places(archive: str, raw: Bytes, members: npt.NDArray[np.void], limit: int) -> None:
@@ -204,14 +202,18 @@ def map_lines(text: Bytes) -> npt.NDArray[np.void]:
     return lines[: _parse_map(text, lines)]
 
 
+def line_number(text: Bytes, line: np.void) -> int:
+    """Of a row of LINE, in the file, from 1."""
+    return int((text[: int(line["start"])] == ord("\n")).sum()) + 1
+
+
 @numba.njit(cache=True)
 def _parse_map(text, lines):  # type: ignore[no-untyped-def]
-    rows, number, start = 0, 0, 0
+    rows, start = 0, 0
     while start < text.size:
         end = start
         while end < text.size and text[end] != 10:
             end += 1
-        number += 1
         last = end
         while last > start and (text[last - 1] == 13 or text[last - 1] == 32):
             last -= 1
@@ -220,7 +222,7 @@ def _parse_map(text, lines):  # type: ignore[no-untyped-def]
             blank &= text[k] == 32 or text[k] == 9
         if not blank:
             row = lines[rows]
-            row.number, row.line_start, row.line_length = number, start, last - start
+            row.start, row.line_length = start, last - start
             _parse_line(text, start, last, row)
             rows += 1
         start = end + 1
@@ -235,7 +237,7 @@ def _parse_line(text, start, end, row):  # type: ignore[no-untyped-def]
     if tab < start:
         row.problem = 1
         return
-    row.start, row.length = start, tab - start
+    row.length = tab - start
     first = tab + 1
     while first < end and text[first] == 32:
         first += 1
@@ -269,12 +271,12 @@ def match_names(
     counts, as in `zipfile`. Names of members without the UTF-8 flag match as UTF-8 bytes, which most tools write, or
     as code page 437, which the standard says.
     """
-    hashes = _hashes(raw, members["name_start"] + skip, members["name_length"].astype(np.int64) - skip)
+    hashes = _hashes(raw, members["name_start"], members["name_length"], skip)
     order = np.argsort(hashes, kind="stable")
-    wanted = _hashes(text, start, length.astype(np.int64))
-    place = np.searchsorted(hashes[order], wanted, side="right") - 1
-    rows = np.where(place >= 0, order[np.maximum(place, 0)], -1)
-    rows = _confirmed(rows, text, start, length, raw, members["name_start"], members["name_length"], skip)
+    hashes = hashes[order]
+    place = np.searchsorted(hashes, _hashes(text, start, length, 0), side="right") - 1
+    del hashes
+    rows = _confirmed(order, place, text, start, length, raw, members["name_start"], members["name_length"], skip)
     missing = np.flatnonzero(rows < 0)
     if len(missing):
         old = _code_page_437(raw, members, skip)
@@ -329,32 +331,33 @@ def _gather(data, start, length, out):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def _hashes(data, start, length):  # type: ignore[no-untyped-def]
-    """FNV-1a, 64 bits, of every slice; slices of negative length (names shorter than the skip) hash as empty."""
+def _hashes(data, start, length, skip):  # type: ignore[no-untyped-def]
+    """FNV-1a, 64 bits, of every slice but for its first `skip` bytes; shorter ones hash as empty."""
     out = np.empty(start.size, np.uint64)
     prime = np.uint64(0x100000001B3)
     for i in range(start.size):
         value = np.uint64(0xCBF29CE484222325)
-        for k in range(length[i]):
+        for k in range(skip, length[i]):
             value = (value ^ np.uint64(data[start[i] + k])) * prime
         out[i] = value
     return out
 
 
 @numba.njit(cache=True)
-def _confirmed(rows, text, start, length, raw, name_start, name_length, skip):  # type: ignore[no-untyped-def]
-    out = rows.copy()
-    for i in range(rows.size):
-        row = rows[i]
-        if row < 0:
+def _confirmed(order, place, text, start, length, raw, name_start, name_length, skip):  # type: ignore[no-untyped-def]
+    """`order[place]` where the names are the same indeed, else -1."""
+    out = np.full(place.size, -1, np.int64)
+    for i in range(place.size):
+        if place[i] < 0:
             continue
+        row = order[place[i]]
         same = np.int64(name_length[row]) - skip == length[i]
         k = 0
         while same and k < length[i]:
             same = text[start[i] + k] == raw[name_start[row] + skip + k]
             k += 1
-        if not same:
-            out[i] = -1
+        if same:
+            out[i] = row
     return out
 
 

@@ -1,0 +1,14 @@
+"""Which calibrator, how much of it, from how many images, in which of FasterTransformer's modes: 48 settings.
+
+python scripts/tune_calib.py --search-space search_spaces/calib.py
+python scripts/tune_calib.py --search-space search_spaces/calib.py --wprec 4 --aprec 4
+"""
+
+from vitq_ray.search_space import percentiles
+
+SPACE = {
+    "mode": ("ft1", "ft2"),
+    "calibrator": ("max", "mse", "entropy", "percentile"),
+    "percentile": percentiles(99, 99.9999, 5),
+    "num_batches": (2, 8, 32),
+}

@@ -1,0 +1,221 @@
+"""Batches in a given order, decoded by Ray Data's workers: `loader.iter_batches` on a cluster, image for image.
+
+    ids -> contiguous runs -> one read task each, in parallel -> blocks of rows, in the order of ids -> batches
+    index -> object store, once -> mapped without a copy by every worker, which opens the archive once
+
+A task gets its run of ids and a reference: the index itself is never in a closure. A broken image is a row like any
+other, with zeros for pixels and its reason in the column `error`. So nothing is lost or reordered on the way, and the
+driver raises the error, or skips the image and lists it, exactly where the threads of `iter_batches` would. Images
+are never collected: Ray Data stops reading while `_AHEAD_BYTES` of them wait for the consumer.
+
+Needs a running Ray; several nodes need a path that all of them see, or an `s3://` URI.
+Legend: B images of a batch, S image size in pixels.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import ray
+import torch
+from pyarrow import fs
+from ray.data import DataContext, Dataset, Datasource, ExecutionOptions, ExecutionResources, ReadTask
+from ray.data.block import Block, BlockAccessor, BlockMetadata
+from ray.exceptions import RayTaskError
+
+from vitq_ray.config import InputError, require_choice, require_int
+from vitq_ray.data.loader import ON_BAD_IMAGE, Batch
+from vitq_ray.data.samples import BadImageError, Ids, SampleIndex
+from vitq_ray.data.transforms import EvalTransform
+from vitq_ray.files import resolve
+
+# A task of Ray costs about as much as decoding one photo: a block is many images, but few enough that the first one
+# comes soon, and small enough that a store of a few hundred megabytes holds several.
+_BLOCK_IMAGES = 64
+_BLOCK_BYTES = 16 << 20
+_AHEAD_BYTES = 512 << 20  # of decoded images that wait for the consumer; less where the object store is small
+
+Columns = dict[str, npt.NDArray[Any]]
+
+
+def share(index: SampleIndex) -> ray.ObjectRef[SampleIndex]:
+    """Put an index into the object store, for several passes over it (`shared=` below)."""
+    return ray.put(index)
+
+
+class SampleDatasource(Datasource):
+    """The images of `ids` as a Ray Data source: one row per id, in that order within and across read tasks.
+
+    Columns: `image` uint8 (S, S, 3), `label` int64, `sample_id` int64, `error` string. A row with a non-empty `error`
+    is an image that could not be read (its BadImageError's message); its pixels are zeros and must not be used.
+    """
+
+    def __init__(self, shared: ray.ObjectRef[SampleIndex], ids: Ids, transform: EvalTransform) -> None:
+        super().__init__()
+        self._shared = shared
+        self._ids = ids
+        self._transform = transform
+
+    def estimate_inmemory_data_size(self) -> int:
+        return len(self._ids) * _image_bytes(self._transform)
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
+    ) -> list[ReadTask]:
+        """At most `parallelism` tasks, none of them empty, whose runs of ids differ in length by at most one."""
+        runs = np.array_split(self._ids, max(1, min(parallelism, len(self._ids))))
+        return [self._read_task(run, per_task_row_limit) for run in runs if len(run)]
+
+    def _read_task(self, run: Ids, row_limit: int | None) -> ReadTask:
+        size = len(run) * _image_bytes(self._transform)
+        metadata = BlockMetadata(num_rows=len(run), size_bytes=size, exec_stats=None, input_files=None)
+        return ReadTask(partial(_read_block, self._shared, self._transform, run), metadata, None, row_limit)
+
+
+def stream_batches(
+    index: SampleIndex,
+    ids: Iterable[int],
+    transform: EvalTransform,
+    batch_size: int,
+    on_bad_image: str = "error",
+    bad_images: list[tuple[str, str]] | None = None,
+    shared: ray.ObjectRef[SampleIndex] | None = None,
+    num_blocks: int | None = None,
+    num_cpus: float = 1,
+) -> Iterator[Batch]:
+    """The images of `ids`, in that order, in full batches; the last one may be smaller. As `loader.iter_batches`.
+
+    A broken image is an error (BadImageError), or with `on_bad_image="skip"` left out and appended to `bad_images`
+    as (address, reason); later images then move up. Closing the iterator stops the workers.
+
+    Args:
+        shared: what `share(index)` returned, so that further passes neither copy the index nor reopen its archive.
+        num_blocks: read tasks in all; by default as many as make blocks of a convenient size.
+        num_cpus: CPUs that Ray reserves for each read task; tasks run only while CPUs are free.
+    """
+    require_int("batch size", batch_size, 1)
+    require_choice("on bad image", on_bad_image, ON_BAD_IMAGE)
+    wanted = np.fromiter(ids, np.int64)
+    if num_blocks is None:
+        num_blocks = _num_blocks(len(wanted), transform)
+    require_int("number of blocks", num_blocks, 0 if len(wanted) == 0 else 1)
+    if len(wanted) == 0:
+        return
+    source = SampleDatasource(share(index) if shared is None else shared, wanted, transform)
+    with closing(_columns(_dataset(source, min(num_blocks, len(wanted)), num_cpus))) as blocks:
+        good = (_good_rows(index, block, on_bad_image, bad_images) for block in blocks)
+        yield from _rebatch(good, batch_size)
+
+
+# Workers ------------------------------------------------------------------------------------------------------------
+
+
+def _read_block(shared: ray.ObjectRef[SampleIndex], transform: EvalTransform, run: Ids) -> list[Block]:
+    index = _local_index(shared)
+    images = np.zeros((len(run), transform.size, transform.size, 3), np.uint8)
+    errors = [""] * len(run)
+    for row, sample_id in enumerate(run.tolist()):
+        try:
+            images[row] = transform.decode(index.read(sample_id), index.where(sample_id))
+        except BadImageError as error:
+            errors[row] = str(error)
+    labels = index.labels[run].astype(np.int64)
+    columns = {"image": images, "label": labels, "sample_id": run, "error": np.array(errors)}
+    return [BlockAccessor.batch_to_arrow_block(columns)]
+
+
+@lru_cache(maxsize=2)  # train and val; their arrays lie in the object store
+def _local_index(shared: ray.ObjectRef[SampleIndex]) -> SampleIndex:
+    """This process's view of a shared index: one for all its tasks, so that the archive is opened once.
+
+    A node that does not have the archive is an error of the set-up: were it taken for a lot of broken images, `skip`
+    would leave out whatever that node was to read.
+    """
+    index: SampleIndex = ray.get(shared)
+    filesystem, path = resolve(index.source)
+    if filesystem.get_file_info(path).type == fs.FileType.NotFound:
+        raise InputError(
+            f"{index.source}: not there on node {socket.gethostname()}; expected a path that all nodes see, or a URI"
+        )
+    return index
+
+
+# Driver -------------------------------------------------------------------------------------------------------------
+
+
+def _num_blocks(num_images: int, transform: EvalTransform) -> int:
+    return -(-num_images // max(1, min(_BLOCK_IMAGES, _BLOCK_BYTES // _image_bytes(transform))))
+
+
+def _image_bytes(transform: EvalTransform) -> int:
+    return 3 * transform.size**2
+
+
+def _dataset(source: SampleDatasource, num_blocks: int, num_cpus: float) -> Dataset:
+    dataset = ray.data.read_datasource(source, override_num_blocks=num_blocks, num_cpus=num_cpus)
+    context = dataset.context  # this data set's own copy
+    context.execution_options = ExecutionOptions(
+        resource_limits=ExecutionResources.for_limits(object_store_memory=_AHEAD_BYTES), preserve_order=True
+    )
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    return dataset
+
+
+def _columns(dataset: Dataset) -> Generator[Columns, None, None]:
+    """The blocks as they come. An InputError of a worker is raised as that, without Ray's wrapping."""
+    blocks: Any = iter(dataset.iter_batches(batch_size=None, batch_format="numpy"))
+    try:
+        with closing(blocks):
+            yield from blocks
+    except RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            raise error.cause from None
+        raise
+
+
+def _good_rows(
+    index: SampleIndex, block: Columns, on_bad_image: str, bad_images: list[tuple[str, str]] | None
+) -> Columns:
+    bad = np.flatnonzero(block["error"] != "")
+    if len(bad) == 0:
+        return block
+    if on_bad_image == "error":
+        raise BadImageError(block["error"][bad[0]])
+    if bad_images is not None:
+        bad_images += [(index.where(int(block["sample_id"][i])), block["error"][i]) for i in bad]
+    return {name: np.delete(column, bad, axis=0) for name, column in block.items()}
+
+
+def _rebatch(blocks: Iterable[Columns], batch_size: int) -> Iterator[Batch]:
+    """Blocks of any length as batches of `batch_size` rows, in order; the last one may be smaller."""
+    waiting: list[Columns] = []
+    rows = 0
+    for block in blocks:
+        waiting.append(block)
+        rows += len(block["label"])
+        if rows < batch_size:
+            continue
+        joined = _join(waiting)
+        full = rows // batch_size * batch_size
+        yield from (_batch(joined, start, start + batch_size) for start in range(0, full, batch_size))
+        waiting = [{name: column[full:] for name, column in joined.items()}]
+        rows -= full
+    if rows:
+        yield _batch(_join(waiting), 0, rows)
+
+
+def _join(blocks: list[Columns]) -> Columns:
+    names = ("image", "label", "sample_id")
+    return {name: np.concatenate([block[name] for block in blocks]) for name in names}
+
+
+def _batch(columns: Columns, start: int, end: int) -> Batch:
+    # A copy per batch: blocks of Ray are read-only, and a slice would keep the whole block alive.
+    return Batch(*(torch.from_numpy(columns[name][start:end].copy()) for name in ("image", "label", "sample_id")))
