@@ -16,6 +16,7 @@ $(STAMP): pyproject.toml
 
 tune: install
 	$(BIN)/python scripts/tune_calib.py
+	$(BIN)/python scripts/tune_calib.py --wprec 4 --aprec 4
 
 test: install
 	$(BIN)/python -m pytest

@@ -251,7 +251,7 @@ def _race(
             folder.append("result", name=name, **counts, top5_correct=evaluation.top5_correct, seconds=seconds)
             table.add(name, evaluation, seconds)
 
-        run_trials(shared, list(scales), images, search.resources, folder.path / "ray", on_result)
+        run_trials(shared, list(scales), images, search.resources, folder.path / ".tune", on_result)
 
 
 def report_winner(

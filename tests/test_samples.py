@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import tempfile
+import tracemalloc
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,6 +23,7 @@ from torchvision.datasets import ImageFolder
 
 from tests.test_tables import FOLDER, Member, zip_bytes
 from vitq_ray.config import InputError
+from vitq_ray.data import samples
 from vitq_ray.data.samples import (
     BadImageError,
     SampleIndex,
@@ -32,6 +35,7 @@ from vitq_ray.data.samples import (
     split_halves,
     split_thirds,
 )
+from vitq_ray.files import resolve
 
 CLOTHING = Path(__file__).resolve().parents[2] / "shared" / "data" / "clothing-zip"
 STORED = Member(b"cat/1.jpg", b"a stored image")
@@ -176,17 +180,22 @@ def outcome(root: Path, data: bytes) -> str:
     try:
         index = open_split(str(root), "train")
     except InputError as error:
-        assert str(error).startswith(str(root))
-        assert "\n" not in str(error)
-        return "refused"
-    found = "whole"
-    for i, member in enumerate(MEMBERS):
-        try:
-            assert index.read(i) == member.data
-        except BadImageError as error:
-            assert str(error).startswith(f"{root}/train.zip!{member.name.decode()}: ")
-            found = "bad image"
-    return found
+        message = str(error)
+        beginning, kind = str(root), "refused"
+    else:
+        message = beginning = ""
+        kind = "whole"
+        for i, member in enumerate(MEMBERS):
+            try:
+                found = index.read(i)
+            except BadImageError as error:
+                message = str(error)
+                beginning, kind = f"{root}/train.zip!{member.name.decode()}: ", "bad image"
+            else:
+                assert found == member.data
+    assert message.startswith(beginning)
+    assert "\n" not in message
+    return kind
 
 
 WIDE = [replace(m, zip64=("size", "stored", "offset")) for m in MEMBERS]
@@ -237,9 +246,13 @@ def test_garbage_instead_of_deflated_bytes(tmp_path: Path) -> None:
 
 
 def test_a_bomb_stops_at_the_promised_size(tmp_path: Path) -> None:
-    index = open_members(tmp_path, [Member(b"bomb", bytes(50_000_000), 8, size=1000)], "bomb\t0\n")
+    index = open_members(tmp_path, [Member(b"bomb", bytes(5_000_000), 8, size=1000)], "bomb\t0\n")
+    tracemalloc.start()
     with pytest.raises(BadImageError, match="inflates to more than the 1000 bytes"):
         index.read(0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1_000_000
 
 
 def test_an_archive_that_shrinks_or_goes_after_opening(tmp_path: Path) -> None:
@@ -408,6 +421,9 @@ def test_pickle_is_small_and_reads_on(tmp_path: Path) -> None:
     assert [copy.read(i) for i in (0, 17, 999)] == [b"0", b"17", b"999"]
     assert copy.fingerprint == fingerprint
     np.testing.assert_array_equal(copy.labels, index.labels)
+    for value in (index, copy):
+        with pytest.raises(ValueError, match="read-only"):
+            value.labels[0] = 1
 
 
 def test_uri_and_path_give_the_same_index(tmp_path: Path) -> None:
@@ -429,6 +445,33 @@ def test_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path)
     indices = [open_split(path, "train") for path in ("data", "./data//", "data/../data")]
     assert [index.name(0) for index in indices] == ["a/1.png"] * 3
+    monkeypatch.chdir("/")  # as a worker may have it
+    assert len({index.read(0) for index in indices}) == 1
+
+
+def test_options_of_a_uri_stay_at_its_end() -> None:
+    uri = samples._join("s3://bucket/data/?region=us-east-1&scheme=http", "val.zip")
+    assert uri == "s3://bucket/data/val.zip?region=us-east-1&scheme=http"
+    filesystem, path = resolve(uri)
+    assert (filesystem.region, path) == ("us-east-1", "bucket/data/val.zip")
+    assert samples._join("/data/what?", "val.zip") == "/data/what?/val.zip"
+
+
+def test_a_file_system_is_made_once_not_for_every_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path, "train/a/1.png", "train/b/2.png")
+    index, calls = open_split(str(tmp_path), "train"), []
+    monkeypatch.setattr(samples, "resolve", lambda path: calls.append(path) or resolve(path))
+    assert [len(index.read(i)) for i in (0, 1, 0)] == index.sizes[[0, 1, 0]].tolist()
+    assert calls == [f"{tmp_path}/train"]
+
+
+def test_paths_that_cannot_be_looked_at(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"/a{300}/train\.zip: cannot be read: .*File name too long"):
+        open_split(f"{tmp_path}/{'a' * 300}", "train")
+    write_images(tmp_path, "train/a/1.png")
+    (Path(os.fsdecode(bytes(tmp_path) + b"/train/a/\xe9.png"))).write_bytes(b"")
+    with pytest.raises(InputError, match=r"/train: cannot be listed: 'utf-8' codec can't decode byte 0xe9"):
+        open_split(str(tmp_path), "train")
 
 
 def test_fingerprint_is_of_the_content(tmp_path: Path) -> None:
@@ -495,7 +538,7 @@ def test_calibration_ids_shuffle_by_seed() -> None:
     assert one != sorted(one)
     with pytest.raises(InputError, match=r"^calibration: needs 81 images \(batches x batch size\), the split has 80$"):
         calibration_ids(80, 81, "shuffled", 0)
-    with pytest.raises(InputError, match="^calibration order: 'sorted' is not one of shuffled, map$"):
+    with pytest.raises(InputError, match=r"^calibration order: 'sorted' is not one of shuffled, map$"):
         calibration_ids(80, 8, "sorted", 0)
 
 
@@ -540,7 +583,7 @@ def test_splits_follow_from_content_and_seed_alone(split: Callable[..., tuple[np
 
 
 def test_thirds_leave_two_images() -> None:
-    with pytest.raises(InputError, match="^calibration: needs 9 of the 10 images of val; none would be left"):
+    with pytest.raises(InputError, match=r"^calibration: needs 9 of the 10 images of val; none would be left"):
         split_thirds(np.zeros(10, int), "a" * 64, 0, 9)
 
 

@@ -95,7 +95,7 @@ def test_trials_give_what_the_driver_gives(
         results[name] = evaluation
         seconds.append(took)
 
-    run_trials(shared, list(scales), images, Resources(), tmp_path, on_result)
+    run_trials(shared, list(scales), images, Resources(), tmp_path / "tune", on_result)
     assert set(results) == {"c0", "c2", "c3"}
     for candidate in candidates:
         if candidate.same_as is None:
@@ -113,8 +113,8 @@ def test_a_trial_that_fails_is_an_error(ray_cluster: None, statistics: Calibrati
     candidates, scales = make_candidates(model, statistics, SETTINGS[:1])
     del scales["c0"]["transformer.encoder.layer.0.ffn.fc1._input_quantizer"]
     shared = share(model, geometry, image_set(), candidates, scales, EvalTransform(16), 10, Resources())
-    with pytest.raises(RuntimeError, match=r"1 of 1 trials failed; .*fc1\._input_quantizer"):
-        run_trials(shared, ["c0"], image_set(), Resources(), tmp_path, lambda *_: None)
+    with pytest.raises(RuntimeError, match=r"(?s)1 of 1 trials failed; .*fc1\._input_quantizer"):
+        run_trials(shared, ["c0"], image_set(), Resources(), tmp_path / "tune", lambda *_: None)
 
 
 def test_no_node_can_hold_a_trial(ray_cluster: None) -> None:

@@ -70,6 +70,7 @@ def cluster(
         return
     try:
         _init(address, num_cpus, object_store_bytes, dashboard)
+        _quiet()
         yield _describe()
     finally:
         ray.shutdown()
@@ -92,6 +93,12 @@ def _init(address: str | None, num_cpus: int | None, object_store_bytes: int | N
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = "a local Ray" if address is None else f"--ray-address {address}"
         raise InputError(f"{where}: cannot be started or reached: {one_line(error)}") from None
+
+
+def _quiet() -> None:
+    """What Ray says about its own doing is not what a user of a search wants to read."""
+    for name in ("ray.data", "ray.tune", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _describe() -> Cluster:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -225,6 +226,8 @@ def run_trials(
 ) -> None:
     """Evaluate the named candidates as Tune trials; `on_result` sees each evaluation as soon as it is there.
 
+    `folder` is Tune's while it works, and gone afterwards; on a cluster all nodes must see it.
+
     Raises InputError where no node can hold one trial, and RuntimeError where a trial failed.
     """
     require_room(resources)
@@ -242,7 +245,10 @@ def run_trials(
             callbacks=[_Collector(images, on_result)],
         ),
     )
-    outcome = tuner.fit()
+    try:
+        outcome = tuner.fit()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # Tune's own bookkeeping; trials.jsonl is the record
     if outcome.num_errors:
         raise RuntimeError(f"{outcome.num_errors} of {len(names)} trials failed; the first: {outcome.errors[0]}")
 

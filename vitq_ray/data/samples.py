@@ -15,6 +15,7 @@ import hashlib
 import zlib
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -24,7 +25,7 @@ from pyarrow import NativeFile, fs
 
 from vitq_ray.config import InputError, require_choice
 from vitq_ray.data import tables
-from vitq_ray.files import exists, one_line, read_bytes, resolve
+from vitq_ray.files import one_line, read_bytes, resolve
 
 SPLITS = ("train", "val")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif")
@@ -41,10 +42,10 @@ class BadImageError(InputError):
 
 @dataclass(frozen=True, eq=False)
 class SampleIndex:
-    """Where every image of a split is, and its label; a value that pickles cheaply.
+    """Where every image of a split is, and its label; a value that pickles cheaply. The arrays are read-only.
 
     Attributes:
-        source: the archive or folder that images are read from (path or URI).
+        source: the archive or folder that images are read from (absolute path or URI).
         labels: (N,) int32.
         names: all relative paths, UTF-8, end to end, as bytes of an array; name i is
             `names[name_start[i] : name_start[i] + name_length[i]]`.
@@ -62,14 +63,20 @@ class SampleIndex:
     _file: list[NativeFile] = field(default_factory=list, repr=False)
     _lock: Any = field(default_factory=Lock, repr=False)
 
+    def __post_init__(self) -> None:
+        for value in self.__dict__.values():
+            if isinstance(value, np.ndarray):
+                value.flags.writeable = False
+
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_file", "_lock")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_file", "_lock", "_place")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _file=[], _lock=Lock())
+        self.__post_init__()  # unpickled arrays are writable
 
     @property
     def num_classes_seen(self) -> int:
@@ -107,8 +114,13 @@ class SampleIndex:
         except (OSError, zlib.error) as error:
             raise BadImageError(f"{self.where(i)}: cannot be read: {one_line(error)}") from None
 
+    @cached_property
+    def _place(self) -> tuple[fs.FileSystem, str]:
+        # Kept: a client of S3 for every image would cost more than the image.
+        return resolve(self.source)
+
     def _read_file(self, i: int) -> bytes:
-        filesystem, root = resolve(self.source)
+        filesystem, root = self._place
         with filesystem.open_input_file(f"{root}/{self.name(i)}") as file:
             return file.read()
 
@@ -144,14 +156,15 @@ class SampleIndex:
         if not self._file:
             with self._lock:
                 if not self._file:
-                    filesystem, path = resolve(self.source)
+                    filesystem, path = self._place
                     self._file.append(filesystem.open_input_file(path))
         return self._file[0].read_at(length, offset)
 
 
 def has_split(data_path: str, split: str) -> bool:
     """Whether `data_path` has `<split>.zip` or a folder `<split>`."""
-    return exists(f"{_root(data_path)}/{split}.zip") or _is_folder(f"{_root(data_path)}/{split}")
+    root = _root(data_path)
+    return _kind(_join(root, f"{split}.zip")) == fs.FileType.File or _is_folder(_join(root, split))
 
 
 def open_split(data_path: str, split: str, num_classes: int | None = None) -> SampleIndex:
@@ -167,9 +180,9 @@ def open_split(data_path: str, split: str, num_classes: int | None = None) -> Sa
     """
     require_choice("split", split, SPLITS)
     root = _root(data_path)
-    if exists(f"{root}/{split}.zip"):
-        return _open_zip(f"{root}/{split}.zip", f"{root}/{split}_map.txt", num_classes)
-    if _is_folder(f"{root}/{split}"):
+    if _kind(_join(root, f"{split}.zip")) == fs.FileType.File:
+        return _open_zip(_join(root, f"{split}.zip"), _join(root, f"{split}_map.txt"), num_classes)
+    if _is_folder(_join(root, split)):
         return _open_folder(root, split, num_classes)
     raise InputError(
         f"{data_path}: has no {split} split; expected {split}.zip with {split}_map.txt, or a folder {split}"
@@ -177,12 +190,26 @@ def open_split(data_path: str, split: str, num_classes: int | None = None) -> Sa
 
 
 def _root(data_path: str) -> str:
-    return data_path.rstrip("/") or "/"
+    """Absolute, so that an index can be read in a process with another working directory."""
+    return data_path if "://" in data_path else str(Path(data_path).expanduser().absolute())
+
+
+def _join(root: str, name: str) -> str:
+    """`root/name`; what a URI has after its `?` (`s3://bucket/data?region=…`) stays at its end."""
+    base, mark, query = root.partition("?") if "://" in root else (root, "", "")
+    return f"{base.rstrip('/')}/{name}{mark}{query}"
+
+
+def _kind(path: str) -> fs.FileType:
+    filesystem, inner = resolve(path)
+    try:
+        return filesystem.get_file_info(inner).type
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {one_line(error)}") from None
 
 
 def _is_folder(path: str) -> bool:
-    filesystem, inner = resolve(path)
-    return bool(filesystem.get_file_info(inner).type == fs.FileType.Directory)
+    return bool(_kind(path) == fs.FileType.Directory)
 
 
 # Zip layout ---------------------------------------------------------------------------------------------------------
@@ -285,27 +312,24 @@ def _check_members(
 
 
 def _open_folder(root: str, split: str, num_classes: int | None) -> SampleIndex:
-    classes = _class_names(root, "train" if _is_folder(f"{root}/train") else split)
+    folder, of_train = _join(root, split), _join(root, "train")
+    classes = _class_names(of_train if _is_folder(of_train) else folder)
     if num_classes is not None and len(classes) > num_classes:
         raise InputError(f"{root}: {len(classes)} class folders, but the model has {num_classes} classes")
     number = {name: label for label, name in enumerate(classes)}
     labels, names, sizes = [], [], []
-    for name, size in _image_files(root, split):
+    for name, size in _image_files(folder):
         label = number.get(name.split("/", 1)[0])
         if label is None:
-            raise InputError(
-                f"{root}/{split}/{name}: its class is not among the {len(classes)} folders of {root}/train"
-            )
+            raise InputError(f"{folder}/{name}: its class is not among the {len(classes)} folders of {of_train}")
         labels.append(label)
         names.append(name.encode())
         sizes.append(size)
     if not names:
-        raise InputError(
-            f"{root}/{split}: no images; expected {split}/<class>/*.jpg (or {', '.join(IMAGE_SUFFIXES[1:])})"
-        )
+        raise InputError(f"{folder}: no images; expected {split}/<class>/*.jpg (or {', '.join(IMAGE_SUFFIXES[1:])})")
     lengths = np.array([len(name) for name in names], np.int32)
     return SampleIndex(
-        source=f"{root}/{split}",
+        source=folder,
         labels=np.array(labels, np.int32),
         names=np.frombuffer(b"".join(names), np.uint8),
         name_start=np.concatenate([[0], np.cumsum(lengths[:-1], dtype=np.int64)]),
@@ -314,23 +338,23 @@ def _open_folder(root: str, split: str, num_classes: int | None) -> SampleIndex:
     )
 
 
-def _list(path: str, recursive: bool) -> list[fs.FileInfo]:
-    filesystem, inner = resolve(path)
+def _list(folder: str, kind: fs.FileType, recursive: bool) -> list[tuple[str, int]]:
+    """(path below the folder, bytes) of everything of a kind in it."""
+    filesystem, inner = resolve(folder)
     try:
-        return list(filesystem.get_file_info(fs.FileSelector(inner, recursive=recursive)))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be listed: {one_line(error)}") from None
+        found = filesystem.get_file_info(fs.FileSelector(inner, recursive=recursive))
+        return [(e.path[len(inner) :].lstrip("/"), e.size) for e in found if e.type == kind]
+    except (OSError, UnicodeDecodeError) as error:  # the latter for names that are not UTF-8
+        raise InputError(f"{folder}: cannot be listed: {one_line(error)}") from None
 
 
-def _class_names(root: str, split: str) -> list[str]:
-    return sorted(e.base_name for e in _list(f"{root}/{split}", False) if e.type == fs.FileType.Directory)
+def _class_names(folder: str) -> list[str]:
+    return sorted(name for name, _ in _list(folder, fs.FileType.Directory, recursive=False))
 
 
-def _image_files(root: str, split: str) -> list[tuple[str, int]]:
+def _image_files(folder: str) -> list[tuple[str, int]]:
     """(path below the split, bytes) of every image in a class folder, sorted by class, then by path."""
-    _, inner = resolve(f"{root}/{split}")
-    files = [e for e in _list(f"{root}/{split}", True) if e.type == fs.FileType.File]
-    paths = ((e.path[len(inner) :].lstrip("/"), e.size) for e in files)
+    paths = _list(folder, fs.FileType.File, recursive=True)
     images = ((p, size) for p, size in paths if "/" in p and p.lower().endswith(IMAGE_SUFFIXES))
     return sorted(images, key=lambda item: (item[0].split("/", 1)[0], item[0]))
 

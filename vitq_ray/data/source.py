@@ -23,14 +23,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import ray
-import torch
 from pyarrow import fs
 from ray.data import DataContext, Dataset, Datasource, ExecutionOptions, ExecutionResources, ReadTask
 from ray.data.block import Block, BlockAccessor, BlockMetadata
 from ray.exceptions import RayTaskError
 
 from vitq_ray.config import InputError, require_choice, require_int
-from vitq_ray.data.loader import ON_BAD_IMAGE, Batch
+from vitq_ray.data.loader import ON_BAD_IMAGE, Batch, Pixels, _batch
 from vitq_ray.data.samples import BadImageError, Ids, SampleIndex
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.files import resolve
@@ -40,8 +39,6 @@ from vitq_ray.files import resolve
 _BLOCK_IMAGES = 64
 _BLOCK_BYTES = 16 << 20
 _AHEAD_BYTES = 512 << 20  # of decoded images that wait for the consumer; less where the object store is small
-
-Columns = dict[str, npt.NDArray[Any]]
 
 
 def share(index: SampleIndex) -> ray.ObjectRef[SampleIndex]:
@@ -108,9 +105,21 @@ def stream_batches(
     if len(wanted) == 0:
         return
     source = SampleDatasource(share(index) if shared is None else shared, wanted, transform)
-    with closing(_columns(_dataset(source, min(num_blocks, len(wanted)), num_cpus))) as blocks:
-        good = (_good_rows(index, block, on_bad_image, bad_images) for block in blocks)
-        yield from _rebatch(good, batch_size)
+    rows: list[tuple[int, Pixels]] = []
+    with closing(_decoded(_dataset(source, min(num_blocks, len(wanted)), num_cpus))) as decoded:
+        for sample_id, pixels in decoded:
+            if isinstance(pixels, BadImageError):
+                if on_bad_image == "error":
+                    raise pixels
+                if bad_images is not None:
+                    bad_images.append((index.where(sample_id), str(pixels)))
+                continue
+            rows.append((sample_id, pixels))
+            if len(rows) == batch_size:
+                yield _batch(index, rows)
+                rows = []
+    if rows:
+        yield _batch(index, rows)
 
 
 # Workers ------------------------------------------------------------------------------------------------------------
@@ -168,54 +177,22 @@ def _dataset(source: SampleDatasource, num_blocks: int, num_cpus: float) -> Data
     return dataset
 
 
-def _columns(dataset: Dataset) -> Generator[Columns, None, None]:
-    """The blocks as they come. An InputError of a worker is raised as that, without Ray's wrapping."""
-    blocks: Any = iter(dataset.iter_batches(batch_size=None, batch_format="numpy"))
+def _decoded(dataset: Dataset) -> Generator[tuple[int, Pixels | BadImageError], None, None]:
+    """(sample id, pixels or what was wrong with them) in order; the pixels are views of the object store."""
     try:
-        with closing(blocks):
-            yield from blocks
+        for block in _blocks(dataset):
+            names = ("sample_id", "image", "error")
+            for sample_id, pixels, error in zip(*(block[name] for name in names), strict=True):
+                yield int(sample_id), BadImageError(error) if error else pixels
     except RayTaskError as error:
-        if isinstance(error.cause, InputError):
+        if isinstance(error.cause, InputError):  # one line, without the worker's traceback
             raise error.cause from None
         raise
 
 
-def _good_rows(
-    index: SampleIndex, block: Columns, on_bad_image: str, bad_images: list[tuple[str, str]] | None
-) -> Columns:
-    bad = np.flatnonzero(block["error"] != "")
-    if len(bad) == 0:
-        return block
-    if on_bad_image == "error":
-        raise BadImageError(block["error"][bad[0]])
-    if bad_images is not None:
-        bad_images += [(index.where(int(block["sample_id"][i])), block["error"][i]) for i in bad]
-    return {name: np.delete(column, bad, axis=0) for name, column in block.items()}
-
-
-def _rebatch(blocks: Iterable[Columns], batch_size: int) -> Iterator[Batch]:
-    """Blocks of any length as batches of `batch_size` rows, in order; the last one may be smaller."""
-    waiting: list[Columns] = []
-    rows = 0
-    for block in blocks:
-        waiting.append(block)
-        rows += len(block["label"])
-        if rows < batch_size:
-            continue
-        joined = _join(waiting)
-        full = rows // batch_size * batch_size
-        yield from (_batch(joined, start, start + batch_size) for start in range(0, full, batch_size))
-        waiting = [{name: column[full:] for name, column in joined.items()}]
-        rows -= full
-    if rows:
-        yield _batch(_join(waiting), 0, rows)
-
-
-def _join(blocks: list[Columns]) -> Columns:
-    names = ("image", "label", "sample_id")
-    return {name: np.concatenate([block[name] for block in blocks]) for name in names}
-
-
-def _batch(columns: Columns, start: int, end: int) -> Batch:
-    # A copy per batch: blocks of Ray are read-only, and a slice would keep the whole block alive.
-    return Batch(*(torch.from_numpy(columns[name][start:end].copy()) for name in ("image", "label", "sample_id")))
+def _blocks(dataset: Dataset) -> Iterator[dict[str, npt.NDArray[Any]]]:
+    # Not `iter_batches`: left early, that kills the workers that are reading, and the next pass waits seconds for new
+    # ones to import everything. This iterator interrupts their tasks as soon as it is dropped.
+    for bundle in dataset.iter_internal_ref_bundles():
+        for ref in bundle.block_refs:
+            yield BlockAccessor.for_block(ray.get(ref)).to_batch_format("numpy")

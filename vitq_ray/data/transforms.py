@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,8 +31,8 @@ from vitq_ray.files import one_line
 # An image of more pixels is refused unread: nothing that is resized to a few hundred pixels needs them.
 MAX_PIXELS = 178_956_970
 # An image that Pillow reads counts as readable, whatever it remarks on (odd EXIF, many pixels); what it cannot read is
-# an exception. Set here once: switching warnings off around each call is not safe in threads.
-warnings.filterwarnings("ignore", module=r"PIL\.")
+# an exception.
+_PILLOW_FILTER = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -38,6 +40,7 @@ INTERPOLATIONS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 AUGMENTATIONS = ("none", "light", "toolkit")
+_CAN_ROTATE = ("nearest", "bilinear", "bicubic")  # with the others Pillow can only resize
 Triple = tuple[float, float, float]
 
 
@@ -97,6 +100,7 @@ class EvalTransform(Config):
 def load_rgb(data: bytes) -> Image.Image:
     """Decode to RGB. Transparency is dropped, 16-bit greys are scaled to 8 bits; EXIF rotation is not applied, as in
     the data loaders that the checkpoints were trained with."""
+    _ignore_pillow_warnings()
     with Image.open(io.BytesIO(data)) as image:
         _check_pixels(*image.size)
         image.load()
@@ -104,6 +108,13 @@ def load_rgb(data: bytes) -> Image.Image:
         if image.mode in ("I", "I;16", "I;16B", "I;16L"):
             return Image.fromarray((np.asarray(image, np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
         return image.convert("RGB")
+
+
+def _ignore_pillow_warnings() -> None:
+    """Put the filter first unless it is: later filters (`-W error`, pytest's) would turn a remark into a broken image.
+    Switching warnings off around each call instead is not safe in threads."""
+    if list(warnings.filters[:1]) != [_PILLOW_FILTER]:
+        warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def _check_pixels(width: int, height: int) -> None:
@@ -134,12 +145,13 @@ def train_transform(evaluation: EvalTransform, kind: str) -> Callable[[Image.Ima
     """
     require_choice("augmentation", kind, AUGMENTATIONS)
     if kind == "none":
-        return lambda image: evaluation.normalize(_as_batch(evaluation._resize(image)))[0]
+        return partial(_evaluation_tensor, evaluation)
     return _timm_train_transform(evaluation, kind)
 
 
-def _as_batch(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image))[None]
+def _evaluation_tensor(evaluation: EvalTransform, image: Image.Image) -> Tensor:
+    pixels = torch.from_numpy(np.array(evaluation._resize(image)))
+    return evaluation.normalize(pixels[None])[0]
 
 
 def _timm_train_transform(evaluation: EvalTransform, kind: str) -> Callable[[Image.Image], Tensor]:
@@ -152,7 +164,7 @@ def _timm_train_transform(evaluation: EvalTransform, kind: str) -> Callable[[Ima
     return create_transform(
         input_size=evaluation.size,
         is_training=True,
-        interpolation=evaluation.interpolation,
+        interpolation=evaluation.interpolation if evaluation.interpolation in _CAN_ROTATE else "bicubic",
         mean=evaluation.mean,
         std=evaluation.std,
         **settings[kind],
