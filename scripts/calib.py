@@ -26,10 +26,10 @@ from vitq_ray.calibrate import CalibrationStatistics, apply_setting, collect_sta
 from vitq_ray.checkpoint import Sidecar, save_calibrated
 from vitq_ray.config import InputError, QuantSetting
 from vitq_ray.data.loader import Batch, iter_batches
-from vitq_ray.data.samples import SampleIndex, calibration_ids, has_split, open_split
+from vitq_ray.data.samples import SampleIndex, calibration_ids, has_split, open_split, require_images
 from vitq_ray.data.transforms import EvalTransform
-from vitq_ray.evaluate import Evaluation, evaluate, float_sanity_problem
-from vitq_ray.files import write_json
+from vitq_ray.evaluate import Evaluation, evaluate, sanity_problem
+from vitq_ray.files import output_folder, write_json
 from vitq_ray.models import LoadedModel, load_model
 from vitq_ray.quant.modes import WEIGHT
 from vitq_ray.quant.quantizer import State
@@ -75,7 +75,7 @@ class Job:
 
 
 def prepare(args: argparse.Namespace) -> Job:
-    """Check every option and open every file before the first second is spent computing."""
+    """Check every option, open every file and make the output folder before a second is spent computing."""
     cli.apply_sample_defaults(args)
     setting, device = cli.setting_from(args), cli.device_from(args)
     split = args.calib_split or ("train" if has_split(args.data_path, "train") else "val")
@@ -83,10 +83,10 @@ def prepare(args: argparse.Namespace) -> Job:
     classes = loaded.geometry.num_classes
     val = open_split(args.data_path, "val", classes)
     calib = val if split == "val" else open_split(args.data_path, split, classes)
-    needed = args.num_calib_batch * args.calib_batchsz
-    calibration_ids(len(calib), needed, args.calib_order, args.seed)  # enough images?
+    require_images(len(calib), args.num_calib_batch * args.calib_batchsz)
+    output_folder(args.calib_output_path, "--calib-output-path")
     model = quantize_vit(loaded.model).to(device)
-    return Job(args, setting, loaded, model, cli.eval_transform(loaded), device, calib, split, val, [])
+    return Job(args, setting, loaded, model, cli.eval_transform(loaded, args.crop_pct), device, calib, split, val, [])
 
 
 def calibrate(job: Job) -> tuple[CalibrationStatistics, Evaluation, list[int]]:
@@ -95,21 +95,25 @@ def calibrate(job: Job) -> tuple[CalibrationStatistics, Evaluation, list[int]]:
     # Every image of the split in order, so that others move up where a broken one is skipped.
     ids = calibration_ids(len(job.calib), len(job.calib), args.calib_order, args.seed)
     batches = itertools.islice(job.batches(job.calib, ids, args.calib_batchsz), args.num_calib_batch)
-    seen: list[Batch] = []
+    seen: list[tuple[Tensor, Tensor]] = []  # labels and sample ids of every batch
     judged: list[Evaluation] = []
 
     def inputs() -> Iterator[tuple[int, Tensor]]:
         for index, batch in enumerate(cli.track(batches, args.num_calib_batch, "calibrate")):
-            seen.append(batch)
-            yield index, job.to_input(batch.images)
+            if len(batch.labels) == args.calib_batchsz:
+                seen.append((batch.labels, batch.sample_ids))
+                yield index, job.to_input(batch.images)
 
     def judge(index: int, logits: Tensor) -> None:
-        judged.append(Evaluation.of_logits(logits, seen[index].labels, seen[index].sample_ids))
+        judged.append(Evaluation.of_logits(logits, *seen[index]))
 
     statistics = collect_statistics(job.model, inputs(), [args.num_calib_batch], on_batch=judge)
-    used = [int(i) for batch in seen for i in batch.sample_ids]
-    if len(used) < args.num_calib_batch * args.calib_batchsz:
-        raise InputError(f"calibration: only {len(used)} readable images in the {job.calib_split} split")
+    used = [int(i) for _, ids in seen for i in ids]
+    if len(seen) < args.num_calib_batch:
+        raise InputError(
+            f"calibration: {args.num_calib_batch} batches of {args.calib_batchsz} asked for, the readable images of "
+            f"{job.calib_split} make {len(seen)}"
+        )
     return statistics, Evaluation.concatenate(judged), used
 
 
@@ -122,7 +126,7 @@ def evaluate_all(job: Job) -> Evaluation:
 
 
 def print_summary(model: nn.Module) -> None:
-    """Every quantizer: site, bits, axis, amax, on or off; then the share of block weights that are quantized."""
+    """Every quantizer: site, bits, axis, amax, on or off; then the share of all weights that are quantized."""
     print(f"{'site':<70} {'bits':>4} {'axis':>10} {'amax':>23}  state")
     for key, _, quantizer in sites_of(model):
         axis = "per tensor" if quantizer.axis is None else f"axis {quantizer.axis}"
@@ -159,8 +163,10 @@ def result_of(job: Job, evaluation: Evaluation, on_calib: Evaluation, used: list
             "sample_ids": used,
             "images_also_evaluated": len(used) if job.calib_split == "val" else 0,
             "float_top1": on_calib.top1,
+            "data_fingerprint": job.calib.fingerprint,
         },
-        "bad_images": [{"image": name, "reason": reason} for name, reason in job.bad_images],
+        "bad_images": cli.bad_image_rows(job.bad_images),
+        "options": vars(args),
         "weights_fingerprint": job.loaded.fingerprint,
         "data_fingerprint": job.val.fingerprint,
         "versions": cli.versions(),
@@ -179,6 +185,7 @@ def sidecar_of(job: Job, result: dict[str, Any]) -> Sidecar:
         weights_fingerprint=loaded.fingerprint,
         data_fingerprint=job.val.fingerprint,
         seed=job.args.seed,
+        crop_pct=job.args.crop_pct,
         calibration={k: v for k, v in result["calibration"].items() if k != "sample_ids"},
         accuracy={key: result[key] for key in keys},
         versions=result["versions"],
@@ -192,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         job = prepare(args)
     with watch.stage("calibrate"):
         statistics, on_calib, used = calibrate(job)
-    if problem := float_sanity_problem(on_calib):
+    if problem := sanity_problem(on_calib, job.loaded.geometry.num_classes):
         cli.warn(f"{problem} (measured on the calibration images)")
     with watch.stage("scales"):
         amax = apply_setting(job.model, statistics, job.setting)
@@ -201,6 +208,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         cli.warn(f"{site}: amax is 0, this tensor quantizes to zeros")
     with watch.stage("evaluate"):
         evaluation = evaluate_all(job)
+    if evaluation.images == 0:
+        raise InputError(f"{args.data_path}: no readable image in val")
     result = result_of(job, evaluation, on_calib, used)
     result["degenerate_sites"] = degenerate_sites(amax)
     folder = Path(args.calib_output_path)
@@ -218,8 +227,7 @@ def report(job: Job, evaluation: Evaluation, path: Path, watch: cli.Stopwatch) -
     )
     if job.calib_split == "val":
         cli.warn("calibration images came from val and are among the images evaluated")
-    if job.bad_images:
-        cli.warn(f"{len(job.bad_images)} broken images were skipped; they are listed in result.json")
+    cli.warn_of_bad_images(job.bad_images)
     print(f"wrote {path}, {path.with_suffix('.json').name} and result.json")
     print("seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in watch.seconds.items()))
 

@@ -40,7 +40,7 @@ from vitq_ray.data.samples import (
 )
 from vitq_ray.data.source import stream_batches
 from vitq_ray.data.transforms import EvalTransform
-from vitq_ray.evaluate import Evaluation, evaluate, float_sanity_problem
+from vitq_ray.evaluate import Evaluation, evaluate, sanity_problem
 from vitq_ray.files import write_json
 from vitq_ray.models import LoadedModel, load_model
 from vitq_ray.quant.vit import frozen_weights, quantize_vit, quantizers_off
@@ -122,7 +122,7 @@ def prepare(args: argparse.Namespace) -> Search:
     splits = make_splits(args, split, calib, val, needed)
     resources = Resources(args.threads_per_trial, 1.0 if args.use_gpu else 0.0, args.max_trials_in_flight)
     model = quantize_vit(loaded.model).to(device)
-    transform = cli.eval_transform(loaded)
+    transform = cli.eval_transform(loaded, args.crop_pct)
     return Search(args, space, settings, loaded, model, transform, device, calib, val, splits, resources)
 
 
@@ -206,7 +206,7 @@ def select(
     kept: list[Batch] = []
     with search.watch.stage("float"):
         baseline = evaluate_float(search, search.splits.selection, kept)
-    if problem := float_sanity_problem(baseline, search.args.min_float_top1):
+    if problem := sanity_problem(baseline, search.loaded.geometry.num_classes, search.args.min_float_top1):
         raise InputError(f"{search.args.pretrained_dir}: {problem}; nothing was searched")
     print(f"float: {live.accuracy(baseline)} on the {baseline.images} selection images")
     with search.watch.stage("scales"):
@@ -276,7 +276,13 @@ def report_winner(
         weights_fingerprint=loaded.fingerprint,
         data_fingerprint=search.val.fingerprint,
         seed=args.seed,
-        calibration={"split": search.splits.calib_split, "batch_size": args.calib_batchsz},
+        crop_pct=args.crop_pct,
+        calibration={
+            "split": search.splits.calib_split,
+            "batches": winner.setting.num_batches,
+            "batch_size": args.calib_batchsz,
+            "data_fingerprint": search.calib.fingerprint,
+        },
         accuracy=counts,
         versions=cli.versions(),
     )
@@ -325,7 +331,7 @@ def finish(
             "selection": {name: results[name].summary() for name in ("float", *order)},
             "same_as": {c.name: c.same_as for c in candidates.values() if c.same_as},
             "settings": len(candidates),
-            "bad_images": [{"image": name, "reason": reason} for name, reason in search.bad_images],
+            "bad_images": cli.bad_image_rows(search.bad_images),
             "seconds": search.watch.seconds,
         }
     )

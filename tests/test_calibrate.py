@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from vitq_ray.calibrate import (
     tensor_amax,
 )
 from vitq_ray.config import InputError, QuantSetting
+from vitq_ray.quant.amax import entropy_amax, mse_amax
 from vitq_ray.quant.histogram import StatisticsError
 from vitq_ray.quant.quantizer import State
 from vitq_ray.quant.vit import observing, quantize_vit, sites_of, tensor_keys
@@ -114,8 +116,10 @@ def test_no_images(quant_vit: VisionTransformer) -> None:
 def test_non_finite_activations_name_the_site(quant_vit: VisionTransformer, images: Tensor) -> None:
     quant_vit.blocks[1].mlp.fc1.bias.data[3] = float("inf")
     site = "transformer.encoder.layer.1.ffn.fc2._input_quantizer: has NaN or infinite values"
+    quant_vit.train()
     with pytest.raises(StatisticsError, match=site):
         collect_statistics(quant_vit, numbered(images), SNAPSHOTS)
+    assert quant_vit.training
 
 
 def test_zeros_in_the_first_batch_name_the_site(quant_vit: VisionTransformer, images: Tensor) -> None:
@@ -141,6 +145,33 @@ def test_every_calibrator_gives_an_amax_within_the_range(calibrator: str, statis
         assert 0 < amax[key] <= histogram.max + histogram.width, key  # entropy: an upper bin edge
         if calibrator == "max":
             assert amax[key] == np.float32(histogram.max)
+
+
+@pytest.mark.parametrize(("calibrator", "function"), [("mse", mse_amax), ("entropy", entropy_amax)])
+def test_calibrators_work_at_the_bits_of_activations(
+    calibrator: str, function: Callable[..., np.ndarray], statistics: CalibrationStatistics
+) -> None:
+    amax = tensor_amax(statistics, QuantSetting("ft1", calibrator, None, 4, weight_bits=8, act_bits=3))
+    expected = function(statistics.after(4), 3).astype(np.float32)
+    assert [float(v) for v in amax.values()] == expected.tolist()
+    assert not np.array_equal(expected, function(statistics.after(4), 8).astype(np.float32))
+
+
+def test_incomplete_statistics_are_refused(
+    quant_vit: VisionTransformer, images: Tensor, statistics: CalibrationStatistics
+) -> None:
+    lost = collect_statistics(quant_vit, numbered(images)[:3], SNAPSHOTS)
+    assert lost.after(2) == statistics.after(2)
+    with pytest.raises(StatisticsError, match="3 of the first 4 batches were counted"):
+        lost.after(4)
+    with pytest.raises(StatisticsError, match="8 of the first 4 batches were counted"):
+        statistics.merge(statistics).after(4)
+
+
+@pytest.mark.parametrize("data", [b"", b"PK", b"not a zip at all"])
+def test_unreadable_statistics(data: bytes) -> None:
+    with pytest.raises(InputError, match="statistics: not a readable statistics file"):
+        CalibrationStatistics.from_bytes(data)
 
 
 def test_sites_of_one_tensor_share_its_amax(statistics: CalibrationStatistics, quant_vit: VisionTransformer) -> None:

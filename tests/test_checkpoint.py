@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 from pathlib import Path
@@ -49,7 +50,7 @@ def test_read_back_gives_bit_identical_logits(mode: str, bits: int, tmp_path: Pa
     path = save_calibrated(tmp_path, "tiny", model, sidecar)
     back = load_calibrated(str(path))
     assert torch.equal(logits(back.loaded.model, images), logits(model, images))
-    assert back.sidecar == sidecar
+    assert dataclasses.replace(back.sidecar, checkpoint_fingerprint="") == sidecar
     states = [[(k, q.state, q.bits, q.axis) for k, _, q in sites_of(m)] for m in (model, back.loaded.model)]
     assert states[0] == states[1]
 
@@ -164,7 +165,7 @@ def edit_sidecar(path: Path, **changes: object) -> None:
     [
         ({"format": 9}, "format 9 found, 1 expected"),
         ({"colour": "blue"}, "unknown key 'colour'"),
-        ({"setting": {"mode": "ft7"}}, "'ft7' is not one of"),
+        ({"setting": QuantSetting().to_dict() | {"mode": "ft7"}}, "'ft7' is not one of"),
         ({"geometry": {}}, "missing key"),
         ({"mean": 3}, "not a sidecar"),
     ],
@@ -174,6 +175,28 @@ def test_bad_sidecar(changes: dict[str, object], message: str, saved: Path) -> N
     with pytest.raises(InputError, match=message) as caught:
         load_calibrated(str(saved))
     assert "tiny_calib.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["mode", "weight_bits", "act_bits", "percentile"])
+def test_sidecar_without_part_of_its_setting(key: str, saved: Path) -> None:
+    """Defaults are for command lines: a checkpoint must not be run at bits that nobody wrote down."""
+    setting = json.loads(saved.with_suffix(".json").read_text())["setting"]
+    del setting[key]
+    edit_sidecar(saved, setting=setting)
+    with pytest.raises(InputError, match=f"QuantSetting: missing key '{key}'"):
+        load_calibrated(str(saved))
+
+
+@pytest.mark.parametrize("change", ["weights", "mode"])
+def test_checkpoint_and_sidecar_belong_together(change: str, saved: Path) -> None:
+    if change == "weights":
+        state = torch.load(saved, weights_only=True)
+        edit_state(saved, **{"head.bias": state["head.bias"] + 1})
+    else:
+        setting = json.loads(saved.with_suffix(".json").read_text())["setting"]
+        edit_sidecar(saved, setting=setting | {"mode": "trt"})
+    with pytest.raises(InputError, match=r"is not the checkpoint that .* describes"):
+        load_calibrated(str(saved))
 
 
 def test_sidecar_of_another_model(saved: Path) -> None:

@@ -10,7 +10,7 @@ from vitq_ray.evaluate import (
     Evaluation,
     NonFiniteLogitsError,
     evaluate,
-    float_sanity_problem,
+    sanity_problem,
     wilson_interval,
 )
 
@@ -45,6 +45,12 @@ def test_every_image_counts_the_last_partial_batch_included() -> None:
     np.testing.assert_array_equal(result.correct, ids % 3 == ids % 8)
     np.testing.assert_array_equal(result.correct5, (ids % 8 - ids % 3) % 8 < 5)
     assert (result.images, result.top1_correct) == (13, int((ids % 3 == ids % 8).sum()))
+
+
+def test_a_label_at_place_six_is_not_in_the_top_five() -> None:
+    logits = torch.arange(8.0).flip(0).repeat(3, 1)
+    result = Evaluation.of_logits(logits, torch.tensor([4, 5, 0]), torch.arange(3))
+    assert result.correct5.tolist() == [True, False, True]
 
 
 def test_batching_does_not_matter() -> None:
@@ -87,17 +93,29 @@ def evaluation(correct: int, images: int, classes: int = 10) -> Evaluation:
     ("correct", "images", "problem"), [(10, 100, True), (14, 100, True), (40, 100, False), (3, 10, True)]
 )
 def test_chance_level(correct: int, images: int, problem: bool) -> None:
-    message = float_sanity_problem(evaluation(correct, images))
+    message = sanity_problem(evaluation(correct, images), 10)
     assert (message is not None) == problem
     if message:
         assert "not above chance level (10.00%)" in message
 
 
 def test_min_top1() -> None:
-    message = float_sanity_problem(evaluation(40, 100), min_top1=0.5)
+    message = sanity_problem(evaluation(40, 100), 10, min_top1=0.5)
     assert message == "float top-1 is 40.00%, below the 50.00% asked for"
-    assert float_sanity_problem(evaluation(50, 100), min_top1=0.5) is None
+    assert sanity_problem(evaluation(50, 100), 10, min_top1=0.5) is None
 
 
-def test_a_single_class_has_no_chance_level() -> None:
-    assert float_sanity_problem(evaluation(10, 10, classes=1)) is None
+def test_one_class_seen_of_many() -> None:
+    """A val (or a `--limit`) of one class: guessing it is no skill, missing it all is no classifier."""
+    assert sanity_problem(evaluation(10, 10, classes=1), 1000) is None
+    assert "not above chance level (0.10%)" in str(sanity_problem(evaluation(0, 10, classes=1), 1000))
+
+
+def test_two_classes_seen_of_a_thousand() -> None:
+    assert sanity_problem(evaluation(55, 100, classes=2), 1000) is None
+
+
+def test_majority_share_is_chance_where_all_classes_are_there() -> None:
+    labels = np.array([0] * 90 + list(range(10)))
+    right = np.arange(100) < 91
+    assert sanity_problem(Evaluation(np.arange(100), labels, right, right), 10) is not None

@@ -85,6 +85,10 @@ def test_overlap_with_val_is_flagged(project: Project, tmp_path: Path, capsys: p
     result = run_calib(project, tmp_path, "--calib-split", "val")
     assert result["calibration"]["images_also_evaluated"] == 8
     assert "warning: calibration images came from val" in capsys.readouterr().err
+    checkpoint = ("--pretrained_dir", tmp_path / "out" / "vit_calib.pth", "--data-path", project.folder)
+    assert run(evaluate, *checkpoint, "--output", tmp_path / "again") == 0
+    assert json.loads((tmp_path / "again" / "result.json").read_text())["images_also_calibrated_on"] == 8
+    assert "8 of the images of this val were calibrated on" in capsys.readouterr().err
 
 
 def test_old_toolkit_command_line(project: Project, tmp_path: Path) -> None:
@@ -128,6 +132,13 @@ def test_skipped_bad_images_are_counted_and_listed(
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["images"] == 2
     assert [bad["image"].split("!")[1] for bad in result["bad_images"]] == ["c1/0001.png"]
+
+
+def test_no_readable_image(project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_zip_split(project.folder, "val", [b"broken", b"too"], [0, 1])
+    small = ("--num-calib-batch", 2, "--calib-batchsz", 4, "--on-bad-image", "skip")
+    assert run(calib, *project.options, *small, "--calib-output-path", tmp_path) == 2
+    assert "no readable image in val" in capsys.readouterr().err
 
 
 def test_bad_calibration_images_are_replaced(project: Project, tmp_path: Path) -> None:
@@ -216,6 +227,7 @@ def test_bad_input(case: str, project: Project, tmp_path: Path, capsys: pytest.C
         (["--calibrator", "median"], "invalid choice: 'median'"),
         (["--model_type", "ViT-B-16"], "ViT-B_16"),
         (["--img_size", "17"], "17"),
+        (["--img_size", "8000000"], "expected an integer from 1 to 4096, got '8000000'"),
         (["--no-such-option"], "unrecognized arguments: --no-such-option"),
         (["--calib-batch", "3"], "unrecognized arguments: --calib-batch 3"),
         (["--data-path", "/nowhere"], "/nowhere: has no"),
@@ -267,7 +279,11 @@ def test_quant_mode_of_a_float_checkpoint(project: Project, capsys: pytest.Captu
 def test_output_that_cannot_be_written(project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert run(evaluate, *project.options, "--output", tmp_path / "file") == 2
-    assert_one_line_error(capsys, "expected a place that can be written to")
+    assert_one_line_error(capsys, "expected a folder that can be written to")
+    assert run(evaluate, *project.options, "--output", "s3://bucket/out") == 2
+    assert_one_line_error(capsys, "--output: s3://bucket/out is a URI")
+    assert run(evaluate, *project.options, "--output", tmp_path, "--save-logits", tmp_path) == 2
+    assert_one_line_error(capsys, "expected the name of a file")
 
 
 def test_disk_full(

@@ -204,7 +204,16 @@ def test_impossible_64_bit_numbers(field: str, value: int) -> None:
 
 @pytest.mark.parametrize(
     "extra",
-    [b"", OTHER_FIELD, huge(size=1), huge(size=1, stored=1)[:-1], struct.pack("<HH", 1, 65535), b"\1\0", b"\1\0\0\0"],
+    [
+        b"",
+        OTHER_FIELD,
+        huge(size=1),
+        huge(size=1, stored=1)[:-1],
+        huge(size=1) + OTHER_FIELD,
+        struct.pack("<HH", 1, 65535),
+        b"\1\0",
+        b"\1\0\0\0",
+    ],
 )
 def test_saturated_numbers_without_a_whole_zip64_field(extra: bytes) -> None:
     """The field may not be completed from whatever bytes lie behind it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import random
 import re
 import struct
 import subprocess
@@ -320,12 +321,37 @@ def test_a_timm_model_s_transform() -> None:
 EVALUATION = EvalTransform(32, *IMAGENET, "bicubic")
 
 
+def set_seeds() -> None:
+    """timm draws from all three."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
 @pytest.mark.parametrize("kind", ["none", "light", "toolkit"])
 @pytest.mark.parametrize("name", MODES)
 def test_training_images_have_the_model_s_form(kind: str, name: str) -> None:
-    torch.manual_seed(0)
-    x = train_transform(EvalTransform(32, interpolation=name), kind)(noise("RGB", (50, 41)))
-    assert (x.shape, x.dtype) == ((3, 32, 32), torch.float32)
+    set_seeds()
+    augment = train_transform(EvalTransform(32, interpolation=name), kind)
+    for _ in range(20):  # enough to meet every operation of RandAugment
+        x = augment(noise("RGB", (50, 41)))
+        assert (x.shape, x.dtype) == ((3, 32, 32), torch.float32)
+
+
+@pytest.mark.parametrize(("name", "levels"), [("nearest", {0.0, 1.0}), ("bilinear", None)])
+def test_light_interpolates_as_evaluation_does(name: str, levels: set[float] | None) -> None:
+    set_seeds()
+    x = train_transform(EvalTransform(32, (0, 0, 0), (1, 1, 1), name), "light")(noise("1", (50, 41)).convert("RGB"))
+    found = set(x.unique().tolist())
+    assert found == levels if levels else len(found) > 10
+
+
+def test_toolkit_at_the_largest_magnitude(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn once in dozens of images: every operation at magnitude 10, posterizing among them."""
+    set_seeds()
+    monkeypatch.setattr(random, "gauss", lambda mean, deviation: 99.0)
+    augment = train_transform(EVALUATION, "toolkit")
+    assert all(augment(noise("RGB", (50, 41), seed)).isfinite().all() for seed in range(100))
 
 
 @pytest.mark.parametrize("evaluation", [EVALUATION, EvalTransform(32, crop_pct=0.875)], ids=["whole", "cropped"])
@@ -338,7 +364,7 @@ def test_none_is_the_evaluation_transform(evaluation: EvalTransform) -> None:
 def test_light_normalises_as_evaluation_does() -> None:
     image = Image.new("RGB", (50, 41), (200, 100, 3))
     expected = EVALUATION.normalize(torch.tensor([200, 100, 3], dtype=torch.uint8).expand(1, 32, 32, 3))[0]
-    torch.manual_seed(0)
+    set_seeds()
     augment = train_transform(EVALUATION, "light")
     for _ in range(5):
         torch.testing.assert_close(augment(image), expected, rtol=0, atol=0)
@@ -347,7 +373,7 @@ def test_light_normalises_as_evaluation_does() -> None:
 def test_light_crops_and_flips() -> None:
     column = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))
     image = Image.fromarray(np.stack([column] * 3, axis=-1))
-    torch.manual_seed(0)
+    set_seeds()
     augment = train_transform(EvalTransform(32, (0, 0, 0), (1, 1, 1)), "light")
     rises, widths = [], []
     for _ in range(60):
@@ -360,7 +386,7 @@ def test_light_crops_and_flips() -> None:
 
 def test_toolkit_normalises_as_evaluation_does() -> None:
     """Undone with evaluation's mean and std, every value is one of 256, but for the zeros of random erasing."""
-    torch.manual_seed(0)
+    set_seeds()
     augment = train_transform(EVALUATION, "toolkit")
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in IMAGENET)
     erased = changed = 0

@@ -11,6 +11,8 @@ from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from tests.conftest import tiny_vit
+from vitq_ray import config
+from vitq_ray.calibrate import CALIBRATORS
 from vitq_ray.config import InputError
 from vitq_ray.quant.fake_quant import fake_quantize
 from vitq_ray.quant.modes import FUSED_GROUPS, MODES, SITES, WEIGHT
@@ -26,6 +28,12 @@ from vitq_ray.quant.vit import (
     sites_of,
     tensor_keys,
 )
+
+
+def test_names_are_the_same_everywhere() -> None:
+    assert tuple(MODES) == config.MODES
+    assert tuple(CALIBRATORS) == config.CALIBRATORS
+
 
 VARIANTS: dict[str, dict[str, object]] = {
     "plain": {},
@@ -96,6 +104,8 @@ def by_hand(block: nn.Module, x: Tensor) -> dict[str, Tensor]:
         sites[f"attn.{name}._aftergemm"] = h @ weight.T
         batch, tokens, _ = h.shape
         heads[name] = (h @ weight.T + bias).reshape(batch, tokens, block.attn.num_heads, -1).permute(0, 2, 1, 3)
+        norms = {"query": block.attn.q_norm, "key": block.attn.k_norm, "value": torch.nn.Identity()}
+        heads[name] = norms[name](heads[name])
         sites[f"attn.matmul_{name[0]}_input"] = heads[name]
     scores = heads["query"] @ heads["key"].transpose(2, 3)
     sites["attn.softmax_input"] = scores
@@ -104,7 +114,7 @@ def by_hand(block: nn.Module, x: Tensor) -> dict[str, Tensor]:
     merged = (probabilities @ heads["value"]).permute(0, 2, 1, 3).reshape(x.shape)
     sites["attn.out._input"] = merged
     sites["attn.out._aftergemm"] = merged @ block.attn.proj.weight.T
-    local = sites["attn.out._aftergemm"] + block.attn.proj.bias
+    local = block.ls1(sites["attn.out._aftergemm"] + block.attn.proj.bias)
     sites["add1_local_input"] = local
     x = x + local
     sites["layernorm_input2"] = sites["add2_residual_input"] = x
@@ -114,12 +124,13 @@ def by_hand(block: nn.Module, x: Tensor) -> dict[str, Tensor]:
     h = F.gelu(sites["ffn.fc1._aftergemm"] + block.mlp.fc1.bias)
     sites["ffn.fc2._input"] = h
     sites["ffn.fc2._aftergemm"] = h @ block.mlp.fc2.weight.T
-    sites["add2_local_input"] = sites["ffn.fc2._aftergemm"] + block.mlp.fc2.bias
+    sites["add2_local_input"] = block.ls2(sites["ffn.fc2._aftergemm"] + block.mlp.fc2.bias)
     return {f"{name}_quantizer": tensor for name, tensor in sites.items()}
 
 
-def test_every_site_sees_its_tensor(images: Tensor) -> None:
-    float_model = tiny_vit()
+@pytest.mark.parametrize("variant", ["plain", "qk-norm", "LayerScale"])
+def test_every_site_sees_its_tensor(variant: str, images: Tensor) -> None:
+    float_model = tiny_vit(**VARIANTS[variant])
     with torch.inference_mode():
         expected = by_hand(float_model.blocks[0], float_model._pos_embed(float_model.patch_embed(images)))
     seen = observed(quantize_vit(float_model), images)
@@ -144,6 +155,7 @@ def test_observing_always_removes_its_observers(quant_vit: VisionTransformer, im
     with pytest.raises(RuntimeError, match="observer failed"), observing(quant_vit, observers):
         run(quant_vit, images)
     assert {q.state for _, _, q in sites_of(quant_vit)} == {State.OFF}
+    assert {q._observer for _, _, q in sites_of(quant_vit)} == {None}
 
 
 def amax_of(model: nn.Module, images: Tensor, mode: str) -> dict[str, Tensor]:
@@ -281,5 +293,5 @@ def test_other_blocks_are_refused() -> None:
     model = VisionTransformer(
         img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=4, num_classes=3, block_fn=ResPostBlock
     )
-    with pytest.raises(InputError, match="block 0: ResPostBlock is not supported"):
+    with pytest.raises(InputError, match=r"blocks\.0 is a ResPostBlock, which cannot be quantized"):
         quantize_vit(model)

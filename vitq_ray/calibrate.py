@@ -13,7 +13,9 @@ from __future__ import annotations
 import bisect
 import io
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 
@@ -25,7 +27,7 @@ from vitq_ray.config import InputError, QuantSetting
 from vitq_ray.quant.amax import entropy_amax, max_amax, mse_amax, percentile_amax
 from vitq_ray.quant.histogram import Histogram, StatisticsError
 from vitq_ray.quant.modes import MODES
-from vitq_ray.quant.vit import apply_amax, observing, quantizers_off, site_amax, tensor_keys
+from vitq_ray.quant.vit import apply_amax, observing, site_amax, tensor_keys
 
 _FORMAT = 1
 
@@ -38,11 +40,13 @@ class CalibrationStatistics:
         keys: full names of the tensors (see `vit.tensor_keys`).
         snapshots: numbers of batches at which amax can be asked for, ascending.
         segments: [snapshot][tensor] histograms of the batches between the previous snapshot and this one.
+        batches: [snapshot] number of batches counted in each segment; a worker's share has fewer than all.
     """
 
     keys: tuple[str, ...]
     snapshots: tuple[int, ...]
     segments: tuple[tuple[Histogram, ...], ...]
+    batches: tuple[int, ...]
 
     def __post_init__(self) -> None:
         check_snapshots(self.snapshots)
@@ -53,7 +57,10 @@ class CalibrationStatistics:
         if num_batches not in self.snapshots:
             known = ", ".join(map(str, self.snapshots))
             raise InputError(f"number of calibration batches: {num_batches} was not collected, only {known}")
-        rows = self.segments[: self.snapshots.index(num_batches) + 1]
+        end = self.snapshots.index(num_batches) + 1
+        if sum(self.batches[:end]) != num_batches:
+            raise StatisticsError(f"{sum(self.batches[:end])} of the first {num_batches} batches were counted")
+        rows = self.segments[:end]
         return tuple(reduce(Histogram.merge, column) for column in zip(*rows, strict=True))
 
     def merge(self, other: CalibrationStatistics) -> CalibrationStatistics:
@@ -65,6 +72,7 @@ class CalibrationStatistics:
             self.keys,
             self.snapshots,
             tuple(tuple(a.merge(b) for a, b in zip(mine, theirs, strict=True)) for mine, theirs in rows),
+            tuple(a + b for a, b in zip(self.batches, other.batches, strict=True)),
         )
 
     def widths(self) -> dict[str, float]:
@@ -80,6 +88,7 @@ class CalibrationStatistics:
             format=np.array(_FORMAT),
             keys=np.array(self.keys),
             snapshots=np.array(self.snapshots, np.int64),
+            batches=np.array(self.batches, np.int64),
             widths=np.array([h.width for h in self.segments[0]], np.float64),
             max=np.array([h.max for h in flat], np.float64),
             bins=np.array([len(h.counts) for h in flat], np.int64),
@@ -89,19 +98,26 @@ class CalibrationStatistics:
 
     @staticmethod
     def from_bytes(data: bytes) -> CalibrationStatistics:
-        """The inverse of `to_bytes`."""
+        """The inverse of `to_bytes`. InputError where the bytes are not that."""
+        try:
+            return CalibrationStatistics._parse(data)
+        except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
+            raise InputError(f"statistics: not a readable statistics file: {error}") from None
+
+    @staticmethod
+    def _parse(data: bytes) -> CalibrationStatistics:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             if int(arrays["format"]) != _FORMAT:
                 raise InputError(f"statistics: format {arrays['format']} found, {_FORMAT} expected")
             keys = tuple(map(str, arrays["keys"]))
             widths, maxima = arrays["widths"], arrays["max"]
             parts = np.split(arrays["counts"], np.cumsum(arrays["bins"])[:-1])
-            snapshots = tuple(map(int, arrays["snapshots"]))
+            snapshots, batches = (tuple(map(int, arrays[name])) for name in ("snapshots", "batches"))
         histograms = [
             Histogram(float(widths[i % len(keys)]), counts, float(maxima[i])) for i, counts in enumerate(parts)
         ]
         rows = tuple(tuple(histograms[i : i + len(keys)]) for i in range(0, len(histograms), len(keys)))
-        return CalibrationStatistics(keys, snapshots, rows)
+        return CalibrationStatistics(keys, snapshots, rows, batches)
 
 
 def check_snapshots(snapshots: Sequence[int]) -> None:
@@ -134,19 +150,29 @@ def collect_statistics(
     keys = tensor_keys(model)
     known = dict(widths or {})
     table: dict[tuple[int, str], Histogram] = {}
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode():
+    seen: list[int] = []
+    with _eval_mode(model), torch.inference_mode():
         for index, images in batches:
             segment = _segment_of(index, snapshots)
             with observing(model, {key: _observer(key, segment, table, known) for key in keys}):
                 logits = model(images)
+            seen.append(segment)
             on_batch(index, logits)
-    model.train(was_training)
     if not known:
         raise InputError("calibration: no images, at least one batch is needed")
     rows = ((table.get((s, key)) or Histogram.empty(known[key]) for key in keys) for s in range(len(snapshots)))
-    return CalibrationStatistics(keys, tuple(snapshots), tuple(tuple(row) for row in rows))
+    counted = tuple(seen.count(segment) for segment in range(len(snapshots)))
+    return CalibrationStatistics(keys, tuple(snapshots), tuple(tuple(row) for row in rows), counted)
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    try:
+        model.eval()
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _segment_of(index: int, snapshots: Sequence[int]) -> int:
@@ -204,15 +230,3 @@ def apply_setting(model: nn.Module, statistics: CalibrationStatistics, setting: 
 def degenerate_sites(amax: Mapping[str, Tensor]) -> list[str]:
     """Sites with an amax of 0 (in any channel): they quantize to zeros."""
     return [key for key, value in amax.items() if bool((value == 0).any())]
-
-
-__all__ = [
-    "CalibrationStatistics",
-    "apply_setting",
-    "check_snapshots",
-    "collect_statistics",
-    "degenerate_sites",
-    "quantizers_off",
-    "setting_amax",
-    "tensor_amax",
-]

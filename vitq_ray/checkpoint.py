@@ -7,7 +7,8 @@ preprocessing, accuracy, fingerprints, seed and versions. Reading both back give
 
 from __future__ import annotations
 
-import io
+import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +21,15 @@ from torch import Tensor
 from vitq_ray.config import Config, InputError, QuantSetting
 from vitq_ray.files import atomic_file, exists, read_bytes, write_json
 from vitq_ray.ft_names import from_fastertransformer, is_fastertransformer, to_fastertransformer
-from vitq_ray.models import Channels, Geometry, LoadedModel, build_model, read_state
+from vitq_ray.models import (
+    Channels,
+    Geometry,
+    LoadedModel,
+    build_model,
+    named_geometry,
+    read_state,
+    weights_fingerprint,
+)
 from vitq_ray.quant.modes import MODES, WEIGHT
 from vitq_ray.quant.vit import apply_amax, quant_blocks, quantize_vit, sites_of
 
@@ -33,6 +42,7 @@ class Sidecar(Config):
     """What `<name>_calib.json` holds.
 
     `calibration`, `accuracy` and `versions` are for the reader; the rest is needed to run the checkpoint.
+    `checkpoint_fingerprint` ties the `.pth` and what is said of it here together (`fingerprint_of`).
     """
 
     setting: QuantSetting
@@ -43,6 +53,8 @@ class Sidecar(Config):
     weights_fingerprint: str
     data_fingerprint: str
     seed: int
+    crop_pct: float | None = None
+    checkpoint_fingerprint: str = ""
     calibration: dict[str, Any] = field(default_factory=dict)
     accuracy: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -51,17 +63,21 @@ class Sidecar(Config):
     def __post_init__(self) -> None:
         if self.format != _FORMAT:
             raise InputError(f"checkpoint sidecar: format {self.format} found, {_FORMAT} expected")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise InputError(f"mean, std: expected three numbers each, std > 0, got {self.mean} and {self.std}")
+        if self.geometry.timm_name is not None:
+            named_geometry(str(self.geometry.timm_name))  # raises for what timm cannot build
 
     @classmethod
     def read(cls, path: str) -> Sidecar:
         """Parse and validate a sidecar; InputError naming the file otherwise."""
         try:
             values = dict(json.loads(read_bytes(path, "the JSON sidecar of a calibrated checkpoint")))
-            values["setting"] = QuantSetting.from_dict(values.get("setting", {}))
-            values["geometry"] = Geometry.from_dict(values.get("geometry", {}))
+            values["setting"] = QuantSetting.from_dict(values.get("setting", {}), complete=True)
+            values["geometry"] = Geometry.from_dict(values.get("geometry", {}), complete=True)
             for key in ("mean", "std"):
-                values[key] = tuple(values.get(key, ()))
-            return cls.from_dict(values)
+                values[key] = tuple(map(float, values.get(key, ())))
+            return cls.from_dict(values, complete=True)
         except (ValueError, TypeError) as error:
             raise InputError(f"{path}: not a sidecar of a calibrated checkpoint: {error}") from None
 
@@ -69,12 +85,20 @@ class Sidecar(Config):
 def save_calibrated(folder: Path, name: str, model: torch.nn.Module, sidecar: Sidecar) -> Path:
     """Write `<name>_calib.pth` and `<name>_calib.json`; returns the path of the `.pth`. The sidecar comes last."""
     path = folder / f"{name}_calib.pth"
-    buffer = io.BytesIO()
-    torch.save(fastertransformer_state(model, sidecar.geometry), buffer)
+    state = fastertransformer_state(model, sidecar.geometry)
+    sidecar = dataclasses.replace(sidecar, checkpoint_fingerprint=fingerprint_of(state, sidecar))
     with atomic_file(path) as stream:
-        stream.write(buffer.getbuffer())
+        torch.save(state, stream)
     write_json(path.with_suffix(".json"), sidecar.to_dict())
     return path
+
+
+def fingerprint_of(state: Mapping[str, Tensor], sidecar: Sidecar) -> str:
+    """sha256 of every tensor of a checkpoint and of what the sidecar says that decides its logits."""
+    said = {name: getattr(sidecar, name) for name in ("mean", "std", "interpolation", "crop_pct")}
+    said |= {"setting": sidecar.setting.to_dict(), "geometry": sidecar.geometry.to_dict()}
+    text = json.dumps(said, sort_keys=True) + weights_fingerprint(state)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def fastertransformer_state(model: torch.nn.Module, geometry: Geometry) -> dict[str, Tensor]:
@@ -82,8 +106,7 @@ def fastertransformer_state(model: torch.nn.Module, geometry: Geometry) -> dict[
     weights = {k: v for k, v in model.state_dict().items() if not k.endswith(_AMAX)}
     amax = {key + _AMAX: quantizer.amax for key, _, quantizer in sites_of(model)}
     state = to_fastertransformer(weights, geometry) | amax
-    # Clones, since a view (the query rows of a fused weight) would drag its whole storage into the file.
-    return {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state.items()}
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
 
 
 @dataclass(frozen=True)
@@ -101,7 +124,8 @@ def is_calibrated(path: str) -> bool:
 
 def load_calibrated(path: str) -> CalibratedModel:
     """Read a calibrated checkpoint and its sidecar. InputError for anything missing, extra or misshapen."""
-    sidecar_path = path.rpartition(".")[0] + ".json"
+    stem, dot, _ = path.rpartition(".")
+    sidecar_path = (stem if dot and "/" not in path[len(stem) :] else path) + ".json"
     if not exists(sidecar_path):
         raise InputError(f"{sidecar_path}: not found; a calibrated checkpoint needs its JSON sidecar beside it")
     sidecar = Sidecar.read(sidecar_path)
@@ -110,6 +134,8 @@ def load_calibrated(path: str) -> CalibratedModel:
     _load_weights(path, model, from_fastertransformer(state, sidecar.geometry))
     setting = sidecar.setting
     amax = _amax_of(path, model, state, setting)
+    if fingerprint_of(state, sidecar) != sidecar.checkpoint_fingerprint:
+        raise InputError(f"{path}: is not the checkpoint that {sidecar_path} describes; one of the two was changed")
     apply_amax(model, amax, setting.mode, setting.weight_bits, setting.act_bits)
     loaded = LoadedModel(
         model=model.eval(),

@@ -32,15 +32,15 @@ DEFAULT_PERCENTILE = 99.99
 MODE_ALIASES = {"1": "ft1", "2": "ft2"}
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Docstrings as they are written, and the default of every option."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with both spellings of every option, no abbreviations, and one-line errors."""
 
     def __init__(self, description: str) -> None:
-        super().__init__(
-            description=description,
-            allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )
+        super().__init__(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
 
     def add(self, name: str, **settings: Any) -> None:
         """`add_argument` that takes `--calib-batchsz` and `--calib_batchsz` alike."""
@@ -82,18 +82,19 @@ def add_model_options(parser: Parser) -> None:
     parser.add("--pretrained_dir", help="checkpoint file: .npz, .pth, .safetensors, or *_calib.pth (path or URI)")
     parser.add("--data-path", help="folder with train.zip, val.zip and their maps, or with train/ and val/")
     parser.add("--model_type", default="auto", help="ViT-B_16, …, a timm name, or auto: read it from the file")
-    parser.add("--img_size", type=number(int, 1), help="image size in pixels; default: the checkpoint's")
-    parser.add("--seed", type=number(int, 0), default=42, help="seed of every random choice")
+    parser.add("--img_size", type=number(int, 1, 4096), help="pixels; default: the model type's, with auto the file's")
+    parser.add("--crop-pct", type=number(float, 0.01, 1), help="crop the centre of evaluation images, by timm's rule")
     parser.add("--on-bad-image", choices=("error", "skip"), default="error", help="what to do with a broken image")
     parser.add("--num-workers", type=number(int, 1), default=2, help="threads that decode images")
     parser.add("--use-gpu", action="store_true", help="run the model on the first GPU")
 
 
 def add_setting_options(parser: Parser) -> None:
-    """One quantization setting."""
+    """One quantization setting, and the seed of what is drawn for it."""
+    parser.add("--seed", type=number(int, 0), default=42, help="seed of every random choice")
     parser.add("--quant-mode", type=quant_mode, default="ft2", help="ft1, ft2, ft3 or trt")
     parser.add("--calibrator", choices=CALIBRATORS, default="percentile", help="how amax is chosen")
-    parser.add("--percentile", type=number(float, 0, 100), default=DEFAULT_PERCENTILE, help="in [0, 100]")
+    parser.add("--percentile", type=number(float, 0, 100), help=f"in [0, 100]; default: {DEFAULT_PERCENTILE}")
     parser.add("--num-calib-batch", type=number(int, 1), default=10, help="number of calibration batches")
     parser.add("--wprec", type=number(int, MIN_BITS, MAX_BITS), default=8, help="bits of weights")
     parser.add("--aprec", type=number(int, MIN_BITS, MAX_BITS), default=8, help="bits of activations")
@@ -101,7 +102,11 @@ def add_setting_options(parser: Parser) -> None:
 
 def setting_from(args: argparse.Namespace) -> QuantSetting:
     """The setting that the options describe; the percentile belongs to the percentile calibrator only."""
-    percentile = args.percentile if args.calibrator == "percentile" else None
+    percentile = DEFAULT_PERCENTILE if args.percentile is None else args.percentile
+    if args.calibrator != "percentile":
+        if args.percentile is not None:
+            warn(f"--percentile {args.percentile:g} is not used by the {args.calibrator} calibrator")
+        percentile = None
     return QuantSetting(args.quant_mode, args.calibrator, percentile, args.num_calib_batch, args.wprec, args.aprec)
 
 
@@ -152,6 +157,16 @@ def add_search_options(parser: Parser) -> None:
     parser.add("--dashboard", action=argparse.BooleanOptionalAction, default=True, help="serve Ray's dashboard")
 
 
+def bad_image_rows(bad_images: list[tuple[str, str]]) -> list[dict[str, str]]:
+    """For result files: every broken image once, however often it was met."""
+    return [{"image": name, "reason": reason} for name, reason in dict(bad_images).items()]
+
+
+def warn_of_bad_images(bad_images: list[tuple[str, str]]) -> None:
+    if bad_images:
+        warn(f"{len(dict(bad_images))} broken images were skipped; they are listed in result.json")
+
+
 class Stopwatch:
     """Seconds per named stage, for result files."""
 
@@ -176,17 +191,12 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
     except InputError as error:
         return _fail(2, one_line(error))
     except OSError as error:
-        if error.errno in _OUTPUT_ERRORS and error.filename:
-            return _fail(2, f"{error.filename}: {error.strerror}; expected a place that can be written to")
         if error.errno == errno.ENOSPC:
             return _fail(1, "disk full: nothing was left half written")
         raise
     except KeyboardInterrupt:
         return _fail(130, "interrupted")
     return 0
-
-
-_OUTPUT_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT)
 
 
 def _fail(code: int, message: str) -> int:

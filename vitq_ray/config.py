@@ -44,7 +44,8 @@ class Config:
         return dataclasses.asdict(self)  # type: ignore[call-overload]
 
     @classmethod
-    def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
+    def from_dict(cls: type[T], values: Mapping[str, Any], complete: bool = False) -> T:
+        """Build from a dictionary; with `complete`, as read from a file, no field may be left to its default."""
         fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         unknown = sorted(set(values) - set(fields))
         if unknown:
@@ -54,7 +55,7 @@ class Config:
             for n, f in fields.items()
             if f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
         }
-        missing = sorted(set(fields) - has_default - set(values))
+        missing = sorted(set(fields) - (set() if complete else has_default) - set(values))
         if missing:
             raise InputError(f"{cls.__name__}: missing key {missing[0]!r}")
         return cls(**values)
@@ -90,7 +91,7 @@ class QuantSetting(Config):
     @property
     def label(self) -> str:
         """Short name for tables, e.g. `ft2 percentile 99.99 n=10 w8a8`."""
-        percentile = "" if self.percentile is None else f" {self.percentile:g}"
+        percentile = "" if self.percentile is None else f" {self.percentile:.10g}"
         return f"{self.mode} {self.calibrator}{percentile} n={self.num_batches} w{self.weight_bits}a{self.act_bits}"
 
 

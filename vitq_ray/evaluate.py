@@ -129,18 +129,22 @@ def wilson_interval(correct: int, images: int, confidence: float = 0.95) -> tupl
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
-def float_sanity_problem(evaluation: Evaluation, min_top1: float | None = None) -> str | None:
-    """Why the float model must not be searched on, or None: at chance level, or below `min_top1` (a fraction).
+def sanity_problem(
+    evaluation: Evaluation, num_classes: int, min_top1: float | None = None, what: str = "float"
+) -> str | None:
+    """Why these results are not those of a working classifier, or None: at chance level, or below `min_top1`.
 
-    Chance is the share of the most frequent label. "Above chance" means that the 99 % interval of top-1 lies above.
+    Chance is 1 / num_classes, or the share of the most frequent label where all classes are there to be guessed.
+    "Above chance" means that the 99 % interval of top-1 lies above it. `min_top1` is a fraction.
     """
     if min_top1 is not None and evaluation.top1 < min_top1:
-        return f"float top-1 is {evaluation.top1:.2%}, below the {min_top1:.2%} asked for"
-    chance = np.bincount(evaluation.labels).max() / evaluation.images
+        return f"{what} top-1 is {evaluation.top1:.2%}, below the {min_top1:.2%} asked for"
+    counts = np.bincount(evaluation.labels, minlength=num_classes)
+    chance = counts.max() / evaluation.images if (counts > 0).all() else 1 / num_classes
     low, _ = wilson_interval(evaluation.top1_correct, evaluation.images, 0.99)
-    if low <= chance < 1:
+    if num_classes > 1 and low <= chance:
         return (
-            f"float top-1 is {evaluation.top1:.2%} on {evaluation.images} images, not above chance level "
+            f"{what} top-1 is {evaluation.top1:.2%} on {evaluation.images} images, not above chance level "
             f"({chance:.2%}): do the labels, the normalisation and the image size fit the checkpoint?"
         )
     return None

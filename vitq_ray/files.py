@@ -45,6 +45,29 @@ def exists(path: str) -> bool:
     return bool(filesystem.get_file_info(inner).type == fs.FileType.File)
 
 
+def output_folder(path: str, option: str) -> Path:
+    """Make a folder that results will be written to. InputError, naming the option, where that cannot be done."""
+    if "://" in path:
+        raise InputError(f"{option}: {path} is a URI; expected a folder on a local or shared file system")
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{option}: {path}: {error.strerror}; expected a folder that can be written to") from None
+    return folder
+
+
+def output_file(path: str, option: str) -> Path:
+    """As `output_folder`, for the folder of a file that will be written."""
+    file = Path(path)
+    if file.is_dir():
+        raise InputError(f"{option}: {path} is a folder; expected the name of a file")
+    output_folder(str(file.parent) if "://" not in path else path, option)
+    return file
+
+
 def one_line(error: object) -> str:
     """An error's message without line breaks."""
     return " ".join(str(error).split())

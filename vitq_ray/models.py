@@ -25,7 +25,7 @@ import re
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,15 +37,16 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data import resolve_model_data_config
-from timm.layers import Attention, HybridEmbed, Mlp, PatchEmbed, StdConv2dSame, resample_abs_pos_embed
+from timm.layers import HybridEmbed, PatchEmbed, StdConv2dSame, resample_abs_pos_embed
 from timm.models import is_model_in_modules
 from timm.models.resnetv2 import ResNetV2
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vitq_ray.config import Config, InputError, require_int
 from vitq_ray.files import one_line, read_bytes
 from vitq_ray.quant.modes import LAYER_PREFIX
+from vitq_ray.quant.vit import require_supported
 
 log = logging.getLogger(__name__)
 
@@ -326,35 +327,6 @@ def _add_pre_logits(model: VisionTransformer, width: int, num_classes: int) -> N
         OrderedDict(pre_logits=nn.Linear(model.embed_dim, width), tanh=nn.Tanh()),
     )
     model.head = nn.Linear(width, num_classes)
-
-
-def require_supported(model: nn.Module) -> None:
-    """Raise InputError, naming the type, unless `model` is a timm VisionTransformer of plain blocks.
-
-    Types are compared exactly: a subclass may compute something else than the quantized block that replaces
-    it. Class, register and distillation tokens, LayerScale and qk-norm are fine.
-    """
-    if not isinstance(model, VisionTransformer):
-        raise InputError(f"model: {type(model).__name__} is not a timm VisionTransformer")
-    for index, block in enumerate(model.blocks):
-        for name, module, wanted in _replaced_modules(block):
-            if type(module) is not wanted:
-                raise InputError(
-                    f"model: blocks.{index}{name} is a {type(module).__name__}, which cannot be quantized; "
-                    f"expected {wanted.__name__}"
-                )
-
-
-def _replaced_modules(block: Any) -> Iterable[tuple[str, Any, type]]:
-    """(name, module, the type it must have) of what a quantized block takes over; lazy, outermost first."""
-    yield "", block, Block
-    yield ".attn", block.attn, Attention
-    yield ".attn.qkv", block.attn.qkv, nn.Linear
-    yield ".attn.norm", block.attn.norm, nn.Identity  # set by scale_attn_norm
-    yield ".attn.gate", getattr(block.attn, "gate", None), type(None)
-    yield ".mlp", block.mlp, Mlp
-    yield ".mlp.fc1", block.mlp.fc1, nn.Linear
-    yield ".mlp.norm", block.mlp.norm, nn.Identity  # set by scale_mlp_norm
 
 
 # ---- reading files ---------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from vitq_ray.files import one_line, read_bytes, resolve
 
 SPLITS = ("train", "val")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif")
+_NO_CLASS = (".", "__")  # .ipynb_checkpoints, __MACOSX and the like: counted, they would shift every label
 _STORED, _DEFLATED = 0, 8
 _LOCAL_HEADER = 30
 _EXTRA_SLACK = 128  # local extra fields are read along with the data; longer ones cost a second read
@@ -314,8 +315,11 @@ def _check_members(
 def _open_folder(root: str, split: str, num_classes: int | None) -> SampleIndex:
     folder, of_train = _join(root, split), _join(root, "train")
     classes = _class_names(of_train if _is_folder(of_train) else folder)
-    if num_classes is not None and len(classes) > num_classes:
-        raise InputError(f"{root}: {len(classes)} class folders, but the model has {num_classes} classes")
+    if num_classes is not None and len(classes) != num_classes:
+        raise InputError(
+            f"{root}: {len(classes)} class folders, but the model has {num_classes} classes; folders are numbered by "
+            "name, so there must be one for each"
+        )
     number = {name: label for label, name in enumerate(classes)}
     labels, names, sizes = [], [], []
     for name, size in _image_files(folder):
@@ -349,13 +353,15 @@ def _list(folder: str, kind: fs.FileType, recursive: bool) -> list[tuple[str, in
 
 
 def _class_names(folder: str) -> list[str]:
-    return sorted(name for name, _ in _list(folder, fs.FileType.Directory, recursive=False))
+    names = (name for name, _ in _list(folder, fs.FileType.Directory, recursive=False))
+    return sorted(name for name in names if not name.startswith(_NO_CLASS))
 
 
 def _image_files(folder: str) -> list[tuple[str, int]]:
     """(path below the split, bytes) of every image in a class folder, sorted by class, then by path."""
     paths = _list(folder, fs.FileType.File, recursive=True)
     images = ((p, size) for p, size in paths if "/" in p and p.lower().endswith(IMAGE_SUFFIXES))
+    images = ((p, size) for p, size in images if not p.startswith(_NO_CLASS))
     return sorted(images, key=lambda item: (item[0].split("/", 1)[0], item[0]))
 
 
@@ -368,10 +374,15 @@ def calibration_ids(n_images: int, count: int, order: str, seed: int) -> Ids:
     Raises InputError where there are fewer than `count` images.
     """
     require_choice("calibration order", order, ("shuffled", "map"))
-    if count > n_images:
-        raise InputError(f"calibration: needs {count} images (batches x batch size), the split has {n_images}")
+    require_images(n_images, count)
     ids = np.arange(n_images) if order == "map" else np.random.default_rng(seed).permutation(n_images)
     return ids[:count].astype(np.int64)
+
+
+def require_images(n_images: int, count: int) -> None:
+    """Raise InputError unless the split has the `count` images that calibration needs."""
+    if count > n_images:
+        raise InputError(f"calibration: needs {count} images (batches x batch size), the split has {n_images}")
 
 
 def split_halves(labels: npt.ArrayLike, fingerprint: str, split_seed: int) -> tuple[Ids, Ids]:

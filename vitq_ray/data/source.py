@@ -6,7 +6,7 @@
 A task gets its run of ids and a reference: the index itself is never in a closure. A broken image is a row like any
 other, with zeros for pixels and its reason in the column `error`. So nothing is lost or reordered on the way, and the
 driver raises the error, or skips the image and lists it, exactly where the threads of `iter_batches` would. Images
-are never collected: Ray Data stops reading while `_AHEAD_BYTES` of them wait for the consumer.
+are never collected: Ray Data stops reading while a few blocks per CPU wait for the consumer.
 
 Needs a running Ray; several nodes need a path that all of them see, or an `s3://` URI.
 Legend: B images of a batch, S image size in pixels.
@@ -14,6 +14,7 @@ Legend: B images of a batch, S image size in pixels.
 
 from __future__ import annotations
 
+import gc
 import socket
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
@@ -26,7 +27,6 @@ import ray
 from pyarrow import fs
 from ray.data import DataContext, Dataset, Datasource, ExecutionOptions, ExecutionResources, ReadTask
 from ray.data.block import Block, BlockAccessor, BlockMetadata
-from ray.exceptions import RayTaskError
 
 from vitq_ray.config import InputError, require_choice, require_int
 from vitq_ray.data.loader import ON_BAD_IMAGE, Batch, Pixels, _batch
@@ -34,11 +34,13 @@ from vitq_ray.data.samples import BadImageError, Ids, SampleIndex
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.files import resolve
 
-# A task of Ray costs about as much as decoding one photo: a block is many images, but few enough that the first one
-# comes soon, and small enough that a store of a few hundred megabytes holds several.
+# A task of Ray costs a few milliseconds, as much as decoding a photo, and half of that before the first task starts.
+# So a block is many images, though few enough that the first one comes soon; more where there would be many blocks.
 _BLOCK_IMAGES = 64
-_BLOCK_BYTES = 16 << 20
-_AHEAD_BYTES = 512 << 20  # of decoded images that wait for the consumer; less where the object store is small
+_BLOCK_BYTES = 32 << 20  # no block is larger
+_SMALL_BLOCK_BYTES = 1 << 20  # smaller ones count as this when memory is bounded
+_MANY_BLOCKS = 4096
+_BLOCKS_AHEAD = 4  # decoded blocks per CPU of the cluster that may wait for the consumer or be in work
 
 
 def share(index: SampleIndex) -> ray.ObjectRef[SampleIndex]:
@@ -49,8 +51,9 @@ def share(index: SampleIndex) -> ray.ObjectRef[SampleIndex]:
 class SampleDatasource(Datasource):
     """The images of `ids` as a Ray Data source: one row per id, in that order within and across read tasks.
 
-    Columns: `image` uint8 (S, S, 3), `label` int64, `sample_id` int64, `error` string. A row with a non-empty `error`
-    is an image that could not be read (its BadImageError's message); its pixels are zeros and must not be used.
+    Columns: `image` uint8 (S, S, 3), `label` int64, `sample_id` int64, `error` string, `fatal` bool. A row with a
+    non-empty `error` has zeros for pixels, which must not be used: the image is broken, or, where `fatal`, the worker
+    could read no image at all.
     """
 
     def __init__(self, shared: ray.ObjectRef[SampleIndex], ids: Ids, transform: EvalTransform) -> None:
@@ -108,8 +111,8 @@ def stream_batches(
     rows: list[tuple[int, Pixels]] = []
     with closing(_decoded(_dataset(source, min(num_blocks, len(wanted)), num_cpus))) as decoded:
         for sample_id, pixels in decoded:
-            if isinstance(pixels, BadImageError):
-                if on_bad_image == "error":
+            if isinstance(pixels, InputError):
+                if on_bad_image == "error" or not isinstance(pixels, BadImageError):
                     raise pixels
                 if bad_images is not None:
                     bad_images.append((index.where(sample_id), str(pixels)))
@@ -128,38 +131,46 @@ def stream_batches(
 def _read_block(shared: ray.ObjectRef[SampleIndex], transform: EvalTransform, run: Ids) -> list[Block]:
     index = _local_index(shared)
     images = np.zeros((len(run), transform.size, transform.size, 3), np.uint8)
-    errors = [""] * len(run)
+    errors: dict[int, InputError] = {}
     for row, sample_id in enumerate(run.tolist()):
         try:
+            _require_here(index.source)
             images[row] = transform.decode(index.read(sample_id), index.where(sample_id))
-        except BadImageError as error:
-            errors[row] = str(error)
-    labels = index.labels[run].astype(np.int64)
-    columns = {"image": images, "label": labels, "sample_id": run, "error": np.array(errors)}
+        except InputError as error:  # as data: an exception would be annotated, logged and wrapped by Ray
+            errors[row] = error
+    columns = {
+        "image": images,
+        "label": index.labels[run].astype(np.int64),
+        "sample_id": run,
+        "error": np.array([str(errors.get(row, "")) for row in range(len(run))]),
+        "fatal": np.array([row in errors and not isinstance(errors[row], BadImageError) for row in range(len(run))]),
+    }
     return [BlockAccessor.batch_to_arrow_block(columns)]
 
 
-@lru_cache(maxsize=2)  # train and val; their arrays lie in the object store
+@lru_cache(maxsize=2)  # train and val; their arrays stay in the object store
 def _local_index(shared: ray.ObjectRef[SampleIndex]) -> SampleIndex:
-    """This process's view of a shared index: one for all its tasks, so that the archive is opened once.
-
-    A node that does not have the archive is an error of the set-up: were it taken for a lot of broken images, `skip`
-    would leave out whatever that node was to read.
-    """
+    """This process's view of a shared index: one for all its tasks, so that the archive is opened once."""
     index: SampleIndex = ray.get(shared)
-    filesystem, path = resolve(index.source)
-    if filesystem.get_file_info(path).type == fs.FileType.NotFound:
-        raise InputError(
-            f"{index.source}: not there on node {socket.gethostname()}; expected a path that all nodes see, or a URI"
-        )
     return index
+
+
+@lru_cache(maxsize=2)
+def _require_here(path: str) -> None:
+    """An archive that this node does not have is an error of the set-up, not a lot of broken images to skip."""
+    filesystem, inner = resolve(path)
+    if filesystem.get_file_info(inner).type == fs.FileType.NotFound:
+        raise InputError(
+            f"{path}: not there on node {socket.gethostname()}; expected a path that all nodes see, or a URI"
+        )
 
 
 # Driver -------------------------------------------------------------------------------------------------------------
 
 
 def _num_blocks(num_images: int, transform: EvalTransform) -> int:
-    return -(-num_images // max(1, min(_BLOCK_IMAGES, _BLOCK_BYTES // _image_bytes(transform))))
+    block = max(_BLOCK_IMAGES, num_images // _MANY_BLOCKS)
+    return -(-num_images // max(1, min(block, _BLOCK_BYTES // _image_bytes(transform))))
 
 
 def _image_bytes(transform: EvalTransform) -> int:
@@ -169,30 +180,36 @@ def _image_bytes(transform: EvalTransform) -> int:
 def _dataset(source: SampleDatasource, num_blocks: int, num_cpus: float) -> Dataset:
     dataset = ray.data.read_datasource(source, override_num_blocks=num_blocks, num_cpus=num_cpus)
     context = dataset.context  # this data set's own copy
+    block_bytes = max(_SMALL_BLOCK_BYTES, -(-source.estimate_inmemory_data_size() // num_blocks))
+    ahead = _BLOCKS_AHEAD * block_bytes * ray.cluster_resources().get("CPU", 1)
     context.execution_options = ExecutionOptions(
-        resource_limits=ExecutionResources.for_limits(object_store_memory=_AHEAD_BYTES), preserve_order=True
+        resource_limits=ExecutionResources.for_limits(object_store_memory=ahead), preserve_order=True
     )
+    context.target_max_block_size = 2 * block_bytes  # what Ray expects of a task before it has seen one
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     return dataset
 
 
-def _decoded(dataset: Dataset) -> Generator[tuple[int, Pixels | BadImageError], None, None]:
+def _decoded(dataset: Dataset) -> Generator[tuple[int, Pixels | InputError], None, None]:
     """(sample id, pixels or what was wrong with them) in order; the pixels are views of the object store."""
-    try:
-        for block in _blocks(dataset):
-            names = ("sample_id", "image", "error")
-            for sample_id, pixels, error in zip(*(block[name] for name in names), strict=True):
-                yield int(sample_id), BadImageError(error) if error else pixels
-    except RayTaskError as error:
-        if isinstance(error.cause, InputError):  # one line, without the worker's traceback
-            raise error.cause from None
-        raise
+    with closing(_blocks(dataset)) as blocks:
+        for block in blocks:
+            rows = zip(block["sample_id"], block["image"], block["error"], block["fatal"], strict=True)
+            for sample_id, pixels, error, fatal in rows:
+                wrong = (InputError if fatal else BadImageError)(error) if error else None
+                yield int(sample_id), wrong or pixels
 
 
-def _blocks(dataset: Dataset) -> Iterator[dict[str, npt.NDArray[Any]]]:
+def _blocks(dataset: Dataset) -> Generator[dict[str, npt.NDArray[Any]], None, None]:
     # Not `iter_batches`: left early, that kills the workers that are reading, and the next pass waits seconds for new
-    # ones to import everything. This iterator interrupts their tasks as soon as it is dropped.
-    for bundle in dataset.iter_internal_ref_bundles():
-        for ref in bundle.block_refs:
-            yield BlockAccessor.for_block(ray.get(ref)).to_batch_format("numpy")
+    # ones to import everything. This iterator interrupts their tasks when it is dropped.
+    bundles = dataset.iter_internal_ref_bundles()
+    try:
+        for bundle in bundles:
+            for ref in bundle.block_refs:
+                yield BlockAccessor.for_block(ray.get(ref)).to_batch_format("numpy")
+    except BaseException:
+        del bundles
+        gc.collect()  # Ray's executor is full of cycles, which would keep the waiting blocks in the object store
+        raise

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from vitq_ray.config import Config, InputError, require_choice, require_int
@@ -104,7 +104,6 @@ def load_rgb(data: bytes) -> Image.Image:
     with Image.open(io.BytesIO(data)) as image:
         _check_pixels(*image.size)
         image.load()
-        image.info.pop("transparency", None)  # Pillow would warn that it is dropped
         if image.mode in ("I", "I;16", "I;16B", "I;16L"):
             return Image.fromarray((np.asarray(image, np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
         return image.convert("RGB")
@@ -161,7 +160,7 @@ def _timm_train_transform(evaluation: EvalTransform, kind: str) -> Callable[[Ima
         "light": {"scale": (0.8, 1.0), "color_jitter": None, "re_prob": 0.0},
         "toolkit": {"color_jitter": 0.4, "auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25},
     }
-    return create_transform(
+    transform = create_transform(
         input_size=evaluation.size,
         is_training=True,
         interpolation=evaluation.interpolation if evaluation.interpolation in _CAN_ROTATE else "bicubic",
@@ -169,3 +168,12 @@ def _timm_train_transform(evaluation: EvalTransform, kind: str) -> Callable[[Ima
         std=evaluation.std,
         **settings[kind],
     )
+    for operation in (op for step in transform.transforms for op in getattr(step, "ops", ())):
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """At magnitude 10, one RandAugment draw in 44, timm asks to keep 0 bits, which Pillow 13 refuses."""
+    return ImageOps.posterize(image, max(bits, 1))

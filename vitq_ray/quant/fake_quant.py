@@ -5,8 +5,10 @@
 
 Symmetric, the full negative range included. The forward pass is PyTorch's own fake-quantize kernel; on CPUs, where
 that kernel does not vectorize, the same four operations one after the other, in place: the same numbers, twice as
-fast. The backward pass is ours: the gradient goes straight through where |x| <= amax and is zero outside, whereas
-PyTorch's kernel lets it pass half a step further. amax gets no gradient.
+fast (but for NaN, which stays NaN here and becomes -qmax - 1 steps in the kernel; calibration refuses it).
+
+The backward pass is ours: the gradient goes straight through where |x| <= amax and is zero outside, whereas PyTorch's
+kernel lets it pass half a step further. amax gets no gradient.
 """
 
 from __future__ import annotations

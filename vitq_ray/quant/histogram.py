@@ -34,7 +34,7 @@ class StatisticsError(InputError):
     """A tensor that cannot be described by a histogram; the caller adds the name of the site."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Histogram:
     """How often |x| fell into each bin.
 
@@ -47,6 +47,9 @@ class Histogram:
     width: float
     counts: Counts
     max: float
+
+    def __post_init__(self) -> None:
+        self.counts.setflags(write=False)
 
     @staticmethod
     def empty(width: float) -> Histogram:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vitq_ray.quant.fake_quant import fake_quantize
 
+# Sees a tensor as it passes. It must not keep it: the model may go on to write into its memory.
 Observer = Callable[[Tensor], None]
 
 
@@ -71,6 +72,10 @@ class TensorQuantizer(nn.Module):
 
     def observe(self, observer: Observer) -> None:
         self.state, self._observer = State.OBSERVE, observer
+
+    def restore(self, state: State) -> None:
+        """Back to an earlier state, without an observer."""
+        self.state, self._observer = state, None
 
     def extra_repr(self) -> str:
         axis = "per tensor" if self.axis is None else f"axis {self.axis}"

@@ -9,9 +9,9 @@ Legend: B batch, N tokens, C width, H heads, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -176,12 +176,38 @@ class QuantBlock(nn.Module):
         return self.attn.weights() | {f"ffn.{n}._weight_quantizer": w for n, w in ffn.items()}
 
 
-def quantize_vit(model: VisionTransformer) -> VisionTransformer:
-    """Put quantizers, all of them off, into `model` in place; returns it. Blocks must be plain timm Blocks."""
+def require_supported(model: nn.Module) -> None:
+    """Raise InputError, naming the type, unless `model` is a timm VisionTransformer of plain blocks.
+
+    Types are compared exactly: a subclass may compute something else than the quantized block that replaces
+    it. Class, register and distillation tokens, LayerScale and qk-norm are fine.
+    """
+    if not isinstance(model, VisionTransformer):
+        raise InputError(f"model: {type(model).__name__} is not a timm VisionTransformer")
     for index, block in enumerate(model.blocks):
-        if type(block) is not Block:
-            kind = type(block).__name__
-            raise InputError(f"block {index}: {kind} is not supported, expected timm's plain Block")
+        for name, module, wanted in _replaced_modules(block):
+            if type(module) is not wanted:
+                raise InputError(
+                    f"model: blocks.{index}{name} is a {type(module).__name__}, which cannot be quantized; "
+                    f"expected {wanted.__name__}"
+                )
+
+
+def _replaced_modules(block: Any) -> Iterable[tuple[str, Any, type]]:
+    """(name, module, the type it must have) of what a quantized block takes over; lazy, outermost first."""
+    yield "", block, Block
+    yield ".attn", block.attn, Attention
+    yield ".attn.qkv", block.attn.qkv, nn.Linear
+    yield ".attn.norm", block.attn.norm, nn.Identity  # set by scale_attn_norm
+    yield ".attn.gate", getattr(block.attn, "gate", None), type(None)
+    yield ".mlp", block.mlp, Mlp
+    yield ".mlp.fc1", block.mlp.fc1, nn.Linear
+    yield ".mlp.norm", block.mlp.norm, nn.Identity  # set by scale_mlp_norm
+
+
+def quantize_vit(model: VisionTransformer) -> VisionTransformer:
+    """Put quantizers, all of them off, into `model` in place; returns it. InputError as `require_supported`."""
+    require_supported(model)
     model.blocks = nn.Sequential(*(QuantBlock(cast(Block, block)) for block in model.blocks))
     return model
 
@@ -208,7 +234,7 @@ def quantizers_off(model: nn.Module) -> Iterator[nn.Module]:
         yield model
     finally:
         for quantizer, state in before:
-            quantizer.state = state
+            quantizer.restore(state)
 
 
 @contextmanager
