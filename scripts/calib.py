@@ -71,7 +71,7 @@ class Job:
 
     def batches(self, index: SampleIndex, ids: Any, size: int) -> Iterator[Batch]:
         args = self.args
-        return iter_batches(index, ids, self.transform, size, args.num_workers, args.on_bad_image, self.bad_images)
+        return iter_batches(index, ids, self.transform, size, args.decode_threads, args.on_bad_image, self.bad_images)
 
 
 def prepare(args: argparse.Namespace) -> Job:

@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     bad_images: list[tuple[str, str]] = []
     keeper = LogitKeeper()
     keep = keeper if args.save_logits else lambda batch, logits: None
-    batches = iter_batches(index, ids, transform, args.batch_size, args.num_workers, args.on_bad_image, bad_images)
+    batches = iter_batches(index, ids, transform, args.batch_size, args.decode_threads, args.on_bad_image, bad_images)
     with watch.stage("evaluate"), ready(loaded, sidecar) as model:
         shown = cli.track(batches, -(-len(ids) // args.batch_size), "evaluate")
         evaluation = evaluate(model, shown, lambda images: transform.normalize(images.to(device)), keep)

@@ -85,7 +85,7 @@ def add_model_options(parser: Parser) -> None:
     parser.add("--img_size", type=number(int, 1, 4096), help="pixels; default: the model type's, with auto the file's")
     parser.add("--crop-pct", type=number(float, 0.01, 1), help="crop the centre of evaluation images, by timm's rule")
     parser.add("--on-bad-image", choices=("error", "skip"), default="error", help="what to do with a broken image")
-    parser.add("--num-workers", type=number(int, 1), default=2, help="threads that decode images")
+    parser.add("--decode-threads", type=number(int, 1), default=2, help="threads that decode images")
     parser.add("--use-gpu", action="store_true", help="run the model on the first GPU")
 
 
