@@ -1,0 +1,221 @@
+"""Racing: the statistic against brute force, the guarantee by simulation, and decisions that know no clock."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from vitq_ray.config import InputError
+from vitq_ray.racing import (
+    Decision,
+    Race,
+    RaceRules,
+    Verdict,
+    chunks_left,
+    discordant,
+    log_evidence,
+    standings,
+)
+
+
+def capital(pairs: list[int], margin: Fraction) -> Fraction:
+    """The gambler's mean capital, bet by bet in exact arithmetic."""
+    total = Fraction(0)
+    for j in range(32):
+        bet, money = Fraction(2 * j + 1, 64), Fraction(1)
+        for x in pairs:
+            money *= 1 + bet * (x + margin)
+        total += money
+    return total / 32
+
+
+@pytest.mark.parametrize("pairs", [[1], [-1], [0], [1, 1, -1, 0, 1], [0] * 20 + [1] * 7, [-1] * 9 + [1]])
+@pytest.mark.parametrize("margin", [Fraction(0), Fraction(1, 200), Fraction(1, 4)])
+def test_evidence_is_the_mean_capital(pairs: list[int], margin: Fraction) -> None:
+    got = log_evidence(pairs.count(1), pairs.count(-1), len(pairs), float(margin))
+    assert got == pytest.approx(math.log(capital(pairs, margin)), abs=1e-9)
+
+
+@pytest.mark.parametrize("margin", [Fraction(0), Fraction(1, 10)])
+def test_capital_is_fair_on_the_boundary(margin: Fraction) -> None:
+    """Its mean over all sequences of five images is exactly 1 where E[X] = -margin."""
+    up, down = Fraction(2, 10), Fraction(2, 10) + margin
+    chance = {1: up, -1: down, 0: 1 - up - down}
+    mean = sum(
+        (math.prod((chance[x] for x in path), start=Fraction(1)) * capital(list(path), margin))
+        for path in itertools.product((1, 0, -1), repeat=5)
+    )
+    assert mean == 1
+
+
+def test_evidence_of_thousands_of_pairs_is_finite() -> None:
+    assert log_evidence(25_000, 0, 25_000) > 15_000
+    assert log_evidence(0, 25_000, 25_000) < -100
+
+
+def test_discordant() -> None:
+    a, b = np.array([1, 1, 0, 0, 1], bool), np.array([1, 0, 1, 0, 0], bool)
+    assert discordant(a, b) == (2, 1)
+
+
+def field_of(accuracies: list[float], images: int, flips: float, rng: np.random.Generator) -> np.ndarray:
+    """(candidates, images) results that agree on most images, as those of one model at different scales do.
+
+    Image by image a common result with the mean of the best accuracy; candidate k turns a share `flips` of the wrong
+    ones right and as many right ones wrong as its accuracy asks for.
+    """
+    top = max(accuracies)
+    base = rng.random(images) < top
+    rows = []
+    for accuracy in accuracies:
+        gain = flips / 2 / (1 - top)
+        loss = (top + flips / 2 - accuracy) / top
+        rows.append(np.where(base, rng.random(images) >= loss, rng.random(images) < gain))
+    return np.array(rows)
+
+
+def run(results: np.ndarray, rules: RaceRules, order: list[int] | None = None) -> Race:
+    """A whole race, one candidate after the other."""
+    race = Race(rules)
+    for i in range(len(results)):
+        race.enter(f"c{i}")
+    for i in order or range(len(results)):
+        name = f"c{i}"
+        for start, end in chunks_left(rules, 0):
+            if race.decision(name) is not None:
+                break
+            race.record(name, start, results[i, start:end])
+            race.judge()
+    return race
+
+
+def test_a_clear_loser_stops_early_and_the_best_is_found() -> None:
+    results = field_of([0.85, 0.70, 0.90, 0.60], 4000, 0.02, np.random.default_rng(0))
+    race = run(results, RaceRules(4000, 100))
+    assert race.over
+    assert race.leader() == "c2"
+    for name in ("c1", "c3"):
+        decision = race.decision(name)
+        assert decision is not None
+        assert decision.verdict is Verdict.BEATEN
+        assert decision.images <= 400
+        assert decision.wins > decision.losses
+        assert decision.evidence >= math.log(int(name[1:]) / 0.05)
+    assert standings(race) == {"c0": "beaten", "c1": "beaten", "c2": "best", "c3": "beaten"}
+
+
+def test_equal_candidates_are_tied_within_the_margin() -> None:
+    results = field_of([0.9] * 6, 10_000, 0.004, np.random.default_rng(1))
+    race = run(results, RaceRules(10_000, 250, tie_margin=0.01))
+    verdicts = [race.decision(f"c{i}").verdict for i in range(1, 6)]  # type: ignore[union-attr]
+    assert verdicts == [Verdict.TIED] * 5
+    assert race.images_evaluated < 0.5 * 60_000
+    assert set(standings(race).values()) == {"best", "tied"}
+
+
+def test_without_a_margin_nothing_is_stopped_as_tied() -> None:
+    results = np.ones((3, 2000), bool)
+    race = run(results, RaceRules(2000, 100, tie_margin=0.0))
+    assert [race.decision(n).verdict for n in race.names] == [Verdict.FINISHED] * 3  # type: ignore[union-attr]
+    assert race.leader() == "c0", "the earlier on equal counts"
+
+
+def test_the_first_candidate_is_never_stopped() -> None:
+    results = field_of([0.5, 0.9, 0.9], 2000, 0.02, np.random.default_rng(2))
+    race = run(results, RaceRules(2000, 100))
+    assert race.decision("c0") == Decision("c0", Verdict.FINISHED, 2000)
+    assert race.leader() in ("c1", "c2")
+    assert standings(race)["c0"] == "beaten"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_decisions_do_not_depend_on_arrival(seed: int) -> None:
+    """Any interleaving of chunks that keeps each candidate's own order gives the decisions of one after the other."""
+    rng = np.random.default_rng(seed)
+    results = field_of([0.86, 0.9, 0.88, 0.7, 0.9, 0.89, 0.9], 3000, 0.01, rng)
+    rules = RaceRules(3000, 150, tie_margin=0.01)
+    expected = run(results, rules)
+
+    race = Race(rules)
+    for i in range(len(results)):
+        race.enter(f"c{i}")
+    left = {f"c{i}": list(chunks_left(rules, 0)) for i in range(len(results))}
+    while running := [n for n in left if left[n] and race.decision(n) is None]:
+        name = running[int(rng.integers(len(running)))]
+        start, end = left[name].pop(0)
+        race.record(name, start, results[int(name[1:]), start:end])
+        race.judge()
+    assert race.over
+    assert [race.decision(n) for n in race.names] == [expected.decision(n) for n in expected.names]
+    assert race.leader() == expected.leader()
+    for name in race.names:
+        assert np.array_equal(race.correct(name), expected.correct(name)), "results past a decision are discarded"
+
+
+def test_chunks_may_come_twice_but_leave_no_gap() -> None:
+    race = Race(RaceRules(10, 4))
+    race.enter("a")
+    with pytest.raises(ValueError, match="in the race already"):
+        race.enter("a")
+    assert race.record("a", 0, np.ones(4, bool))
+    assert not race.record("a", 0, np.zeros(4, bool))
+    assert race.correct("a").all()
+    with pytest.raises(ValueError, match="results 8 to 10, 4 seen"):
+        race.record("a", 8, np.ones(2, bool))
+
+
+def test_looks_and_chunks() -> None:
+    rules = RaceRules(10, 4)
+    assert rules.looks == (4, 8, 10)
+    assert list(chunks_left(rules, 0)) == [(0, 4), (4, 8), (8, 10)]
+    assert list(chunks_left(rules, 4)) == [(4, 8), (8, 10)]
+    assert list(chunks_left(rules, 10)) == []
+    assert RaceRules(3, 4).looks == (3,)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"alpha": 0.0}, "alpha: expected a number between 0 and 1, got 0.0"),
+        ({"alpha": float("nan")}, "alpha: .* got nan"),
+        ({"tie_margin": -0.1}, "tie margin: .* got -0.1"),
+        ({"images": 0}, "images of a race: expected an integer >= 1, got 0"),
+        ({"chunk": 0}, "images of a chunk: "),
+    ],
+)
+def test_bad_rules(values: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        RaceRules(**({"images": 10, "chunk": 2} | values))  # type: ignore[arg-type]
+
+
+def lost_best(accuracies: list[float], races: int, rules: RaceRules, seed: int) -> tuple[int, float]:
+    """(races in which the truly best one, or all within the margin of it, were stopped; share of images evaluated)."""
+    rng = np.random.default_rng(seed)
+    close = [i for i, a in enumerate(accuracies) if a >= max(accuracies) - rules.tie_margin]
+    lost, images = 0, 0
+    for _ in range(races):
+        race = run(field_of(accuracies, rules.images, 0.02, rng), rules)
+        best = f"c{int(np.argmax(accuracies))}"
+        stopped = {n for n in race.names if race.decision(n).verdict is not Verdict.FINISHED}  # type: ignore[union-attr]
+        beaten = race.decision(best).verdict is Verdict.BEATEN  # type: ignore[union-attr]
+        lost += beaten or {f"c{i}" for i in close} <= stopped
+        images += race.images_evaluated
+    return lost, images / (races * len(accuracies) * rules.images)
+
+
+def test_the_best_is_kept() -> None:
+    """300 races of a close field, the best one last: at alpha 0.2, 60 may go wrong; a broken threshold shows."""
+    lost, share = lost_best([0.9, 0.9, 0.899, 0.898, 0.9005], 300, RaceRules(2000, 50, alpha=0.2), seed=3)
+    assert lost <= 60
+    assert share < 1
+
+
+def test_the_simulation_can_fail() -> None:
+    """With next to no level to hold, the same simulation does lose the best one."""
+    rules = RaceRules(2000, 50, alpha=0.999999, tie_margin=0.0)
+    lost, _ = lost_best([0.9, 0.9, 0.9, 0.900001], 100, rules, seed=4)
+    assert lost > 10
