@@ -27,6 +27,7 @@ from vitq_ray.quant.vit import (
     site_amax,
     sites_of,
     tensor_keys,
+    weight_scales,
 )
 
 
@@ -160,7 +161,7 @@ def test_observing_always_removes_its_observers(quant_vit: VisionTransformer, im
 
 def amax_of(model: nn.Module, images: Tensor, mode: str) -> dict[str, Tensor]:
     tensors = {key: x.abs().max() for key, x in observed(model, images).items()}
-    return site_amax(model, tensors, MODES[mode])
+    return site_amax(tensors, weight_scales(model, MODES[mode]), MODES[mode], len(quant_blocks(model)))
 
 
 LEFT_OUT = {  # DESIGN section 4, by hand: (site name contains) -> modes that leave it out

@@ -17,17 +17,18 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitq_ray.config import InputError, QuantSetting
-from vitq_ray.quant.amax import entropy_amax, max_amax, mse_amax, percentile_amax
+from vitq_ray.config import InputError, QuantSetting, parse_calibrator
+from vitq_ray.quant.amax import Amax, entropy_amax, max_amax, mse_amax, noise_to_signal, percentile_amax
+from vitq_ray.quant.fake_quant import fake_quantize
 from vitq_ray.quant.histogram import Histogram, StatisticsError
-from vitq_ray.quant.modes import MODES
-from vitq_ray.quant.vit import apply_amax, observing, site_amax, tensor_keys
+from vitq_ray.quant.modes import FAMILY_TENSORS, MODES, SITES, WEIGHT, site_key
+from vitq_ray.quant.vit import apply_amax, observing, quant_blocks, site_amax, tensor_keys, weight_scales
 
 _FORMAT = 1
 
@@ -196,28 +197,58 @@ def _observer(
     return observe
 
 
-CALIBRATORS: dict[str, Callable[[Sequence[Histogram], QuantSetting], np.ndarray]] = {
-    "max": lambda histograms, setting: max_amax(histograms),
-    "percentile": lambda histograms, setting: percentile_amax(histograms, [_percentile_of(setting)])[0],
-    "mse": lambda histograms, setting: mse_amax(histograms, setting.act_bits),
-    "entropy": lambda histograms, setting: entropy_amax(histograms, setting.act_bits),
+# (histograms, percentile, bits) -> amax of each
+CALIBRATORS: dict[str, Callable[[Sequence[Histogram], float | None, int], Amax]] = {
+    "max": lambda histograms, percentile, bits: max_amax(histograms),
+    "percentile": lambda histograms, percentile, bits: percentile_amax(histograms, [_given(percentile)])[0],
+    "mse": lambda histograms, percentile, bits: mse_amax(histograms, bits),
+    "entropy": lambda histograms, percentile, bits: entropy_amax(histograms, bits),
 }
 
 
-def _percentile_of(setting: QuantSetting) -> float:
-    assert setting.percentile is not None  # QuantSetting has checked it
-    return setting.percentile
+def _given(percentile: float | None) -> float:
+    assert percentile is not None  # QuantSetting has checked it
+    return percentile
 
 
-def tensor_amax(statistics: CalibrationStatistics, setting: QuantSetting) -> dict[str, Tensor]:
-    """{tensor name: amax, shape (), float32} for one setting."""
-    amax = CALIBRATORS[setting.calibrator](statistics.after(setting.num_batches), setting)
-    return dict(zip(statistics.keys, torch.from_numpy(amax).float().unbind(), strict=True))
+class Scales:
+    """The amax of every site for any setting, from statistics and weights; what settings share is computed once."""
+
+    def __init__(self, model: nn.Module, statistics: CalibrationStatistics) -> None:
+        self._model = model
+        self._statistics = statistics
+        self._depth = len(quant_blocks(model))
+        self._histograms = cache(statistics.after)
+        self._calibrated = cache(self._calibrate)
+        self._weights = cache(self._weigh)
+
+    def of(self, setting: QuantSetting) -> dict[str, Tensor]:
+        """{site name: amax} of every site: () for tensors, (rows, 1) for weights in modes that have them so."""
+        bits = setting.weight_bits if setting.weights != "max" else 8  # max|w| knows no bits
+        weights = self._weights(setting.mode, setting.weights, bits)
+        return site_amax(self._tensors(setting), weights, MODES[setting.mode], self._depth)
+
+    def _tensors(self, setting: QuantSetting) -> dict[str, Tensor]:
+        """{tensor name: amax, shape (), float32}."""
+        n, bits = setting.num_batches, setting.act_bits
+        amax = dict(self._calibrated(setting.calibrator, setting.percentile, n, bits))
+        for family, text in setting.family_calibrators.items():
+            own = self._calibrated(*parse_calibrator(text, family), n, bits)
+            names = [site_key(i, tensor) for i in range(self._depth) for tensor in FAMILY_TENSORS[family]]
+            amax |= {name: own[name] for name in names}
+        return amax
+
+    def _calibrate(self, calibrator: str, percentile: float | None, num_batches: int, bits: int) -> dict[str, Tensor]:
+        values = CALIBRATORS[calibrator](self._histograms(num_batches), percentile, bits)
+        return dict(zip(self._statistics.keys, torch.from_numpy(values).float().unbind(), strict=True))
+
+    def _weigh(self, mode: str, calibrator: str, bits: int) -> dict[str, Tensor]:
+        return weight_scales(self._model, MODES[mode], calibrator, bits)
 
 
 def setting_amax(model: nn.Module, statistics: CalibrationStatistics, setting: QuantSetting) -> dict[str, Tensor]:
-    """{site name: amax} of every site: () for tensors, (rows, 1) for weights in modes with per-channel weights."""
-    return site_amax(model, tensor_amax(statistics, setting), MODES[setting.mode])
+    """{site name: amax} of every site, for one setting; as `Scales.of`."""
+    return Scales(model, statistics).of(setting)
 
 
 def apply_setting(model: nn.Module, statistics: CalibrationStatistics, setting: QuantSetting) -> dict[str, Tensor]:
@@ -225,6 +256,29 @@ def apply_setting(model: nn.Module, statistics: CalibrationStatistics, setting: 
     amax = setting_amax(model, statistics, setting)
     apply_amax(model, amax, setting.mode, setting.weight_bits, setting.act_bits)
     return amax
+
+
+def predicted_noise(
+    model: nn.Module, statistics: CalibrationStatistics, setting: QuantSetting, amax: Mapping[str, Tensor]
+) -> float:
+    """Sum over the quantized sites of noise over signal power: small for settings that promise to do well.
+
+    A forecast from histograms and weights, without an image: it puts candidates in order, it decides nothing.
+    `amax` is what `setting_amax` gives.
+    """
+    mode = MODES[setting.mode]
+    histograms = dict(zip(statistics.keys, statistics.after(setting.num_batches), strict=True))
+    total = 0.0
+    for index, block in enumerate(quant_blocks(model)):
+        sites = [site for site in SITES if mode.quantizes(site) and site.family != WEIGHT]
+        seen = [histograms[site_key(index, site.tensor)] for site in sites]
+        scales = np.array([float(amax[site_key(index, site.name)]) for site in sites])
+        total += float(noise_to_signal(seen, scales, setting.act_bits).sum())
+        for name, weight in block.weights().items():
+            scale = amax[site_key(index, name)].to(weight.device)
+            error = fake_quantize(weight.detach(), scale, setting.weight_bits, mode.weight_axis) - weight.detach()
+            total += float(error.square().sum() / weight.detach().square().sum())
+    return total
 
 
 def degenerate_sites(amax: Mapping[str, Tensor]) -> list[str]:

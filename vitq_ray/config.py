@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 MODES = ("ft1", "ft2", "ft3", "trt")
 CALIBRATORS = ("max", "percentile", "mse", "entropy")
+WEIGHT_CALIBRATORS = ("max", "mse")
+CALIBRATED_FAMILIES = ("attention_probabilities", "gelu_output", "gemm_outputs")  # may have a calibrator of their own
 MIN_BITS, MAX_BITS = 2, 8
 
 T = TypeVar("T", bound="Config")
@@ -67,6 +69,10 @@ class QuantSetting(Config):
 
     `percentile` is in [0, 100] and is only meaningful for the percentile calibrator; for the others it must be
     None, so that two equal settings are always equal values. `num_batches` counts calibration batches.
+
+    `attention_probabilities`, `gelu_output` and `gemm_outputs` give those tensors a calibrator of their own, written
+    as in `parse_calibrator`; None is that of the others. `weights` is `max`, or `mse`: the amax with the least squared
+    error.
     """
 
     mode: str = "ft2"
@@ -75,6 +81,10 @@ class QuantSetting(Config):
     num_batches: int = 10
     weight_bits: int = 8
     act_bits: int = 8
+    attention_probabilities: str | None = None
+    gelu_output: str | None = None
+    gemm_outputs: str | None = None
+    weights: str = "max"
 
     def __post_init__(self) -> None:
         require_choice("quant mode", self.mode, MODES)
@@ -87,12 +97,36 @@ class QuantSetting(Config):
                 raise InputError(f"percentile: {self.percentile!r} given with calibrator {self.calibrator!r}")
         elif not _is_percentile(self.percentile):
             raise InputError(f"percentile: expected a number in [0, 100], got {self.percentile!r}")
+        for family, calibrator in self.family_calibrators.items():
+            parse_calibrator(calibrator, family)
+        require_choice("calibrator of weights", self.weights, WEIGHT_CALIBRATORS)
+
+    @property
+    def family_calibrators(self) -> dict[str, str]:
+        """{family: calibrator} of the families of activations that have one of their own."""
+        values = {family: getattr(self, family) for family in CALIBRATED_FAMILIES}
+        return {family: value for family, value in values.items() if value is not None}
 
     @property
     def label(self) -> str:
         """Short name for tables, e.g. `ft2 percentile 99.99 n=10 w8a8`."""
         percentile = "" if self.percentile is None else f" {self.percentile:.10g}"
-        return f"{self.mode} {self.calibrator}{percentile} n={self.num_batches} w{self.weight_bits}a{self.act_bits}"
+        own = dict(self.family_calibrators) | ({} if self.weights == "max" else {"weights": self.weights})
+        tail = "".join(f" {family}={calibrator}" for family, calibrator in own.items())
+        bits = f"w{self.weight_bits}a{self.act_bits}"
+        return f"{self.mode} {self.calibrator}{percentile} n={self.num_batches} {bits}{tail}"
+
+
+def parse_calibrator(text: Any, name: str) -> tuple[str, float | None]:
+    """(calibrator, percentile) of `max`, `mse`, `entropy` or `percentile 99.9`; InputError, with `name`, otherwise."""
+    calibrator, _, rest = text.partition(" ") if isinstance(text, str) else ("", "", "")
+    try:
+        percentile = float(rest) if rest else None
+    except ValueError:
+        percentile = math.nan
+    if calibrator not in CALIBRATORS or (calibrator == "percentile") != _is_percentile(percentile):
+        raise InputError(f"calibrator of {name}: {text!r} is not one of max, mse, entropy, percentile P (0 to 100)")
+    return calibrator, percentile
 
 
 def _is_percentile(value: Any) -> bool:

@@ -90,6 +90,17 @@ def entropy_divergences(counts: npt.NDArray[np.int64], levels: int) -> npt.NDArr
     return _divergence_kernel(smoothed, levels)
 
 
+def noise_to_signal(histograms: Sequence[Histogram], amax: Amax, bits: int = 8) -> Amax:
+    """Mean squared quantization error over mean square, of the bin centres weighted by their counts.
+
+    What a setting costs at each site, as far as the statistics tell. `amax` is (sites,); returns (sites,), 1 where
+    amax is 0 and everything becomes 0. The range is symmetric here: [-qmax, qmax].
+    """
+    qmax = 2 ** (bits - 1) - 1
+    rows = zip(histograms, amax, strict=True)
+    return np.array([_noise_kernel(h.counts, a / h.width, qmax) for h, a in rows], np.float64)
+
+
 def _for_each_site(amax_of: Callable[[Histogram], float], histograms: Sequence[Histogram]) -> Amax:
     # The kernels release the GIL, so threads are enough to use every core this process was given.
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
@@ -114,6 +125,19 @@ def _mse_kernel(counts: npt.NDArray[np.int64], qmax: int) -> int:
         if error < best_error:
             best, best_error = candidate, error
     return best
+
+
+@numba.njit(nogil=True, cache=True)
+def _noise_kernel(counts: npt.NDArray[np.int64], amax: float, qmax: int) -> float:
+    """`amax` in units of the bin width; bin k is at k + 0.5."""
+    noise, signal = 0.0, 0.0
+    for k in range(counts.size):
+        centre, weight = k + 0.5, np.float64(counts[k])
+        level = min(np.rint(centre * qmax / amax), np.float64(qmax)) if amax > 0 else 0.0
+        difference = centre - level * amax / qmax
+        noise += weight * difference * difference
+        signal += weight * centre * centre
+    return noise / signal
 
 
 @numba.njit(nogil=True, cache=True)

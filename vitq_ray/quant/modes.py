@@ -15,6 +15,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from vitq_ray.quant.fake_quant import fake_quantize
+
 LAYER_PREFIX = "transformer.encoder.layer."
 WEIGHT = "weight"  # the one family whose tensors are parameters, not activations
 
@@ -119,10 +121,30 @@ def observed_tensors() -> tuple[str, ...]:
     return tuple(dict.fromkeys(site.tensor for site in SITES if site.family != WEIGHT))
 
 
+# Tensors of a block that a setting can give a calibrator of their own.
+FAMILY_TENSORS: dict[str, tuple[str, ...]] = {
+    "attention_probabilities": ("attn.matmul_a_input_quantizer",),
+    "gelu_output": ("ffn.fc2._input_quantizer",),
+    "gemm_outputs": tuple(f"{gemm}._aftergemm_quantizer" for gemm in GEMMS),
+}
+
+
 def weight_amax(weight: Tensor, mode: Mode) -> Tensor:
     """max|w|: shape (rows, 1) per output channel, () per tensor. `weight` is (rows, columns)."""
     magnitude = weight.detach().abs()
     return magnitude.amax() if mode.weight_axis is None else magnitude.amax(dim=1, keepdim=True)
+
+
+def weight_amax_mse(weight: Tensor, mode: Mode, bits: int) -> Tensor:
+    """Of 1.00, 0.99, … 0.30 times max|w|, the amax with the least squared error; the largest on a tie. Same shapes."""
+    largest = weight_amax(weight, mode)
+    best, least = largest, torch.full_like(largest, torch.inf)
+    for percent in range(100, 29, -1):
+        amax = largest * (percent / 100)
+        squared = (fake_quantize(weight.detach(), amax, bits, mode.weight_axis) - weight.detach()).square()
+        error = squared.sum() if mode.weight_axis is None else squared.sum(dim=1, keepdim=True)
+        best, least = torch.where(error < least, amax, best), torch.minimum(error, least)
+    return best
 
 
 def fuse(amax: Mapping[str, Tensor]) -> dict[str, Tensor]:

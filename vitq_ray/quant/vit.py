@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -30,6 +31,7 @@ from vitq_ray.quant.modes import (
     observed_tensors,
     site_key,
     weight_amax,
+    weight_amax_mse,
 )
 from vitq_ray.quant.quantizer import Observer, State, TensorQuantizer
 
@@ -260,19 +262,37 @@ def _representatives(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
             yield site_key(index, tensor), block.quantizer(tensor)
 
 
-def site_amax(model: nn.Module, tensor_amax: Mapping[str, Tensor], mode: Mode) -> dict[str, Tensor]:
-    """amax of every site from that of every activation tensor: weights added, fused where the mode fuses.
+def weight_scales(model: nn.Module, mode: Mode, calibrator: str = "max", bits: int = 8) -> dict[str, Tensor]:
+    """{full site name: amax, () or (rows, 1)} of all weights; not fused yet. `calibrator` is `max` or `mse`."""
+    scale = weight_amax if calibrator == "max" else partial(weight_amax_mse, bits=bits)
+    return {
+        site_key(index, name): scale(weight, mode)
+        for index, block in enumerate(quant_blocks(model))
+        for name, weight in block.weights().items()
+    }
+
+
+def site_amax(
+    tensor_amax: Mapping[str, Tensor], weight_amax: Mapping[str, Tensor], mode: Mode, depth: int
+) -> dict[str, Tensor]:
+    """amax of every site from that of every activation tensor and weight, fused where the mode fuses.
 
     Args:
         tensor_amax: {full name as in `tensor_keys`: shape ()}.
+        weight_amax: as from `weight_scales`.
+        depth: number of blocks.
 
     Returns:
         {full site name: () or (rows, 1)}, the sites that the mode leaves out included.
     """
     result: dict[str, Tensor] = {}
-    for index, block in enumerate(quant_blocks(model)):
-        amax = {s.name: tensor_amax[site_key(index, s.tensor)] for s in SITES if s.family != WEIGHT}
-        amax |= {name: weight_amax(weight, mode) for name, weight in block.weights().items()}
+    for index in range(depth):
+        amax = {
+            s.name: weight_amax[site_key(index, s.name)]
+            if s.family == WEIGHT
+            else tensor_amax[site_key(index, s.tensor)]
+            for s in SITES
+        }
         amax = fuse(amax) if mode.fuse_qkv else amax
         result |= {site_key(index, site.name): amax[site.name] for site in SITES}
     return result
