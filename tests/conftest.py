@@ -138,6 +138,22 @@ def load_script(name: str) -> ModuleType:
     return module
 
 
+def descendants(root: int, title: str) -> list[int]:
+    """Process ids below `root` whose command line begins with `title` (Ray's workers have telling ones)."""
+    parents, titles = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            titles[int(folder.name)] = (folder / "cmdline").read_bytes().decode(errors="replace")
+        except OSError:  # gone meanwhile
+            continue
+    found, todo = set(), {root}
+    while todo:
+        todo = {pid for pid, parent in parents.items() if parent in todo}
+        found |= todo
+    return sorted(pid for pid in found if titles.get(pid, "").startswith(title))
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One small Ray for all tests that need it."""

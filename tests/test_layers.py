@@ -30,13 +30,19 @@ ORDER = (
     "calibrate",
     "evaluate",
     "search_space",
+    "proposals",
+    "racing",
     "run_folder",
+    "contest",
     "live",
     "cli",
     "cluster",
+    "metrics",
+    "workers",
+    "trials",
     "search",
 )
-MAY_IMPORT_RAY = frozenset({"data.source", "cluster", "search"})
+MAY_IMPORT_RAY = frozenset({"data.source", "cluster", "metrics", "workers", "trials"})
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
     for path in PACKAGE.rglob("*.py")

@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from tests.conftest import Project, load_script, tiny_vit
-from vitq_ray import cli
-from vitq_ray.calibrate import CalibrationStatistics, apply_setting, collect_statistics
+from tests.conftest import Project, descendants, load_script, make_project, tiny_vit
+from vitq_ray import cli, search
+from vitq_ray.calibrate import CalibrationStatistics, Scales, apply_setting, collect_statistics
 from vitq_ray.config import InputError, QuantSetting
-from vitq_ray.data.loader import Batch
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.evaluate import Evaluation, evaluate
-from vitq_ray.models import geometry_of
 from vitq_ray.quant.vit import quantize_vit
-from vitq_ray.search import ImageSet, Resources, make_candidates, require_room, run_trials, share
+from vitq_ray.racing import RaceRules
+from vitq_ray.search import Splits
+from vitq_ray.trials import ImageSet, Resources, require_room, run_trials, share
 
 tune_calib = load_script("tune_calib")
-SETTINGS = [
-    QuantSetting("ft1", "max", None, 2),
-    QuantSetting("ft1", "percentile", 100.0, 2),  # the same scales
-    QuantSetting("ft2", "percentile", 99.0, 2, 4, 4),
-    QuantSetting("ft2", "percentile", 99.0, 1, 4, 4),
-]
+SETTINGS = {
+    "a": QuantSetting("ft1", "max", None, 2),
+    "b": QuantSetting("ft2", "percentile", 99.0, 2, 4, 4),
+    "c": QuantSetting("ft2", "percentile", 99.0, 1, 4, 4),
+}
 
 
 @pytest.fixture
@@ -42,79 +47,106 @@ def image_set(count: int = 33) -> ImageSet:
     return ImageSet(pixels, rng.integers(0, 7, count), np.arange(count) * 2)
 
 
-def test_settings_with_equal_scales_are_one_candidate(
-    quant_vit: VisionTransformer, statistics: CalibrationStatistics
-) -> None:
-    candidates, scales = make_candidates(quant_vit, statistics, SETTINGS)
-    assert [(c.name, c.same_as) for c in candidates] == [("c0", None), ("c1", "c0"), ("c2", None), ("c3", None)]
-    assert set(scales) == {"c0", "c2", "c3"}
-
-
-def test_sites_that_a_mode_leaves_out_do_not_make_a_candidate(
-    quant_vit: VisionTransformer, statistics: CalibrationStatistics
-) -> None:
-    """Bits and modes do; a difference only at sites that stay in float does not."""
-    same = [QuantSetting("ft1", "max", None, 2, 8, 8)] * 2
-    other = [QuantSetting("ft1", "max", None, 2, 8, 6), QuantSetting("trt", "max", None, 2, 8, 8)]
-    candidates, _ = make_candidates(quant_vit, statistics, same + other)
-    assert [c.same_as for c in candidates] == [None, "c0", None, None]
-
-
 def test_image_set_batches() -> None:
     images = image_set(7)
     parts = list(images.batches(3))
     assert [len(part.labels) for part in parts] == [3, 3, 1]
     assert np.array_equal(np.concatenate([p.images.numpy() for p in parts]), images.images)
+    assert [p.sample_ids.tolist() for p in images.batches(2, 3, 6)] == [[6, 8], [10]]
     assert ImageSet.of(parts).sample_ids.tolist() == images.sample_ids.tolist()
     with pytest.raises(InputError, match="no readable image"):
         ImageSet.of([])
 
 
+class Recorder:
+    """A referee that takes everything, and stops candidate `stop` after its first chunk."""
+
+    def __init__(self, names: list[str], images: int, stop: str | None = None) -> None:
+        self.waiting = list(names)
+        self.stop = stop
+        self.correct = {name: np.zeros(images, bool) for name in names}
+        self.done = dict.fromkeys(names, 0)
+        self.on_take: Callable[[str], None] = lambda name: None
+
+    def next(self) -> str | None:
+        return self.waiting.pop(0) if self.waiting else None
+
+    @property
+    def over(self) -> bool:
+        return not self.waiting
+
+    def seen(self, name: str) -> int:
+        return self.done[name]
+
+    def take(self, name: str, start: int, correct: np.ndarray, correct5: np.ndarray, seconds: float) -> bool:
+        assert seconds > 0
+        assert not (correct & ~correct5).any()
+        assert start <= self.done[name]
+        self.correct[name][start : start + len(correct)] = correct
+        self.done[name] = max(self.done[name], start + len(correct))
+        self.on_take(name)
+        return name == self.stop
+
+
 def evaluate_here(setting: QuantSetting, statistics: CalibrationStatistics, images: ImageSet) -> Evaluation:
     model = quantize_vit(tiny_vit())
     apply_setting(model, statistics, setting)
-    transform = EvalTransform(16)
-    batches: list[Batch] = list(images.batches(10))
-    return evaluate(model, batches, transform.normalize)
+    return evaluate(model, list(images.batches(10)), EvalTransform(16).normalize)
+
+
+def start_trials(
+    referee: Recorder, statistics: CalibrationStatistics, images: ImageSet, rules: RaceRules, folder: Path
+) -> None:
+    model = quantize_vit(tiny_vit())
+    shared = share(model, images, rules, EvalTransform(16), 10, Resources())
+    scales = Scales(model, statistics)
+    for name, setting in SETTINGS.items():
+        shared.add(name, setting, scales.of(setting))
+    run_trials(shared, referee, Resources(), folder)
 
 
 def test_trials_give_what_the_driver_gives(
     ray_cluster: None, statistics: CalibrationStatistics, tmp_path: Path
 ) -> None:
-    float_model = tiny_vit()
-    geometry = geometry_of(float_model)
-    model = quantize_vit(float_model)
-    images, transform = image_set(), EvalTransform(16)
-    candidates, scales = make_candidates(model, statistics, SETTINGS)
-    shared = share(model, geometry, images, candidates, scales, transform, 10, Resources())
-    results: dict[str, Evaluation] = {}
-    seconds: list[float] = []
+    images = image_set()
+    referee = Recorder(list(SETTINGS), len(images), stop="b")
+    start_trials(referee, statistics, images, RaceRules(33, 10), tmp_path / "tune")
+    assert referee.done == {"a": 33, "b": 10, "c": 33}
+    for name, setting in SETTINGS.items():
+        here = evaluate_here(setting, statistics, images).correct[: referee.done[name]]
+        np.testing.assert_array_equal(referee.correct[name][: len(here)], here, err_msg=name)
+    assert not (tmp_path / "tune").exists(), "Tune's own bookkeeping is removed"
 
-    def on_result(name: str, evaluation: Evaluation, took: float) -> None:
-        assert name not in results
-        results[name] = evaluation
-        seconds.append(took)
 
-    run_trials(shared, list(scales), images, Resources(), tmp_path / "tune", on_result)
-    assert set(results) == {"c0", "c2", "c3"}
-    for candidate in candidates:
-        if candidate.same_as is None:
-            here = evaluate_here(candidate.setting, statistics, images)
-            there = results[candidate.name]
-            for column in ("sample_ids", "labels", "correct", "correct5"):
-                np.testing.assert_array_equal(getattr(there, column), getattr(here, column), err_msg=column)
-    assert all(took > 0 for took in seconds)
+def test_a_killed_worker_does_not_lose_a_trial(
+    ray_cluster: None, statistics: CalibrationStatistics, tmp_path: Path
+) -> None:
+    images = image_set(300)
+    referee = Recorder(list(SETTINGS), len(images))
+    killed = []
+
+    def kill_once(name: str) -> None:
+        if referee.done["b"] >= 20 and not killed:
+            killed.extend(descendants(os.getpid(), "ray::CandidateTrial"))
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+
+    referee.on_take = kill_once
+    start_trials(referee, statistics, images, RaceRules(300, 10), tmp_path / "tune")
+    assert killed
+    assert set(referee.done.values()) == {300}
+    for name, setting in SETTINGS.items():
+        np.testing.assert_array_equal(referee.correct[name], evaluate_here(setting, statistics, images).correct)
 
 
 def test_a_trial_that_fails_is_an_error(ray_cluster: None, statistics: CalibrationStatistics, tmp_path: Path) -> None:
-    float_model = tiny_vit()
-    geometry = geometry_of(float_model)
-    model = quantize_vit(float_model)
-    candidates, scales = make_candidates(model, statistics, SETTINGS[:1])
-    del scales["c0"]["transformer.encoder.layer.0.ffn.fc1._input_quantizer"]
-    shared = share(model, geometry, image_set(), candidates, scales, EvalTransform(16), 10, Resources())
+    model, images = quantize_vit(tiny_vit()), image_set()
+    shared = share(model, images, RaceRules(33, 10), EvalTransform(16), 10, Resources())
+    scales = Scales(model, statistics).of(SETTINGS["a"])
+    del scales["transformer.encoder.layer.0.ffn.fc1._input_quantizer"]
+    shared.add("a", SETTINGS["a"], scales)
     with pytest.raises(RuntimeError, match=r"(?s)1 of 1 trials failed; .*fc1\._input_quantizer"):
-        run_trials(shared, ["c0"], image_set(), Resources(), tmp_path / "tune", lambda *_: None)
+        run_trials(shared, Recorder(["a"], 33), Resources(), tmp_path / "tune", max_failures=1)
 
 
 def test_no_node_can_hold_a_trial(ray_cluster: None) -> None:
@@ -141,9 +173,27 @@ def run_tune(project: Project, tmp_path: Path, *argv: object) -> int:
     return cli.run(tune_calib.main, [str(a) for a in (*project.options, *small, *argv)])
 
 
-def test_whole_search(ray_cluster: None, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_tune(project, tmp_path) == 0
-    folder = tmp_path / "run"
+@pytest.fixture(scope="module")
+def finished(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `project`, `space.py` and the finished run `run`; tests that change it take a copy."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "project").mkdir()
+    assert run_tune(make_project(folder / "project"), folder) == 0
+    return folder
+
+
+@pytest.fixture
+def copied(finished: Path) -> Iterator[Path]:
+    """The finished run at its own place, put back as it was afterwards: paths are part of a run."""
+    backup = finished.with_name("backup")
+    shutil.copytree(finished, backup)
+    yield finished
+    shutil.rmtree(finished)
+    backup.rename(finished)
+
+
+def test_whole_search(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = finished / "run"
     files = {"run.json", "statistics.npz", "trials.jsonl", "correct.parquet", "result.json", "best"}
     assert files <= {p.name for p in folder.iterdir()}
     assert {p.name for p in (folder / "best").iterdir()} == {"setting.json", "vit_calib.pth", "vit_calib.json"}
@@ -155,53 +205,69 @@ def test_whole_search(ray_cluster: None, project: Project, tmp_path: Path, capsy
     assert splits["calibration"]["split"] == "train"
 
     result = json.loads((folder / "result.json").read_text())
-    assert result["settings"] == 12
-    assert len(result["same_as"]) == 4, "percentile 100 is max: once per mode and batch count"
+    candidates = result["candidates"]
+    assert len(candidates) == 12
+    same = [c["same_as"] for c in candidates.values() if c["same_as"]]
+    assert len(same) == 4, "percentile 100 is max: once per mode and batch count"
     assert result["images"] == len(splits["report"])
     assert result["float"]["top1"] == 1.0
     selection = result["selection"]
-    best = max(v["top1_correct"] for name, v in selection.items() if name != "float")
+    finished = {n: s for n, s in selection.items() if n != "float" and s["images"] == 11}
+    best = max(s["top1_correct"] for s in finished.values())
     assert selection[result["winner"]["name"]]["top1_correct"] == best
+    assert [c["outcome"] for c in candidates.values()].count("best") == 1 + same.count(result["winner"]["name"])
 
     events = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
-    assert [e["event"] for e in events].count("candidate") == 12
-    assert [e["event"] for e in events].count("result") == 8
-    assert events[-1]["event"] == "winner"
+    kinds = [e["event"] for e in events]
+    assert kinds.count("candidate") == 12
+    assert kinds.count("decision") == 8
+    assert kinds[-1] == "winner"
 
     table = pq.read_table(folder / "correct.parquet").to_pandas()
+    assert result["race"]["images_evaluated"] >= len(table) - 11
     for name, summary in selection.items():
         rows = table[table.candidate == name]
         assert rows.correct.sum() == summary["top1_correct"]
-        assert rows.sample_id.tolist() == splits["selection"]
-    printed = capsys.readouterr().out
-    assert "12 settings, 8 of them with scales of their own" in printed
-    assert "winner" in printed
-
+        assert rows.sample_id.tolist() == splits["selection"][: summary["images"]]
     again = CalibrationStatistics.from_bytes((folder / "statistics.npz").read_bytes())
     assert again.snapshots == (1, 3)
 
 
-def test_best_evaluates_to_the_reported_counts(ray_cluster: None, project: Project, tmp_path: Path) -> None:
-    assert run_tune(project, tmp_path) == 0
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    report = json.loads((tmp_path / "run" / "run.json").read_text())["splits"]["report"]
-    checkpoint = ("--pretrained_dir", tmp_path / "run" / "best" / "vit_calib.pth", "--data-path", project.folder)
+def test_two_workers_and_another_seed(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Statistics do not depend on the workers, splits not on the seed."""
+    project = Project(finished / "project")
+    assert run_tune(project, tmp_path, "--num-workers", 2, "--seed", 7) == 0
+    one, two = finished / "run", tmp_path / "run"
+    assert (two / "statistics.npz").read_bytes() == (one / "statistics.npz").read_bytes()
+    splits = [json.loads((folder / "run.json").read_text())["splits"] for folder in (one, two)]
+    assert splits[0] == splits[1]
+    printed = capsys.readouterr().out
+    assert "12 settings, 8 of them with scales of their own" in printed
+    assert "winner" in printed
+
+
+def test_best_evaluates_to_the_reported_counts(finished: Path, tmp_path: Path) -> None:
+    result = json.loads((finished / "run" / "result.json").read_text())
+    report = json.loads((finished / "run" / "run.json").read_text())["splits"]["report"]
+    checkpoint = ("--pretrained_dir", finished / "run" / "best" / "vit_calib.pth")
     logits = tmp_path / "logits.npz"
-    evaluation = ("--output", tmp_path / "again", "--save-logits", logits)
-    assert cli.run(load_script("evaluate").main, [str(a) for a in (*checkpoint, *evaluation)]) == 0
+    output = ("--data-path", finished / "project", "--output", tmp_path / "again", "--save-logits", logits)
+    assert cli.run(load_script("evaluate").main, [str(a) for a in (*checkpoint, *output)]) == 0
     saved = np.load(logits)
     correct = saved["logits"].argmax(1) == saved["labels"]
     assert correct[report].sum() == result["top1_correct"]
 
 
-def test_splits_depend_on_the_split_seed_only(ray_cluster: None, project: Project, tmp_path: Path) -> None:
-    def splits(name: str, *argv: object) -> dict[str, object]:
-        assert run_tune(project, tmp_path, "--output", tmp_path / name, *argv) == 0
-        return json.loads((tmp_path / name / "run.json").read_text())["splits"]
+def test_splits_depend_on_the_split_seed(project: Project, tmp_path: Path) -> None:
+    def splits(*argv: object) -> Splits:
+        args = tune_calib.parse([str(a) for a in (*project.options, "--calib-batchsz", 1, *argv)])
+        return search.prepare(args).splits
 
-    first = splits("a")
-    assert splits("b", "--seed", 7) == first
-    assert splits("c", "--split-seed", 7) != first
+    first, same, other = splits(), splits("--seed", 7), splits("--split-seed", 7)
+    for name in ("calibration", "selection", "report"):
+        assert np.array_equal(getattr(first, name), getattr(same, name))
+    assert not np.array_equal(first.selection, other.selection)
+    assert not np.array_equal(np.sort(first.selection), first.selection), "the race's order is random"
 
 
 def test_only_val(ray_cluster: None, project: Project, tmp_path: Path) -> None:
@@ -245,8 +311,8 @@ def test_float_model_at_chance_stops_the_search(
     (project.folder / "val_map.txt").write_text(wrong)
     assert run_tune(project, tmp_path) == 2
     assert "not above chance level" in capsys.readouterr().err
-    events = (tmp_path / "run" / "trials.jsonl").exists()
-    assert not events, "nothing was searched"
+    events = [json.loads(line)["event"] for line in (tmp_path / "run" / "trials.jsonl").read_text().splitlines()]
+    assert events == ["float"], "nothing was searched"
 
 
 def test_output_that_holds_a_run(
@@ -256,3 +322,93 @@ def test_output_that_holds_a_run(
     (tmp_path / "run" / "run.json").write_text("{}")
     assert run_tune(project, tmp_path) == 2
     assert "already holds a run" in capsys.readouterr().err
+
+
+def resume(tmp_path: Path, *argv: object) -> int:
+    return cli.run(tune_calib.main, ["--resume", str(tmp_path / "run"), *map(str, argv)])
+
+
+def test_resume_of_a_finished_run_changes_nothing(copied: Path) -> None:
+    before = json.loads((copied / "run" / "result.json").read_text())
+    log = (copied / "run" / "trials.jsonl").read_text()
+    assert resume(copied) == 0
+    after = json.loads((copied / "run" / "result.json").read_text())
+    assert {k: v for k, v in after.items() if k != "seconds"} == {k: v for k, v in before.items() if k != "seconds"}
+    added = (copied / "run" / "trials.jsonl").read_text().removeprefix(log).splitlines()
+    assert [json.loads(line)["event"] for line in added] == ["resumed", "winner"]
+
+
+def change_weights(project: Project) -> None:
+    arrays = dict(np.load(project.checkpoint))
+    arrays["head/bias"] = arrays["head/bias"] + np.float32(1e-3)
+    np.savez(project.checkpoint, **arrays)
+
+
+def change_labels(project: Project) -> None:
+    path = project.folder / "val_map.txt"
+    first, *rest = path.read_text().splitlines(keepends=True)
+    name, label = first.split("\t")
+    path.write_text("".join([f"{name}\t{(int(label) + 1) % 7}\n", *rest]))
+
+
+def change_space(project: Project) -> None:
+    path = project.folder.parent / "space.py"
+    path.write_text(path.read_text().replace("95.0", "96.0"))
+
+
+@pytest.mark.parametrize(
+    ("change", "argv", "message"),
+    [
+        (None, ("--alpha", 0.01), "options.alpha: 0.05 there, 0.01 now"),
+        (None, ("--seed", 1), "options.seed: 42 there, 1 now"),
+        (change_weights, (), "weights_fingerprint: "),
+        (change_labels, (), "splits.selection: "),
+        (change_space, (), "search_space.choices.percentile: [95.0, 100.0] there, [96.0, 100.0] now"),
+    ],
+)
+def test_resume_as_another_search_is_refused(
+    change: Callable[[Project], None] | None,
+    argv: tuple[object, ...],
+    message: str,
+    copied: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if change is not None:
+        change(Project(copied / "project"))
+    before = (copied / "run" / "trials.jsonl").read_text()
+    assert resume(copied, *argv) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1
+    assert f"this is another search: {message}" in error[0]
+    assert (copied / "run" / "trials.jsonl").read_text() == before
+
+
+def test_resume_needs_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert resume(tmp_path) == 2
+    assert "holds no run (no run.json)" in capsys.readouterr().err
+
+
+def test_metrics_are_served(finished: Path) -> None:
+    """As Prometheus reads them, from the node's metrics port."""
+    wanted = ("images_evaluated", "images_per_second", "candidates", "candidate_accuracy", "best_accuracy")
+    text = until(lambda t: all(f"ray_vitq_{name}" in t for name in wanted), scrape)
+    assert 'run="run"' in text
+    assert 'state="finished"' in text
+    assert "ray_vitq_calibration_batches" in text
+
+
+def scrape() -> str:
+    from urllib.request import urlopen
+
+    node = ray.nodes()[0]
+    with urlopen(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=10) as page:
+        return str(page.read().decode())
+
+
+def until(good: Callable[[str], bool], read: Callable[[], str], seconds: float = 40) -> str:
+    """What `read` returns once it is good, or at the end of the time."""
+    end = time.monotonic() + seconds
+    while not good(text := read()) and time.monotonic() < end:
+        time.sleep(0.5)
+    assert good(text), text[-2000:]
+    return text

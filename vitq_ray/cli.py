@@ -152,7 +152,10 @@ def track(items: Iterable[T], total: int, label: str) -> Iterable[T]:
 def add_search_options(parser: Parser) -> None:
     """Where and how a search runs on Ray."""
     parser.add("--max-trials-in-flight", type=number(int, 1), help="trials at once; default: as many as fit")
-    parser.add("--threads-per-trial", type=number(int, 1), default=1, help="CPUs of one trial")
+    parser.add("--threads-per-trial", type=number(int, 1), default=1, help="CPUs of one trial or worker")
+    parser.add("--gpus-per-trial", type=number(float, 0), help="GPUs of one trial; default: 1 with --use-gpu, else 0")
+    parser.add("--num-workers", type=number(int, 1), default=1, help="workers that collect calibration statistics")
+    parser.add("--object-store-memory", type=number(float, 0.1), help="GB a node keeps decoded images in")
     parser.add("--ray-address", help="host:port of a Ray cluster, or auto; default: start Ray on this machine")
     parser.add("--dashboard", action=argparse.BooleanOptionalAction, default=True, help="serve Ray's dashboard")
 

@@ -18,14 +18,15 @@ for mixtures; Waudby-Smith and Ramdas, JRSS B 86 (2024), for betting; Ville (193
 Candidates are ordered, the promising ones first. Candidate i (counted from 0) is compared at every look with those
 before it, and needs K >= i/α, so that the i chances of error add up to at most α:
 
-    beaten     K(m = 0) against the best of the earlier candidates on this prefix reaches i/α
-    tied       K(m = tie margin) against the first candidate, which is never stopped, reaches i/α: not better than
-               that one by more than the margin
+    beaten     K(m = 0) against the best of the earlier candidates on this prefix reaches i/α: it is worse
+    tied       K(m = tie margin) against the first candidate, which is never stopped, reaches i/α: it is not better by
+               more than the margin, and the difference seen is within the margin
+    behind     the same, but on the images seen it is worse by more than the margin (an estimate, not a proof)
     finished   all images seen
 
-Guarantee: the chance that the truly best candidate is ever stopped as beaten, or as tied while it is better than the
-first candidate by more than the margin, is at most α; for images drawn independently from what accuracy is about. (A
-class-balanced set makes K smaller on average at every fixed look, by Maclaurin's inequality, never larger.)
+Guarantee: the chance that the truly best candidate is ever stopped as beaten, or as tied or behind while it is better
+than the first candidate by more than the margin, is at most α; for images drawn independently from what accuracy is
+about. (A class-balanced set makes K smaller on average at every fixed look, by Maclaurin's inequality, never larger.)
 
 A decision depends on results at the same look or before, of candidates before: never on which result arrived first.
 So a race that was killed and replayed, or ran on other workers, comes to the same decisions. Where an earlier
@@ -54,6 +55,7 @@ class Verdict(enum.Enum):
 
     BEATEN = "beaten"
     TIED = "tied"
+    BEHIND = "behind"
     FINISHED = "finished"
 
 
@@ -195,18 +197,23 @@ class Race:
 
     def _decide(self, i: int, look: int) -> Decision | None:
         runner = self._runners[i]
-        needed = math.log(i / self.rules.alpha) if i else math.inf
-        if i:
-            best = max(self._opponents(i, look), key=lambda e: int(e.correct[:look].sum()))
-            for verdict, opponent, margin in (
-                (Verdict.BEATEN, best, 0.0),
-                (Verdict.TIED, self._runners[0], self.rules.tie_margin),
-            ):
-                wins, losses = discordant(opponent.correct[:look], runner.correct[:look])
-                evidence = log_evidence(wins, losses, look, margin)
-                if evidence >= needed and look < self.rules.images:
-                    return Decision(runner.name, verdict, look, opponent.name, wins, losses, evidence)
-        return Decision(runner.name, Verdict.FINISHED, look) if look == self.rules.images else None
+        if look == self.rules.images:
+            return Decision(runner.name, Verdict.FINISHED, look)
+        if i == 0:
+            return None
+        needed = math.log(i / self.rules.alpha)
+        best = max(self._opponents(i, look), key=lambda e: int(e.correct[:look].sum()))
+        worse, no_better = (best, 0.0), (self._runners[0], self.rules.tie_margin)
+        for opponent, margin in (worse, no_better):
+            wins, losses = discordant(opponent.correct[:look], runner.correct[:look])
+            evidence = log_evidence(wins, losses, look, margin)
+            if evidence >= needed:
+                verdict = Verdict.BEATEN if margin == 0 else self._within_margin(wins - losses, look)
+                return Decision(runner.name, verdict, look, opponent.name, wins, losses, evidence)
+        return None
+
+    def _within_margin(self, difference: int, images: int) -> Verdict:
+        return Verdict.TIED if difference <= self.rules.tie_margin * images else Verdict.BEHIND
 
     def _opponents(self, i: int, look: int) -> list[_Runner]:
         """Earlier candidates that were still racing at this look; the first one always is."""
@@ -246,25 +253,27 @@ class Race:
 
 
 def standings(race: Race) -> dict[str, str]:
-    """What the race says of each candidate: `best`, `tied` (cannot be told apart from the best), or `beaten`.
+    """What the race says of each candidate: `best`, `tied`, `behind` or `beaten`.
 
-    Every candidate is compared once more with the best on the images it has seen, at the same level. One that was
-    stopped as tied with the first candidate, or finished, can still turn out to be beaten by the best.
+    Every candidate is compared once more with the best, on the images it has seen and at the same level: one that was
+    stopped by the first candidate, or finished, can still turn out to be beaten. What is not beaten is tied where the
+    difference seen is within the margin, or cannot be told from chance on all images; else behind.
     """
     best = race.leader()
     if best is None:
         return {}
-    needed = math.log(max(len(race.names) - 1, 1) / race.rules.alpha)
-    result = {}
-    for name in race.names:
-        decision = race.decision(name)
-        beaten = decision is not None and decision.verdict is Verdict.BEATEN
-        if not beaten and name != best:
-            correct = race.correct(name)
-            wins, losses = discordant(race.correct(best)[: len(correct)], correct)
-            beaten = log_evidence(wins, losses, len(correct)) >= needed
-        result[name] = "best" if name == best else "beaten" if beaten else "tied"
-    return result
+    return {name: "best" if name == best else _standing(race, name, best) for name in race.names}
+
+
+def _standing(race: Race, name: str, best: str) -> str:
+    decision, correct = race.decision(name), race.correct(name)
+    wins, losses = discordant(race.correct(best)[: len(correct)], correct)
+    needed = math.log((len(race.names) - 1) / race.rules.alpha)
+    verdict = None if decision is None else decision.verdict
+    if verdict is Verdict.BEATEN or log_evidence(wins, losses, len(correct)) >= needed:
+        return "beaten"
+    near = wins - losses <= race.rules.tie_margin * len(correct)
+    return "tied" if near or verdict is Verdict.FINISHED else "behind"
 
 
 def chunks_left(rules: RaceRules, seen: int) -> Sequence[tuple[int, int]]:

@@ -1,277 +1,466 @@
-"""The search: every setting of a search space as a Ray Tune trial, on images decoded once.
+"""A whole search: one float pass, a race of settings under Ray Tune, the winner on images no decision has seen.
 
-    settings × CalibrationStatistics -> candidates: settings with distinct scales, and the amax of each
-    selection images, float weights, amax -> object store, shared by all trials
-    one trial = one candidate on warm, reused workers: set numbers in a model, evaluate, report per-image results
+    calibration images ──► statistics            one float pass, on one worker or several
+    selection images   ──► contest, trials       decoded once, shared through the object store
+    report images      ──► winner and float model, side by side
 
-A worker process builds its model once and keeps it; a trial only changes numbers in it.
+Everything is checked before anything is computed. Everything computed is in the run folder before it is used, so a
+search that was killed goes on from there (`resume`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
-import shutil
-import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import ray
 import torch
-from ray import tune
 from torch import Tensor, nn
 
-from vitq_ray.calibrate import CalibrationStatistics, setting_amax
+from vitq_ray import cli, live
+from vitq_ray.calibrate import CalibrationStatistics, apply_setting, collect_statistics
+from vitq_ray.checkpoint import Sidecar, save_calibrated
+from vitq_ray.cluster import Cluster
 from vitq_ray.config import InputError, QuantSetting
+from vitq_ray.contest import Candidate, Contest, Listeners, race_rules
 from vitq_ray.data.loader import Batch
+from vitq_ray.data.samples import (
+    Ids,
+    SampleIndex,
+    calibration_ids,
+    class_balanced_order,
+    has_split,
+    open_split,
+    random_order,
+    split_halves,
+    split_thirds,
+)
+from vitq_ray.data.source import stream_batches
 from vitq_ray.data.transforms import EvalTransform
-from vitq_ray.evaluate import Evaluation, evaluate
-from vitq_ray.models import Geometry, build_model
-from vitq_ray.quant.modes import MODES
-from vitq_ray.quant.vit import apply_amax, frozen_weights, quantize_vit, sites_of
+from vitq_ray.evaluate import Evaluation, evaluate, sanity_problem
+from vitq_ray.files import write_json
+from vitq_ray.metrics import Metrics
+from vitq_ray.models import LoadedModel, load_model
+from vitq_ray.proposals import proposals
+from vitq_ray.quant.vit import frozen_weights, quantize_vit, quantizers_off
+from vitq_ray.racing import Decision, Race, Verdict
+from vitq_ray.run_folder import RunFolder, first_difference, pack, unpack
+from vitq_ray.search_space import SearchSpace, load_space
+from vitq_ray.trials import ImageSet, Resources, run_trials, share
+from vitq_ray.workers import WorkerPool, collect_on, torch_threads
 
-Amax = dict[str, npt.NDArray[np.float32]]
-OnResult = Callable[[str, Evaluation, float], None]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One setting of the search; `same_as` names the earlier candidate whose scales it shares, if any."""
-
-    name: str
-    setting: QuantSetting
-    same_as: str | None = None
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """Decoded images, kept in memory: uint8 (N, S, S, 3), labels (N,), sample ids (N,)."""
-
-    images: npt.NDArray[np.uint8]
-    labels: npt.NDArray[np.int64]
-    sample_ids: npt.NDArray[np.int64]
-
-    @staticmethod
-    def of(batches: Sequence[Batch]) -> ImageSet:
-        if not batches:
-            raise InputError("selection: no readable image")
-        columns = ([getattr(b, name).numpy() for b in batches] for name in ("images", "labels", "sample_ids"))
-        return ImageSet(*(np.concatenate(column) for column in columns))
-
-    def batches(self, size: int) -> Iterator[Batch]:
-        for start in range(0, len(self.labels), size):
-            part = slice(start, start + size)
-            # Copies: what the object store holds is read-only, and PyTorch wants memory it may write to.
-            arrays = (a[part].copy() for a in (self.images, self.labels, self.sample_ids))
-            yield Batch(*map(torch.from_numpy, arrays))
-
-
-def make_candidates(
-    model: nn.Module, statistics: CalibrationStatistics, settings: Sequence[QuantSetting]
-) -> tuple[list[Candidate], dict[str, Amax]]:
-    """Candidates in the order of `settings`, and the amax of those that are not the same as an earlier one."""
-    candidates: list[Candidate] = []
-    scales: dict[str, Amax] = {}
-    first_with: dict[str, str] = {}
-    width = len(str(max(len(settings) - 1, 0)))
-    for i, setting in enumerate(settings):
-        amax = setting_amax(model, statistics, setting)
-        key = scale_key(model, amax, setting)
-        name = f"c{i:0{width}d}"
-        candidates.append(Candidate(name, setting, first_with.get(key)))
-        if key not in first_with:
-            first_with[key] = name
-            scales[name] = {site: value.cpu().numpy() for site, value in amax.items()}
-    return candidates, scales
-
-
-def scale_key(model: nn.Module, amax: Mapping[str, Tensor], setting: QuantSetting) -> str:
-    """Equal for settings that compute the same model: mode, bits, and amax of the sites the mode quantizes."""
-    mode = MODES[setting.mode]
-    digest = hashlib.sha256(f"{setting.mode} {setting.weight_bits} {setting.act_bits}".encode())
-    for key, site, _ in sites_of(model):
-        if mode.quantizes(site):
-            digest.update(amax[key].detach().cpu().numpy().tobytes())
-    return digest.hexdigest()
+MOST_SELECTION_IMAGES = 10_000  # by default: they are kept decoded
+# Options that may differ when a search is resumed: they decide where and how fast, not what.
+FREE_OPTIONS = frozenset(
+    {"output", "resume", "ray_address", "dashboard", "max_trials_in_flight", "num_workers", "decode_threads"}
+    | {"object_store_memory"}
+)
 
 
 @dataclass(frozen=True)
-class Resources:
-    """What one trial takes, and how many run at once (None: as many as fit)."""
+class Splits:
+    """Sample ids: what is calibrated on (in `calib_split`), selected on and reported on (both in val).
 
-    threads: int = 1
-    gpus: float = 0.0
-    in_flight: int | None = None
-
-
-@dataclass(frozen=True)
-class Shared:
-    """What all trials read, as references into the object store; small enough to travel with each of them."""
-
-    run: str
-    geometry: Geometry
-    weights: ray.ObjectRef
-    images: ray.ObjectRef
-    amax: Mapping[str, ray.ObjectRef]
-    settings: Mapping[str, QuantSetting]
-    transform: EvalTransform
-    batch_size: int
-    threads: int
-    use_gpu: bool
-
-
-def share(
-    model: nn.Module,
-    geometry: Geometry,
-    images: ImageSet,
-    candidates: Sequence[Candidate],
-    scales: Mapping[str, Amax],
-    transform: EvalTransform,
-    batch_size: int,
-    resources: Resources,
-) -> Shared:
-    """Put weights, images and scales into the object store, once."""
-    weights = {k: v.cpu().numpy() for k, v in model.state_dict().items() if not k.endswith("._amax")}
-    return Shared(
-        run=uuid.uuid4().hex,
-        geometry=geometry,
-        weights=ray.put(weights),
-        images=ray.put(images),
-        amax={name: ray.put(amax) for name, amax in scales.items()},
-        settings={c.name: c.setting for c in candidates},
-        transform=transform,
-        batch_size=batch_size,
-        threads=resources.threads,
-        use_gpu=resources.gpus > 0,
-    )
-
-
-class Worker:
-    """One process: a quantized model, built once, that takes on the scales of one candidate after the other."""
-
-    def __init__(self, shared: Shared) -> None:
-        torch.set_num_threads(shared.threads)
-        self.run = shared.run
-        self.device = torch.device("cuda" if shared.use_gpu else "cpu")
-        model = build_model(shared.geometry)
-        weights = ray.get(shared.weights)
-        model.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in weights.items()})
-        self.model = quantize_vit(model).to(self.device)
-        self.images: ImageSet = ray.get(shared.images)
-        self.shared = shared
-
-    def evaluate(self, name: str) -> Evaluation:
-        """One candidate on all images."""
-        setting = self.shared.settings[name]
-        amax = {site: torch.from_numpy(value.copy()) for site, value in ray.get(self.shared.amax[name]).items()}
-        apply_amax(self.model, amax, setting.mode, setting.weight_bits, setting.act_bits)
-        with frozen_weights(self.model):
-            return evaluate(self.model, self.images.batches(self.shared.batch_size), self._prepare)
-
-    def _prepare(self, images: Tensor) -> Tensor:
-        return self.shared.transform.normalize(images.to(self.device))
-
-
-_worker: Worker | None = None  # of this process; Tune reuses processes, so it outlives a trial
-
-
-def _trial(config: dict[str, Any], shared: Shared) -> None:
-    """What a Tune worker runs for one candidate."""
-    global _worker
-    start = time.perf_counter()
-    if _worker is None or _worker.run != shared.run:
-        _worker = Worker(shared)
-    evaluation = _worker.evaluate(config["candidate"])
-    tune.report(
-        {
-            "candidate": config["candidate"],
-            "top1_correct": evaluation.top1_correct,
-            "correct": np.packbits(evaluation.correct).tobytes(),
-            "correct5": np.packbits(evaluation.correct5).tobytes(),
-            "seconds": time.perf_counter() - start,
-        }
-    )
-
-
-class _Collector(tune.Callback):
-    """Hands every result to the driver as it arrives."""
-
-    def __init__(self, images: ImageSet, on_result: OnResult) -> None:
-        self._images = images
-        self._on_result = on_result
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Tune saves its callbacks for its own restore, which is not used here; a live table cannot be pickled.
-        return {}
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        count = len(self._images.labels)
-        correct, correct5 = (
-            np.unpackbits(np.frombuffer(result[key], np.uint8), count=count).astype(bool)
-            for key in ("correct", "correct5")
-        )
-        evaluation = Evaluation(self._images.sample_ids, self._images.labels, correct, correct5)
-        self._on_result(result["candidate"], evaluation, result["seconds"])
-
-
-def run_trials(
-    shared: Shared, names: Sequence[str], images: ImageSet, resources: Resources, folder: Path, on_result: OnResult
-) -> None:
-    """Evaluate the named candidates as Tune trials; `on_result` sees each evaluation as soon as it is there.
-
-    `folder` is Tune's while it works, and gone afterwards; on a cluster all nodes must see it.
-
-    Raises InputError where no node can hold one trial, and RuntimeError where a trial failed.
+    `selection` is in the order of the race, one uniformly random permutation of a class-balanced set.
     """
-    require_room(resources)
-    need = {"cpu": resources.threads, "gpu": resources.gpus}
-    tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(_trial, shared=shared), need),
-        param_space={"candidate": tune.grid_search(list(names))},
-        tune_config=tune.TuneConfig(
-            max_concurrent_trials=resources.in_flight, reuse_actors=True, trial_name_creator=_trial_name
-        ),
-        run_config=tune.RunConfig(
-            name="tune",
-            storage_path=str(folder.absolute()),
-            verbose=0,
-            callbacks=[_Collector(images, on_result)],
-        ),
-    )
-    try:
-        outcome = tuner.fit()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)  # Tune's own bookkeeping; trials.jsonl is the record
-    if outcome.num_errors:
-        raise RuntimeError(f"{outcome.num_errors} of {len(names)} trials failed; the first: {outcome.errors[0]}")
+
+    calib_split: str
+    calibration: Ids
+    selection: Ids
+    report: Ids
 
 
-def _trial_name(trial: Any) -> str:
-    return str(trial.config["candidate"])
+@dataclass
+class Search:
+    """What a search works with, made by `prepare` before anything is computed."""
+
+    args: argparse.Namespace
+    space: SearchSpace
+    defaults: QuantSetting
+    loaded: LoadedModel
+    model: nn.Module
+    transform: EvalTransform
+    device: torch.device
+    calib: SampleIndex
+    val: SampleIndex
+    splits: Splits
+    resources: Resources
+    watch: cli.Stopwatch = field(default_factory=cli.Stopwatch)
+    bad_images: list[tuple[str, str]] = field(default_factory=list)
+
+    def to_input(self, images: Tensor) -> Tensor:
+        """uint8 (B, S, S, 3) -> float32 (B, 3, S, S) on the driver's device."""
+        return self.transform.normalize(images.to(self.device))
+
+    def stream(self, index: SampleIndex, ids: Ids, batch_size: int) -> Iterator[Batch]:
+        args = self.args
+        return stream_batches(index, ids, self.transform, batch_size, args.on_bad_image, self.bad_images)
+
+    @property
+    def snapshots(self) -> list[int]:
+        """Batch counts at which scales can be asked for: all of the space."""
+        return sorted(set(self.space.values(self.defaults)["num_batches"]))
+
+    @property
+    def selection_bytes(self) -> int:
+        """Memory of the decoded selection images."""
+        return len(self.splits.selection) * self.loaded.geometry.img_size**2 * 3
 
 
-def require_room(resources: Resources) -> None:
-    """A trial that no node can hold would wait forever: say so instead."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fits = [n for n in nodes if n.get("CPU", 0) >= resources.threads and n.get("GPU", 0) >= resources.gpus]
-    if not fits:
-        have = ", ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes)
+def prepare(args: argparse.Namespace) -> Search:
+    """Check every option and open every file."""
+    cli.apply_sample_defaults(args)
+    space, defaults = load_space(args.search_space), cli.setting_from(args)
+    proposals(args.search_alg, space, defaults, args.num_samples, args.seed)  # raises for options that do not fit
+    device = cli.device_from(args)
+    loaded = load_model(args.model_type, args.pretrained_dir, args.img_size)
+    classes = loaded.geometry.num_classes
+    val = open_split(args.data_path, "val", classes)
+    split = "train" if has_split(args.data_path, "train") else "val"
+    calib = open_split(args.data_path, "train", classes) if split == "train" else val
+    needed = max(space.values(defaults)["num_batches"]) * args.calib_batchsz
+    splits = make_splits(args, split, calib, val, needed)
+    gpus = args.gpus_per_trial if args.gpus_per_trial is not None else 1.0 if args.use_gpu else 0.0
+    resources = Resources(args.threads_per_trial, gpus, args.max_trials_in_flight)
+    model = quantize_vit(loaded.model).to(device).eval()
+    transform = cli.eval_transform(loaded, args.crop_pct)
+    search = Search(args, space, defaults, loaded, model, transform, device, calib, val, splits, resources)
+    _require_memory(search)
+    return search
+
+
+def make_splits(
+    args: argparse.Namespace, calib_split: str, calib: SampleIndex, val: SampleIndex, needed: int
+) -> Splits:
+    """The three splits: functions of the data and `--split-seed` alone."""
+    if calib_split == "train":
+        calibration = calibration_ids(len(calib), needed, "shuffled", args.split_seed)
+        selection, report = split_halves(val.labels, val.fingerprint, args.split_seed)
+    else:
+        calibration, selection, report = split_thirds(val.labels, val.fingerprint, args.split_seed, needed)
+        calibration = class_balanced_order(val.labels, calibration, args.split_seed)
+    if args.select_images is not None and args.select_images > len(selection):
+        raise InputError(f"--select-images: {args.select_images} asked for, the selection half has {len(selection)}")
+    if min(len(selection), len(report)) == 0:
+        raise InputError(f"val: {len(val)} images cannot be halved into selection and report")
+    count = args.select_images or MOST_SELECTION_IMAGES
+    chosen = class_balanced_order(val.labels, selection, args.split_seed)[:count]
+    return Splits(calib_split, calibration, random_order(np.sort(chosen), args.split_seed), report)
+
+
+def _require_memory(search: Search) -> None:
+    budget = search.args.object_store_memory
+    if budget is not None and search.selection_bytes > 0.8e9 * budget:
         raise InputError(
-            f"trials: one needs {resources.threads} CPUs and {resources.gpus:g} GPUs, no node has them; found {have}"
+            f"--object-store-memory: {budget:g} GB cannot hold {len(search.splits.selection)} decoded selection images "
+            f"({search.selection_bytes / 1e9:.2f} GB of at most 80 %); expected more, or fewer --select-images"
         )
 
 
-def bytes_of(num_images: int, size: int) -> int:
-    """Memory of decoded RGB images."""
-    return num_images * size * size * 3
+def object_store_bytes(search: Search) -> int:
+    """Memory of the object store: what the option says, or room for the images and as much again to stream."""
+    if search.args.object_store_memory is not None:
+        return int(search.args.object_store_memory * 1e9)
+    return max(3 * search.selection_bytes, 300_000_000) if search.selection_bytes < 1e9 else 2 * search.selection_bytes
 
 
-def gigabytes(count: float) -> str:
-    return f"{math.ceil(count / 1e7) / 100:.2f} GB"
+def describe(search: Search) -> dict[str, Any]:
+    """run.json: everything that decides the outcome, as JSON has it."""
+    args, splits = search.args, search.splits
+    description = {
+        "options": vars(args),
+        "search_space": {"name": search.space.name, "choices": dict(search.space.choices)},
+        "splits": {
+            "calibration": {"split": splits.calib_split, "sample_ids": splits.calibration.tolist()},
+            "selection": splits.selection.tolist(),
+            "report": splits.report.tolist(),
+        },
+        "weights_fingerprint": search.loaded.fingerprint,
+        "data_fingerprint": search.val.fingerprint,
+        "calibration_fingerprint": search.calib.fingerprint,
+        "geometry": search.loaded.geometry.to_dict(),
+        "versions": cli.versions(),
+    }
+    return dict(json.loads(json.dumps(description)))
+
+
+def require_same(folder: RunFolder, now: Mapping[str, Any]) -> None:
+    """Raise InputError, naming the difference, where a run would not go on as it began. Versions may differ."""
+
+    def binding(description: Mapping[str, Any]) -> dict[str, Any]:
+        options = {k: v for k, v in description["options"].items() if k not in FREE_OPTIONS}
+        return {**description, "options": options, "versions": None}
+
+    stored = folder.read_run()
+    if (difference := first_difference(binding(stored), binding(now))) is not None:
+        raise InputError(f"--resume {folder.path}: this is another search: {difference}")
+    if (difference := first_difference(stored["versions"], now["versions"])) is not None:
+        cli.warn(f"--resume {folder.path}: the run was begun with other versions: {difference}")
+
+
+def open_folder(search: Search, path: Path) -> RunFolder:
+    """The run's folder: a new one, or with `--resume` the old one, if it is the same search."""
+    description = describe(search)
+    if search.args.resume is not None:
+        folder = RunFolder.resume(path)
+        require_same(folder, description)
+        folder.append("resumed")
+        return folder
+    folder = RunFolder.create(path)
+    folder.write_run(description)
+    return folder
+
+
+# The stages ---------------------------------------------------------------------------------------------------------
+
+
+def calibrate(search: Search, folder: RunFolder, metrics: Metrics) -> CalibrationStatistics:
+    """Statistics of the calibration images, with a snapshot at every batch count of the space."""
+    if folder.statistics.exists():
+        return CalibrationStatistics.from_bytes(folder.statistics.read_bytes())
+    size, wanted = search.args.calib_batchsz, search.snapshots[-1]
+    batches = search.stream(search.calib, search.splits.calibration, size)
+    shown = cli.track(enumerate(batches), wanted, "calibrate")
+    full = iter((i, batch) for i, batch in shown if len(batch.labels) == size)
+    statistics = _collect(search, full, metrics)
+    if sum(statistics.batches) < wanted:
+        raise InputError(
+            f"calibration: {wanted} batches of {size} asked for, {sum(statistics.batches)} are left without the "
+            f"{len(search.bad_images)} broken images"
+        )
+    folder.write_statistics(statistics.to_bytes())
+    return statistics
+
+
+def _collect(search: Search, batches: Iterator[tuple[int, Batch]], metrics: Metrics) -> CalibrationStatistics:
+    """Batch 0 here, since it sets the bin widths; the others on the workers, if there are several."""
+    args, count = search.args, lambda index, logits=None: metrics.add("vitq_calibration_batches", 1)
+
+    def inputs() -> Iterator[tuple[int, Tensor]]:
+        return ((i, search.to_input(batch.images)) for i, batch in batches)
+
+    with torch_threads(args.threads_per_trial):
+        if args.num_workers == 1:
+            return collect_statistics(search.model, inputs(), search.snapshots, on_batch=count)
+        first = [next(inputs())] if search.snapshots else []
+        statistics = collect_statistics(search.model, first, search.snapshots, on_batch=count)
+    gpus = search.resources.gpus
+    with WorkerPool(search.model, search.transform, args.num_workers, args.threads_per_trial, gpus) as pool:
+        return collect_on(pool, batches, search.snapshots, statistics, on_batch=count)
+
+
+def selection(search: Search, folder: RunFolder) -> tuple[ImageSet, Evaluation]:
+    """The selection images, decoded, in the order of the race, and the float model's results on them."""
+    kept: list[Batch] = []
+    ids, size = search.splits.selection, search.args.batch_size
+
+    def batches() -> Iterator[Batch]:
+        for batch in cli.track(search.stream(search.val, ids, size), -(-len(ids) // size), "float model"):
+            kept.append(batch)
+            yield batch
+
+    logged = [event for event in folder.events() if event["event"] == "float"]
+    if logged:
+        images = ImageSet.of(list(search.stream(search.val, ids, size)))
+        return images, _float_from(logged[-1], images)
+    with quantizers_off(search.model):
+        baseline = evaluate(search.model, batches(), search.to_input)
+    images = ImageSet.of(kept)
+    columns = {"correct": pack(baseline.correct), "correct5": pack(baseline.correct5)}
+    folder.append("float", sample_ids=baseline.sample_ids.tolist(), **columns)
+    return images, baseline
+
+
+def _float_from(event: Mapping[str, Any], images: ImageSet) -> Evaluation:
+    """The float model's results as logged; the same images must have been readable then as now."""
+    if event["sample_ids"] != images.sample_ids.tolist():
+        raise InputError("selection: other images can be read now than when the run was begun")
+    correct, correct5 = (unpack(event[key], len(images)) for key in ("correct", "correct5"))
+    return Evaluation(images.sample_ids, images.labels, correct, correct5)
+
+
+def race(
+    search: Search,
+    folder: RunFolder,
+    statistics: CalibrationStatistics,
+    images: ImageSet,
+    baseline: Evaluation,
+    metrics: Metrics,
+) -> Contest:
+    """Race the settings of the space on the selection images."""
+    args = search.args
+    rules = race_rules(len(images), args.chunk_images, args.batch_size, args.alpha, args.tie_margin)
+    field_of_race = Race(rules)
+    shared = share(search.model, images, rules, search.transform, args.batch_size, search.resources)
+    with live.LiveRace(field_of_race, baseline) as table:
+
+        def on_candidate(candidate: Candidate, amax: Mapping[str, Tensor]) -> None:
+            shared.add(candidate.name, candidate.setting, amax)
+            table.enter(candidate.name, candidate.setting.label)
+
+        def on_chunk(name: str, images: int) -> None:
+            metrics.add("vitq_images_evaluated", images, candidate=name)
+            metrics.set("vitq_images_per_second", table.images_per_second)
+            metrics.set("vitq_candidate_accuracy", float(field_of_race.correct(name).mean()), candidate=name)
+            _count_states(field_of_race, metrics)
+
+        def on_decision(decision: Decision) -> None:
+            table.decided(decision)
+            if (leader := field_of_race.leader()) is not None:
+                metrics.set("vitq_best_accuracy", float(field_of_race.correct(leader).mean()))
+
+        source = proposals(args.search_alg, search.space, search.defaults, args.num_samples, args.seed)
+        listeners = Listeners(on_candidate, on_chunk, on_decision)
+        with search.watch.stage("scales"):
+            contest = Contest(search.model, statistics, source, field_of_race, folder, listeners)
+        with search.watch.stage("trials"):
+            if not contest.over:
+                run_trials(shared, contest, search.resources, folder.path / ".tune")
+    return contest
+
+
+def _count_states(race: Race, metrics: Metrics) -> None:
+    states = dict.fromkeys(("waiting", "racing", *(verdict.value for verdict in Verdict)), 0)
+    for name in race.names:
+        decision = race.decision(name)
+        states[decision.verdict.value if decision else "racing" if race.seen(name) else "waiting"] += 1
+    for state, count in states.items():
+        metrics.set("vitq_candidates", count, state=state)
+
+
+def report(search: Search, statistics: CalibrationStatistics, winner: Candidate) -> tuple[Evaluation, Evaluation]:
+    """(winner, float model) on the report images; the model has the winner's scales afterwards."""
+    ids, size = search.splits.report, search.args.batch_size
+    batches = cli.track(search.stream(search.val, ids, size), -(-len(ids) // size), "report")
+    of_winner, of_float = [], []
+    apply_setting(search.model, statistics, winner.setting)
+    with torch.inference_mode(), frozen_weights(search.model):
+        for batch in batches:
+            x = search.to_input(batch.images)
+            of_winner.append(Evaluation.of_logits(search.model(x), batch.labels, batch.sample_ids))
+            with quantizers_off(search.model):
+                of_float.append(Evaluation.of_logits(search.model(x), batch.labels, batch.sample_ids))
+    if not of_winner:
+        raise InputError("report: no readable image")
+    return Evaluation.concatenate(of_winner), Evaluation.concatenate(of_float)
+
+
+def save_best(search: Search, folder: RunFolder, winner: Candidate, accuracy: dict[str, Any]) -> Path:
+    """best/: the setting and the calibrated checkpoint of the model as it is now. Returns the checkpoint's path."""
+    loaded, args = search.loaded, search.args
+    sidecar = Sidecar(
+        setting=winner.setting,
+        geometry=loaded.geometry,
+        mean=loaded.mean,
+        std=loaded.std,
+        interpolation=loaded.interpolation,
+        weights_fingerprint=loaded.fingerprint,
+        data_fingerprint=search.val.fingerprint,
+        seed=args.seed,
+        crop_pct=args.crop_pct,
+        calibration={
+            "split": search.splits.calib_split,
+            "batches": winner.setting.num_batches,
+            "batch_size": args.calib_batchsz,
+            "data_fingerprint": search.calib.fingerprint,
+        },
+        accuracy=accuracy,
+        versions=cli.versions(),
+    )
+    write_json(folder.best / "setting.json", winner.setting.to_dict())
+    return save_calibrated(folder.best, cli.checkpoint_name(args), search.model, sidecar)
+
+
+# All of it ----------------------------------------------------------------------------------------------------------
+
+
+def run(search: Search, folder: RunFolder, ray_cluster: Cluster) -> None:
+    """Every stage; what was done before, of a resumed run, is read from its folder."""
+    url = ray_cluster.dashboard_url
+    print(f"run folder {folder.path}" + (f", dashboard {url}" if url else ""), flush=True)
+    metrics = Metrics(folder.path.name)
+    with search.watch.stage("calibrate"):
+        statistics = calibrate(search, folder, metrics)
+    with search.watch.stage("float"):
+        images, baseline = selection(search, folder)
+    if problem := sanity_problem(baseline, search.loaded.geometry.num_classes, search.args.min_float_top1):
+        raise InputError(f"{search.args.pretrained_dir}: {problem}; nothing was searched")
+    print(f"float: {live.accuracy_of(baseline)} on the {baseline.images} selection images", flush=True)
+    contest = race(search, folder, statistics, images, baseline, metrics)
+    results = {"float": baseline} | contest.evaluations(images.labels, images.sample_ids)
+    folder.write_correct(results)
+    best = contest.race.leader()
+    assert best is not None  # the first candidate is never stopped
+    winner = contest.candidates[best]
+    with search.watch.stage("report"):
+        of_winner, of_float = report(search, statistics, winner)
+    counts = {"winner": of_winner.summary(), "float": of_float.summary()}
+    path = save_best(search, folder, winner, counts)
+    folder.append("winner", name=winner.name, report=counts["winner"])
+    folder.write_result(_result(search, contest, results, winner, counts))
+    _print_outcome(search, contest, results, winner, (of_winner, of_float))
+    print(f"\nwrote {path} and {folder.path / 'result.json'}")
+    print("seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in search.watch.seconds.items()))
+
+
+def _result(
+    search: Search,
+    contest: Contest,
+    results: Mapping[str, Evaluation],
+    winner: Candidate,
+    counts: Mapping[str, dict[str, Any]],
+) -> dict[str, Any]:
+    race, outcome = contest.race, contest.outcome()
+    candidates = {
+        c.name: {
+            "setting": c.setting.to_dict(),
+            "outcome": outcome[c.name],
+            "same_as": c.same_as,
+            "predicted_noise": c.noise,
+        }
+        for c in contest.candidates.values()
+    }
+    return {
+        **counts["winner"],
+        "winner": {"name": winner.name, "setting": winner.setting.to_dict()},
+        "float": counts["float"],
+        "selection": {name: evaluation.summary() for name, evaluation in results.items()},
+        "candidates": candidates,
+        "race": {
+            **race.rules.to_dict(),
+            "images_evaluated": race.images_evaluated,
+            "images_of_full_evaluation": len(race.names) * race.rules.images,
+        },
+        "bad_images": cli.bad_image_rows(search.bad_images),
+        "seconds": search.watch.seconds,
+    }
+
+
+def _print_outcome(
+    search: Search,
+    contest: Contest,
+    results: Mapping[str, Evaluation],
+    winner: Candidate,
+    reported: tuple[Evaluation, Evaluation],
+) -> None:
+    race, outcome = contest.race, contest.outcome()
+    counts = {what: list(outcome.values()).count(what) for what in ("tied", "behind", "beaten")}
+    share = race.images_evaluated / (len(race.names) * race.rules.images)
+    worst = min(race.names, key=lambda name: results[name].top1)
+    rows = [
+        ("float", results["float"], live.accuracy_of(reported[1]), ""),
+        ("winner", results[winner.name], live.accuracy_of(reported[0]), winner.setting.label),
+        ("worst", results[worst], "", contest.candidates[worst].setting.label),
+    ]
+    print(
+        f"\n{len(contest.candidates)} settings, {len(race.names)} of them with scales of their own: "
+        f"{counts['tied']} are tied with the winner, {counts['behind']} behind, {counts['beaten']} beaten; "
+        f"{race.images_evaluated:,} images evaluated, {share:.0%} of a full evaluation"
+    )
+    print(f"{'':8}{'on selection':>26}   {'images':>6}   {'on report':>26}")
+    for name, evaluation, report, label in rows:
+        print(f"{name:8}{live.accuracy_of(evaluation):>26}   {evaluation.images:>6}   {report:>26}   {label}".rstrip())

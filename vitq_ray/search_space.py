@@ -7,22 +7,29 @@
         "num_batches": (2, 8, 32),
     }
 
+The fields are those of `QuantSetting`: also `weight_bits`, `act_bits`, `weights` (`max`, `mse`) and, for tensors with
+a calibrator of their own, `attention_probabilities`, `gelu_output`, `gemm_outputs` (`None`, `max`, `mse`, `entropy`,
+`percentile 99.9`).
 Fields that the file leaves out have the values of the command line. Its docstring gives the command, the cost and the
 result that was measured with it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 import runpy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vitq_ray.config import InputError, QuantSetting
 
-FIELDS = ("mode", "calibrator", "percentile", "num_batches", "weight_bits", "act_bits")
+FIELDS = tuple(field.name for field in dataclasses.fields(QuantSetting))
 
 
 def percentiles(low: float, high: float, count: int) -> tuple[float, ...]:
@@ -42,12 +49,31 @@ class SearchSpace:
 
     def grid(self, defaults: QuantSetting) -> list[QuantSetting]:
         """Every distinct setting, in the order of the file; `defaults` fill the fields that it leaves out."""
-        values = [self.choices.get(field, (getattr(defaults, field),)) for field in FIELDS]
-        rows = (dict(zip(FIELDS, row, strict=True)) for row in itertools.product(*values))
-        return list(dict.fromkeys(_setting(row) for row in rows))
+        rows = itertools.product(*self.values(defaults).values())
+        return list(dict.fromkeys(setting_of(dict(zip(FIELDS, row, strict=True))) for row in rows))
+
+    def values(self, defaults: QuantSetting) -> dict[str, tuple[Any, ...]]:
+        """{field: what to try}, all fields; `defaults` fill those that the file leaves out."""
+        return {field: self.choices.get(field, (getattr(defaults, field),)) for field in FIELDS}
+
+    def size(self, defaults: QuantSetting) -> int:
+        """Combinations of the values; settings that are the same count more than once."""
+        return math.prod(len(values) for values in self.values(defaults).values())
+
+    def sample(self, defaults: QuantSetting, count: int, seed: int) -> list[QuantSetting]:
+        """Up to `count` distinct random settings; fewer only where the space has hardly more."""
+        rng = np.random.default_rng(seed)
+        values = self.values(defaults)
+        found: dict[QuantSetting, None] = {}
+        for _ in range(50 * count):
+            row = {field: choices[int(rng.integers(len(choices)))] for field, choices in values.items()}
+            found.setdefault(setting_of(row))
+            if len(found) == count:
+                break
+        return list(found)
 
 
-def _setting(row: dict[str, Any]) -> QuantSetting:
+def setting_of(row: dict[str, Any]) -> QuantSetting:
     """Only the percentile calibrator has a percentile; the others collapse to one setting."""
     if row["calibrator"] != "percentile":
         row = row | {"percentile": None}
@@ -78,10 +104,18 @@ def space_of(space: Any, path: str) -> SearchSpace:
             raise InputError(f"{path}: SPACE[{field!r}] is {values!r}, expected a list of values")
     checked = SearchSpace(Path(path).stem, {field: tuple(values) for field, values in space.items()})
     try:
-        checked.grid(QuantSetting())
+        _check_values(checked)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return checked
+
+
+def _check_values(space: SearchSpace) -> None:
+    """Every value on its own, in an otherwise good setting; a grid can be too large to build."""
+    for field, values in space.choices.items():
+        for value in values:
+            row = QuantSetting().to_dict() | {field: value}
+            setting_of(row | ({"calibrator": "percentile"} if field == "percentile" else {}))
 
 
 def _place(error: Exception, path: str) -> str:

@@ -1,0 +1,213 @@
+"""Contests: candidates, order, log and replay, without Ray."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from vitq_ray.calibrate import CalibrationStatistics, collect_statistics
+from vitq_ray.config import InputError, QuantSetting
+from vitq_ray.contest import Contest, Listeners, race_rules
+from vitq_ray.proposals import ListProposals, OptunaProposals, Proposals, proposals
+from vitq_ray.racing import Race, RaceRules
+from vitq_ray.run_folder import RunFolder
+from vitq_ray.search_space import SearchSpace
+
+SETTINGS = [
+    QuantSetting("ft1", "max", None, 2),
+    QuantSetting("ft1", "percentile", 100.0, 2),  # the same scales
+    QuantSetting("ft2", "percentile", 99.0, 2, 4, 4),
+    QuantSetting("ft2", "percentile", 99.0, 1, 4, 4),
+]
+RULES = RaceRules(60, 20, tie_margin=0.05)
+
+
+@pytest.fixture
+def statistics(quant_vit: VisionTransformer, images: torch.Tensor) -> CalibrationStatistics:
+    return collect_statistics(quant_vit, enumerate(images.split(12)), [1, 2])
+
+
+def make(
+    model: VisionTransformer, statistics: CalibrationStatistics, folder: RunFolder, source: Proposals | None = None
+) -> Contest:
+    return Contest(model, statistics, source or ListProposals(SETTINGS), Race(RULES), folder, Listeners())
+
+
+def results_of(contest: Contest, name: str) -> np.ndarray:
+    """What a trial of this candidate would report: a function of its setting, better with less noise."""
+    candidate = contest.candidates[name]
+    rng = np.random.default_rng(zlib.crc32(candidate.setting.label.encode()))
+    return rng.random(RULES.images) < 0.95 - min(candidate.noise, 0.9) / 3
+
+
+def run(contest: Contest, chunks: int | None = None) -> int:
+    """Take trials one after the other, `chunks` in all; how many were taken."""
+    taken = 0
+    while (name := contest.next()) is not None:
+        correct = results_of(contest, name)
+        while contest.race.decision(name) is None:
+            if taken == chunks:
+                return taken
+            start = contest.seen(name)
+            contest.take(name, start, correct[start : start + 20], correct[start : start + 20], 0.1)
+            taken += 1
+    assert contest.over
+    return taken
+
+
+def test_candidates_are_in_order_of_predicted_noise_and_equal_ones_run_once(
+    quant_vit: VisionTransformer, statistics: CalibrationStatistics, tmp_path: Path
+) -> None:
+    contest = make(quant_vit, statistics, RunFolder(tmp_path))
+    noise = [c.noise for c in contest.candidates.values()]
+    assert noise == sorted(noise)
+    assert [c.setting.mode for c in contest.candidates.values()] == ["ft1", "ft1", "ft2", "ft2"]
+    assert [c.same_as for c in contest.candidates.values()] == [None, "c000", None, None]
+    assert contest.race.names == ("c000", "c002", "c003")
+
+
+def test_sites_that_a_mode_leaves_out_do_not_make_a_candidate(
+    quant_vit: VisionTransformer, statistics: CalibrationStatistics, tmp_path: Path
+) -> None:
+    """Bits and modes do; a calibrator of tensors that stay in float does not."""
+    base = QuantSetting("ft1", "max", None, 2)
+    settings = [base, replace(base, gemm_outputs="mse"), replace(base, act_bits=6), replace(base, mode="trt")]
+    contest = make(quant_vit, statistics, RunFolder(tmp_path), ListProposals(settings))
+    same = {c.setting: c.same_as for c in contest.candidates.values()}
+    assert same[settings[1]] == "c000"
+    assert [same[s] for s in (settings[0], settings[2], settings[3])] == [None] * 3
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
+
+
+def test_everything_is_logged(quant_vit: VisionTransformer, statistics: CalibrationStatistics, tmp_path: Path) -> None:
+    contest = make(quant_vit, statistics, RunFolder(tmp_path))
+    taken = run(contest)
+    kinds = [event["event"] for event in lines(tmp_path)]
+    assert kinds.count("candidate") == 4
+    assert kinds.count("chunk") == taken
+    assert kinds.count("decision") == 3
+    assert set(contest.outcome()) == {"c000", "c001", "c002", "c003"}
+    assert contest.outcome()["c001"] == contest.outcome()["c000"]
+
+
+@pytest.mark.parametrize("stop_after", range(7))
+def test_a_contest_made_from_its_log_goes_on(
+    stop_after: int, quant_vit: VisionTransformer, statistics: CalibrationStatistics, tmp_path: Path
+) -> None:
+    (tmp_path / "whole").mkdir()
+    whole = make(quant_vit, statistics, RunFolder(tmp_path / "whole"))
+    total = run(whole)
+
+    (tmp_path / "cut").mkdir()
+    first = run(make(quant_vit, statistics, RunFolder(tmp_path / "cut")), stop_after)
+    with open(tmp_path / "cut" / "trials.jsonl", "ab") as stream:
+        stream.write(b'{"event": "chunk", "na')  # a kill in the middle of a line
+    (tmp_path / "cut" / "run.json").write_text("{}")
+    again = make(quant_vit, statistics, RunFolder.resume(tmp_path / "cut"))
+    assert run(again) == total - first, "nothing is repeated"
+    assert again.race.leader() == whole.race.leader()
+    assert [again.race.decision(n) for n in again.race.names] == [whole.race.decision(n) for n in whole.race.names]
+    for name in whole.race.names:
+        assert np.array_equal(again.correct5[name], whole.correct5[name])
+
+    def bare(folder: str) -> list[str]:
+        events = [{k: v for k, v in e.items() if k != "time"} for e in lines(tmp_path / folder)]
+        return sorted(json.dumps(e) for e in events)
+
+    assert bare("cut") == bare("whole"), "the log of a resumed run has each event once"
+
+
+def test_a_log_of_other_settings_is_refused(
+    quant_vit: VisionTransformer, statistics: CalibrationStatistics, tmp_path: Path
+) -> None:
+    run(make(quant_vit, statistics, RunFolder(tmp_path)))
+    other = ListProposals([replace(s, mode="trt") for s in SETTINGS])
+    with pytest.raises(InputError, match=r"candidate c000 is 'ft1 max n=2 w8a8', but 'trt .*' is proposed now"):
+        make(quant_vit, statistics, RunFolder(tmp_path), other)
+
+
+SPACE = SearchSpace(
+    "wide",
+    {
+        "mode": ("ft1", "ft2"),
+        "calibrator": ("max", "percentile", "mse"),
+        "percentile": (90.0, 99.0, 99.9),
+        "num_batches": (1, 2),
+        "act_bits": (4, 6, 8),
+        "gelu_output": (None, "max", "percentile 99"),
+    },
+)
+
+
+def test_optuna_proposes_in_rounds_and_again_the_same(
+    quant_vit: VisionTransformer, statistics: CalibrationStatistics, tmp_path: Path
+) -> None:
+    def contest(name: str) -> Contest:
+        (tmp_path / name).mkdir(exist_ok=True)
+        source = OptunaProposals(SPACE, QuantSetting(), 20, seed=3)
+        return make(quant_vit, statistics, RunFolder(tmp_path / name), source)
+
+    whole = contest("a")
+    total = run(whole)
+    assert len(whole.candidates) == 20
+    assert len({c.setting for c in whole.candidates.values()}) == 20
+
+    cut = contest("b")
+    first = run(cut, total // 2)
+    assert len(cut.candidates) < 20
+    again = contest("b")
+    assert run(again) == total - first
+    assert again.candidates == whole.candidates
+    assert again.race.leader() == whole.race.leader()
+
+
+def test_optuna_learns() -> None:
+    """Told that few bits are bad, it soon asks for many."""
+    source = OptunaProposals(SPACE, QuantSetting(), 64, seed=0)
+    rounds = []
+    while settings := source.next_round():
+        rounds.append([s.act_bits for s in settings])
+        source.tell({s: s.act_bits / 10 - (s.mode == "ft2") for s in settings})
+    assert np.mean(rounds[-1] + rounds[-2]) > np.mean(rounds[0] + rounds[1]) + 0.8
+
+
+def test_proposals() -> None:
+    defaults = QuantSetting()
+    grid = proposals("grid", SPACE, defaults, None, 0)
+    settings = grid.next_round()
+    assert len(settings) == 2 * (1 + 3 + 1) * 2 * 3 * 3 == len(set(settings))
+    assert grid.next_round() == []
+    some = proposals("random", SPACE, defaults, 17, 0).next_round()
+    assert len(set(some)) == 17
+    assert some == proposals("random", SPACE, defaults, 17, 0).next_round()
+    assert some != proposals("random", SPACE, defaults, 17, 1).next_round()
+    assert set(some) <= set(settings)
+    with pytest.raises(InputError, match="--num-samples: a grid tries every setting"):
+        proposals("grid", SPACE, defaults, 5, 0)
+
+
+def test_a_space_smaller_than_the_samples_asked_for() -> None:
+    tiny = SearchSpace("tiny", {"mode": ("ft1", "ft2"), "num_batches": (1, 2)})
+    assert len(proposals("random", tiny, QuantSetting(), 50, 0).next_round()) == 4
+    source, found = proposals("optuna", tiny, QuantSetting(), 50, 0), []
+    while settings := source.next_round():
+        found += settings
+        source.tell(dict.fromkeys(settings, 0.5))
+    assert len(found) == len(set(found)) == 4
+
+
+@pytest.mark.parametrize(
+    ("images", "chunk", "batch", "expected"), [(5000, None, 100, 200), (90, None, 100, 90), (5000, 300, 100, 300)]
+)
+def test_chunks_are_whole_batches(images: int, chunk: int | None, batch: int, expected: int) -> None:
+    assert race_rules(images, chunk, batch, 0.05, 0.0).chunk == expected
