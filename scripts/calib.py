@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from vitq_ray import cli
 from vitq_ray.calibrate import CalibrationStatistics, apply_setting, collect_statistics, degenerate_sites
 from vitq_ray.checkpoint import Sidecar, save_calibrated
+from vitq_ray.cluster import cluster
 from vitq_ray.config import InputError, QuantSetting
 from vitq_ray.data.loader import Batch, iter_batches
 from vitq_ray.data.samples import SampleIndex, calibration_ids, has_split, open_split, require_images
@@ -34,12 +36,14 @@ from vitq_ray.models import LoadedModel, load_model
 from vitq_ray.quant.modes import WEIGHT
 from vitq_ray.quant.quantizer import State
 from vitq_ray.quant.vit import frozen_weights, quant_blocks, quantize_vit, sites_of
+from vitq_ray.workers import WorkerPool, collect_on, evaluate_on, torch_threads
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__ or "")
     cli.add_model_options(parser)
     cli.add_setting_options(parser)
+    cli.add_worker_options(parser)
     parser.add("--calib-batchsz", type=cli.number(int, 1), default=8, help="images per calibration batch")
     parser.add("--calib-split", choices=("train", "val"), help="images to calibrate on; default: train if there")
     parser.add("--calib-order", choices=("shuffled", "map"), default="shuffled", help="which images of the split")
@@ -98,16 +102,16 @@ def calibrate(job: Job) -> tuple[CalibrationStatistics, Evaluation, list[int]]:
     seen: list[tuple[Tensor, Tensor]] = []  # labels and sample ids of every batch
     judged: list[Evaluation] = []
 
-    def inputs() -> Iterator[tuple[int, Tensor]]:
+    def full() -> Iterator[tuple[int, Batch]]:
         for index, batch in enumerate(cli.track(batches, args.num_calib_batch, "calibrate")):
             if len(batch.labels) == args.calib_batchsz:
                 seen.append((batch.labels, batch.sample_ids))
-                yield index, job.to_input(batch.images)
+                yield index, batch
 
     def judge(index: int, logits: Tensor) -> None:
         judged.append(Evaluation.of_logits(logits, *seen[index]))
 
-    statistics = collect_statistics(job.model, inputs(), [args.num_calib_batch], on_batch=judge)
+    statistics = collect(job, full(), judge)
     used = [int(i) for _, ids in seen for i in ids]
     if len(seen) < args.num_calib_batch:
         raise InputError(
@@ -117,12 +121,38 @@ def calibrate(job: Job) -> tuple[CalibrationStatistics, Evaluation, list[int]]:
     return statistics, Evaluation.concatenate(judged), used
 
 
+def collect(
+    job: Job, batches: Iterator[tuple[int, Batch]], on_batch: Callable[[int, Tensor], None]
+) -> CalibrationStatistics:
+    """Statistics of the batches: collected here, or on workers, to which batch 0 tells the bin widths."""
+    args, snapshots = job.args, [job.args.num_calib_batch]
+
+    def inputs() -> Iterator[tuple[int, Tensor]]:
+        return ((index, job.to_input(batch.images)) for index, batch in batches)
+
+    if args.num_workers is None:
+        return collect_statistics(job.model, inputs(), snapshots, on_batch=on_batch)
+    with torch_threads(args.threads_per_worker):
+        statistics = collect_statistics(job.model, itertools.islice(inputs(), 1), snapshots, on_batch=on_batch)
+    with pool(job) as workers:
+        return collect_on(workers, batches, snapshots, statistics, on_batch)
+
+
 def evaluate_all(job: Job) -> Evaluation:
     """All of val in map order."""
     size = job.args.batch_size
-    batches = job.batches(job.val, range(len(job.val)), size)
+    batches = cli.track(job.batches(job.val, range(len(job.val)), size), -(-len(job.val) // size), "evaluate")
     with frozen_weights(job.model):
-        return evaluate(job.model, cli.track(batches, -(-len(job.val) // size), "evaluate"), job.to_input)
+        if job.args.num_workers is None:
+            return evaluate(job.model, batches, job.to_input)
+        with pool(job) as workers:
+            return evaluate_on(workers, batches)
+
+
+def pool(job: Job) -> WorkerPool:
+    """Workers with the model as it is now; Ray is running."""
+    args = job.args
+    return WorkerPool(job.model, job.transform, args.num_workers, args.threads_per_worker, 1.0 if args.use_gpu else 0.0)
 
 
 def print_summary(model: nn.Module) -> None:
@@ -197,6 +227,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     with watch.stage("load"):
         job = prepare(args)
+    with nullcontext() if args.num_workers is None else cluster(args.ray_address, dashboard=False):
+        run(job, watch)
+
+
+def run(job: Job, watch: cli.Stopwatch) -> None:
+    """Calibrate, evaluate, save, report."""
+    args = job.args
     with watch.stage("calibrate"):
         statistics, on_calib, used = calibrate(job)
     if problem := sanity_problem(on_calib, job.loaded.geometry.num_classes):

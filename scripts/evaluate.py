@@ -11,29 +11,35 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitq_ray import cli
 from vitq_ray.checkpoint import Sidecar, is_calibrated, load_calibrated
+from vitq_ray.cluster import cluster
 from vitq_ray.config import InputError
 from vitq_ray.data.loader import Batch, iter_batches
 from vitq_ray.data.samples import SampleIndex, open_split
+from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.evaluate import Evaluation, evaluate, sanity_problem
 from vitq_ray.files import atomic_file, output_file, output_folder, write_json
 from vitq_ray.models import LoadedModel, load_model, named_geometry
 from vitq_ray.quant.vit import frozen_weights
+from vitq_ray.workers import WorkerPool, evaluate_on
+
+OnBatch = Callable[[Batch, Tensor], None]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__ or "")
     cli.add_model_options(parser)
+    cli.add_worker_options(parser)
     parser.add("--batch-size", type=cli.number(int, 1), default=64, help="images per batch")
     parser.add("--engine", choices=("fake",), default="fake", help="fake quantization in floating point")
     parser.add("--quant-mode", type=cli.quant_mode, help="checked against the mode of the calibrated checkpoint")
@@ -148,9 +154,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     keeper = LogitKeeper()
     keep = keeper if args.save_logits else lambda batch, logits: None
     batches = iter_batches(index, ids, transform, args.batch_size, args.decode_threads, args.on_bad_image, bad_images)
+    shown = cli.track(batches, -(-len(ids) // args.batch_size), "evaluate")
     with watch.stage("evaluate"), ready(loaded, sidecar) as model:
-        shown = cli.track(batches, -(-len(ids) // args.batch_size), "evaluate")
-        evaluation = evaluate(model, shown, lambda images: transform.normalize(images.to(device)), keep)
+        if args.num_workers is None:
+            evaluation = evaluate(model, shown, lambda images: transform.normalize(images.to(device)), keep)
+        else:
+            evaluation = evaluate_sharded(args, model, transform, shown, keep)
     if evaluation.images == 0:
         raise InputError(f"{args.data_path}: no readable image in val")
     if args.save_logits:
@@ -163,6 +172,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_json(Path(args.output) / "result.json", {**result, "seconds": watch.seconds})
     report(args, evaluation, what, result["images_also_calibrated_on"])
     cli.warn_of_bad_images(bad_images)
+
+
+def evaluate_sharded(
+    args: argparse.Namespace, model: nn.Module, transform: EvalTransform, batches: Iterable[Batch], keep: OnBatch
+) -> Evaluation:
+    """The same batches on several workers: the same counts, however many there are."""
+    with (
+        cluster(args.ray_address, dashboard=False),
+        WorkerPool(model, transform, args.num_workers, args.threads_per_worker, 1.0 if args.use_gpu else 0.0) as pool,
+    ):
+        return evaluate_on(pool, batches, keep)
 
 
 def report(args: argparse.Namespace, evaluation: Evaluation, what: str, overlap: int) -> None:

@@ -317,3 +317,25 @@ def test_folder_layout_gives_the_same_counts(project: Project, tmp_path: Path) -
     assert run(evaluate, *arguments) == 0
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert (result["images"], result["top1_correct"]) == (22, 22)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_workers_do_not_change_results(count: int, ray_cluster: None, project: Project, tmp_path: Path) -> None:
+    """Statistics bit for bit, logits and counts; the same with 1, 2 and 4 workers, on two cores."""
+    small = ("--num-calib-batch", 5, "--calib-batchsz", 4, "--batch-size", 5)
+    folders = [tmp_path / "here", tmp_path / "workers"]
+    for folder, more in zip(folders, ((), ("--num-workers", count)), strict=True):
+        argv = (*project.options, *small, "--calib-output-path", folder, *more)
+        assert cli.run(calib.main, [str(a) for a in argv]) == 0
+        argv = ("--pretrained_dir", folder / "vit_calib.pth", "--data-path", project.folder, "--batch-size", 5, *more)
+        files = ("--output", folder / "again", "--save-logits", folder / "logits.npz")
+        assert cli.run(evaluate.main, [str(a) for a in (*argv, *files)]) == 0
+    here, there = (torch.load(folder / "vit_calib.pth", weights_only=True) for folder in folders)
+    assert here.keys() == there.keys()
+    assert all(torch.equal(here[key], there[key]) for key in here)
+    results = [json.loads((folder / "again" / "result.json").read_text()) for folder in folders]
+    for key in ("images", "top1_correct", "top5_correct"):
+        assert results[0][key] == results[1][key]
+    one, two = (np.load(folder / "logits.npz") for folder in folders)
+    for key in ("logits", "labels", "sample_id"):
+        np.testing.assert_array_equal(one[key], two[key])

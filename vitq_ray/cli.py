@@ -149,6 +149,13 @@ def track(items: Iterable[T], total: int, label: str) -> Iterable[T]:
     return rich.progress.track(items, label, total, disable=not sys.stdout.isatty(), transient=True)
 
 
+def add_worker_options(parser: Parser) -> None:
+    """Several workers instead of this process; their results do not depend on how many they are."""
+    parser.add("--num-workers", type=number(int, 1), help="compute on N Ray workers; default: in this process")
+    parser.add("--threads-per-worker", type=number(int, 1), default=1, help="threads of one such worker")
+    parser.add("--ray-address", help="host:port of a Ray cluster, or auto; default: start Ray on this machine")
+
+
 def add_search_options(parser: Parser) -> None:
     """Where and how a search runs on Ray."""
     parser.add("--max-trials-in-flight", type=number(int, 1), help="trials at once; default: as many as fit")

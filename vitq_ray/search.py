@@ -238,7 +238,7 @@ def calibrate(search: Search, folder: RunFolder, metrics: Metrics) -> Calibratio
 
 def _collect(search: Search, batches: Iterator[tuple[int, Batch]], metrics: Metrics) -> CalibrationStatistics:
     """Batch 0 here, since it sets the bin widths; the others on the workers, if there are several."""
-    args, count = search.args, lambda index, logits=None: metrics.add("vitq_calibration_batches", 1)
+    args, count = search.args, lambda index, logits: metrics.add("vitq_calibration_batches", 1)
 
     def inputs() -> Iterator[tuple[int, Tensor]]:
         return ((i, search.to_input(batch.images)) for i, batch in batches)

@@ -55,9 +55,12 @@ class BatchWorker:
 
     def observe(
         self, index: int, batch: Batch, snapshots: Sequence[int], widths: dict[str, float]
-    ) -> CalibrationStatistics:
-        """Statistics of one calibration batch."""
-        return collect_statistics(self._model, [(index, self._input(batch))], snapshots, widths)
+    ) -> tuple[CalibrationStatistics, Tensor]:
+        """Statistics of one calibration batch, and the float model's logits (B, classes)."""
+        logits: list[Tensor] = []
+        inputs = [(index, self._input(batch))]
+        statistics = collect_statistics(self._model, inputs, snapshots, widths, lambda _, y: logits.append(y.cpu()))
+        return statistics, logits[0]
 
     def classify(self, batch: Batch) -> tuple[Evaluation, Tensor]:
         """Which images of a batch are classified correctly, and the logits (B, classes)."""
@@ -139,9 +142,12 @@ def collect_on(
     batches: Iterable[tuple[int, Batch]],
     snapshots: Sequence[int],
     first: CalibrationStatistics,
-    on_batch: Callable[[int], None] = lambda index: None,
+    on_batch: Callable[[int, Tensor], None] = lambda index, logits: None,
 ) -> CalibrationStatistics:
-    """Statistics of all batches, from those of batch 0 (`first`) and the others, which `batches` has."""
+    """Statistics of all batches, from those of batch 0 (`first`) and the others, which `batches` has.
+
+    `on_batch` sees the index of every batch and the float model's logits, as in `calibrate.collect_statistics`.
+    """
     widths = ray.put(first.widths())
     indices: list[int] = []
 
@@ -151,9 +157,9 @@ def collect_on(
             yield index, batch, tuple(snapshots), widths
 
     statistics = first
-    for i, part in enumerate(pool.map("observe", items())):
+    for i, (part, logits) in enumerate(pool.map("observe", items())):
         statistics = statistics.merge(part)
-        on_batch(indices[i])
+        on_batch(indices[i], logits)
     return statistics
 
 
