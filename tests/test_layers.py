@@ -30,13 +30,17 @@ ORDER = (
     "calibrate",
     "evaluate",
     "search_space",
+    "distill",
+    "qat_loop",
     "run_folder",
     "live",
+    "progress",
     "cli",
     "cluster",
     "search",
+    "qat",
 )
-MAY_IMPORT_RAY = frozenset({"data.source", "cluster", "search"})
+MAY_IMPORT_RAY = frozenset({"data.source", "cluster", "search", "qat"})
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
     for path in PACKAGE.rglob("*.py")

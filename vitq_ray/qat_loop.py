@@ -1,7 +1,7 @@
 """The training loop of QAT: plain PyTorch, the same for one process and for many. No Ray.
 
     (seed, epoch) -> permutation of the training images -> global batch of a step -> slice of a rank -> micro-batches
-    micro-batch -> student (quantizers on, dropout), teacher (float, eval) -> Σ image losses / images of the global batch
+    micro-batch -> student (quantizers on, dropout), teacher (float, eval) -> Σ image losses / global batch
 
 Every random choice is a function of (seed, epoch, step, place in the global batch), so nothing random is part of the
 training state: order of images, augmentation per image, and the dropout masks of a micro-batch, whichever rank it
@@ -17,14 +17,17 @@ Legend: B images of a micro-batch, K classes.
 from __future__ import annotations
 
 import contextlib
+import copy
+import hashlib
 import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ContextManager, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +35,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vitq_ray.checkpoint import CalibratedModel
 from vitq_ray.config import Config, InputError, require_choice, require_int
 from vitq_ray.data.loader import Batch, iter_batches
 from vitq_ray.data.samples import Ids, SampleIndex
@@ -39,8 +43,9 @@ from vitq_ray.data.transforms import AUGMENTATIONS, EvalTransform, TrainTransfor
 from vitq_ray.distill import Distillation, image_losses
 from vitq_ray.evaluate import Evaluation
 from vitq_ray.files import atomic_file
+from vitq_ray.models import weights_fingerprint
 from vitq_ray.quant.fake_quant import integer_range
-from vitq_ray.quant.vit import frozen_weights, learn_amax, quant_blocks, quantizers_off
+from vitq_ray.quant.vit import frozen_weights, learn_amax, quant_blocks
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("constant", "cosine")
@@ -135,7 +140,7 @@ class Counts(Config):
 @dataclass(frozen=True)
 class StepReport:
     """One step, the same on all ranks: `loss` is the mean over the images of the global batch, `step` counts from 1
-    over all epochs, `images` are those trained on, `images_per_second` is over the steps since the last report."""
+    over all epochs, `images` are those trained on, `images_per_second` is that of this step, waiting included."""
 
     epoch: int
     step: int
@@ -281,8 +286,8 @@ def add_dropout(model: nn.Module, p: float, generator: torch.Generator) -> None:
     """Dropout after the position embedding, GELU and fc2; attention has none."""
     model.pos_drop = SeededDropout(p, generator)
     for block in quant_blocks(model):
-        block.mlp.drop1 = SeededDropout(p, generator)
-        block.mlp.drop2 = SeededDropout(p, generator)
+        for name in ("drop1", "drop2"):
+            setattr(block.mlp, name, SeededDropout(p, generator))
         block.attn.attn_drop = nn.Dropout(0.0)
         block.attn.proj_drop = nn.Dropout(0.0)
 
@@ -356,6 +361,10 @@ def _save(path: Path, value: Any) -> None:
         torch.save(value, stream)
 
 
+def _load(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def _progress_to_json(progress: Progress) -> str:
     return json.dumps({**vars(progress), "history": [epoch_row(report) for report in progress.history]})
 
@@ -379,7 +388,7 @@ def load_state(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | No
     path = folder / "state.pt"
     if not path.exists():
         return None
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    state = _load(path)
     if state["format"] != _FORMAT:
         raise InputError(f"{path}: format {state['format']} found, {_FORMAT} expected")
     require_same(json.loads(state["identity"]), json.loads(json.dumps(identity)), str(folder))
@@ -431,8 +440,12 @@ def sharded_evaluation(
 def subset(evaluation: Evaluation, ids: Ids) -> Evaluation:
     """The results of some of the images."""
     wanted = np.isin(evaluation.sample_ids, ids)
-    columns = (evaluation.sample_ids, evaluation.labels, evaluation.correct, evaluation.correct5)
-    return Evaluation(*(column[wanted] for column in columns))
+    return Evaluation(
+        evaluation.sample_ids[wanted],
+        evaluation.labels[wanted],
+        evaluation.correct[wanted],
+        evaluation.correct5[wanted],
+    )
 
 
 # Teacher ------------------------------------------------------------------------------------------------------------
@@ -440,13 +453,13 @@ def subset(evaluation: Evaluation, ids: Ids) -> Evaluation:
 Teacher = Callable[[Batch, Tensor], Tensor]  # (batch, its images as the model takes them) -> logits (B, K)
 
 
-def running_teacher(model: nn.Module, autocast: Callable[[], ContextManager[Any]]) -> Teacher:
+def running_teacher(model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]]) -> Teacher:
     """The teacher's forward pass, in eval mode, for every batch."""
     model.eval()
 
     def logits(batch: Batch, images: Tensor) -> Tensor:
         with torch.no_grad(), autocast():
-            return model(images)
+            return cast(Tensor, model(images))
 
     return logits
 
@@ -508,21 +521,19 @@ class _Run:
     learned: list[tuple[nn.Parameter, float]]  # with the smallest value each may take
     generator: torch.Generator
     teacher: Teacher | None
-    autocast: Callable[[], ContextManager[Any]]
+    autocast: Callable[[], AbstractContextManager[Any]]
     data: QatData
     read: Reader
     ranks: Ranks
 
 
-def train(
+def train_qat(
     config: QatConfig,
-    student: nn.Module,
-    mode: str,
+    start: CalibratedModel,
     teacher: nn.Module | None,
     data: QatData,
     folder: Path,
-    identity: Mapping[str, Any],
-    read: Reader,
+    read: Reader | None = None,
     ranks: Ranks | None = None,
     checkpoint_steps: int | None = None,
     on_step: OnStep = lambda report: None,
@@ -531,21 +542,21 @@ def train(
     """Train a calibrated model, with the state kept in `folder`; goes on from the state that is there.
 
     Args:
-        student: from `load_calibrated`; it is trained in place.
-        mode: its quantization mode.
+        start: from `load_calibrated`; left as it is.
         teacher: a float model; needed where the configuration distils.
-        identity: what makes this run this run (fingerprints); a state of another one is refused.
+        folder: what the state is written to; a state of other options, weights or images is refused.
+        read: how images are read; default: threads of this process.
         ranks: this process among several that call this with the same arguments; default: alone.
         checkpoint_steps: also write the state every so many steps, not only after every epoch.
         on_step: called on every rank after every step.
-        on_epoch: called on rank 0 after every epoch, with epoch 0 first; returning False ends training.
+        on_epoch: called on every rank after every epoch, with epoch 0 first; if rank 0's returns False, training ends.
 
     Raises:
         DivergedError: naming step and learning rate, once the loss is not finite; the last state stays.
     """
     ranks = ranks or Ranks()
-    identity = {**config.to_dict(), **identity}
-    run = _prepare(config, student, mode, teacher, data, folder, read, ranks)
+    identity = identity_of(config, start, teacher, data)
+    run = _prepare(config, start, teacher, data, folder, read or thread_reader(), ranks)
     progress = _restore(run, folder, identity)
 
     def save() -> None:
@@ -559,16 +570,33 @@ def train(
         loss = progress.loss_sum / max(1, progress.images)
         progress.epoch, progress.step, progress.loss_sum, progress.images = progress.epoch + 1, 0, 0.0, 0
         _finish_epoch(run, folder, progress, loss, save, on_epoch)
-    ranks.barrier()  # the best weights are there for every rank
+    ranks.barrier()  # the state is there for every rank
+    return read_outcome(folder)
+
+
+def read_outcome(folder: Path) -> QatOutcome:
+    """What the training whose state lies in a folder has led to so far."""
+    progress = _progress_from_json(_load(folder / "state.pt")["progress"])
     best = progress.best.epoch
-    state: State = torch.load(best_path(folder, best), map_location="cpu", weights_only=True)
-    return QatOutcome(tuple(progress.history), best, state)
+    return QatOutcome(tuple(progress.history), best, _load(best_path(folder, best)))
+
+
+def identity_of(config: QatConfig, start: CalibratedModel, teacher: nn.Module | None, data: QatData) -> dict[str, Any]:
+    """Everything that decides what a run computes, as JSON: what a resumed run must share with its beginning."""
+    ids = {"training images": data.train_ids, "selection images": data.selection_ids}
+    return {
+        **config.to_dict(),
+        "starting checkpoint": start.sidecar.checkpoint_fingerprint,
+        "teacher": None if teacher is None else weights_fingerprint(teacher.state_dict()),
+        "train data": data.train.fingerprint,
+        "val data": data.val.fingerprint,
+        **{name: hashlib.sha256(np.asarray(i, np.int64).tobytes()).hexdigest() for name, i in ids.items()},
+    }
 
 
 def _prepare(
     config: QatConfig,
-    student: nn.Module,
-    mode: str,
+    start: CalibratedModel,
     teacher: nn.Module | None,
     data: QatData,
     folder: Path,
@@ -580,18 +608,18 @@ def _prepare(
     if config.distillation is not None and teacher is None:
         raise InputError("distillation: needs a teacher, there is none")
     folder.mkdir(parents=True, exist_ok=True)
-    student.to(ranks.device).requires_grad_(True)
-    learned = learn_amax(student, mode) if config.learn_amax else []
+    student = copy.deepcopy(start.loaded.model).to(ranks.device).requires_grad_(True)
+    learned = learn_amax(student, start.sidecar.setting.mode) if config.learn_amax else []
     generator = torch.Generator(ranks.device)
     add_dropout(student, config.dropout, generator)
 
-    def autocast() -> ContextManager[Any]:
+    def autocast() -> AbstractContextManager[Any]:
         return torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.bf16)
 
     return _Run(
         config=config,
         student=student,
-        wrapped=student if ranks.world == 1 else nn.parallel.DistributedDataParallel(student),
+        wrapped=student if ranks.world == 1 else _distributed(student),
         optimizer=make_optimizer(config, student, learned),
         learned=[(p, p.min().item() * _AMAX_FLOOR) for p, _ in learned],
         generator=generator,
@@ -603,10 +631,15 @@ def _prepare(
     )
 
 
+def _distributed(student: nn.Module) -> nn.Module:
+    # Buffers are scales, the same everywhere and never changed.
+    return nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
+
+
 def _make_teacher(
     config: QatConfig,
     model: nn.Module | None,
-    autocast: Callable[[], ContextManager[Any]],
+    autocast: Callable[[], AbstractContextManager[Any]],
     data: QatData,
     folder: Path,
     read: Reader,
@@ -699,7 +732,7 @@ def _backward(run: _Run, progress: Progress, batches: Iterator[Batch]) -> Tensor
         offset = (ranks.rank * count + i) * config.micro_batch
         run.generator.manual_seed(_seed_of(config.seed, progress.epoch, progress.step, offset))
         last = i == count - 1
-        with contextlib.nullcontext() if last or ranks.world == 1 else run.wrapped.no_sync():
+        with contextlib.nullcontext() if last or ranks.world == 1 else cast(Any, run.wrapped).no_sync():
             losses = _losses(run, batch)
             # DDP averages over ranks; what is wanted is the sum of all images' gradients over the global batch size.
             (losses.sum() * (ranks.world / config.global_batch)).backward()
@@ -735,12 +768,5 @@ def _finish_epoch(
     progress.history.append(report)
     if best and ranks.is_first:
         _save(best_path(folder, report.epoch), run.student.state_dict())
-    if ranks.is_first:
-        progress.stopped = on_epoch(report) is False
-    progress.stopped = ranks.agree(progress.stopped)
+    progress.stopped = ranks.agree(on_epoch(report) is False)
     save()
-
-
-def float_twin(student: nn.Module) -> ContextManager[nn.Module]:
-    """The student as a float model, for as long as the context lasts."""
-    return quantizers_off(student)
