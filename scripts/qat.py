@@ -71,7 +71,7 @@ from vitq_ray.qat_loop import (
     steps_per_epoch,
     thread_reader,
 )
-from vitq_ray.quant.vit import quantize_vit, quantizers_off
+from vitq_ray.quant.vit import float_copy, quantize_vit
 from vitq_ray.run_folder import default_folder
 
 # What may differ between a run and its continuation: it does not change what is computed.
@@ -306,9 +306,7 @@ def make_teacher(args: argparse.Namespace, start: CalibratedModel) -> nn.Module 
     if not args.distill:
         return None
     if args.teacher is None:
-        teacher = copy.deepcopy(start.loaded.model)
-        quantizers_off(teacher).__enter__()  # for good
-        return teacher.eval()
+        return float_copy(start.loaded.model).eval()
     if is_calibrated(args.teacher):
         raise InputError(f"--teacher: {args.teacher} is a calibrated checkpoint; expected a float one")
     loaded, student = load_model(args.model_type, args.teacher, args.img_size), start.loaded

@@ -9,6 +9,7 @@ Legend: B batch, N tokens, C width, H heads, D head width.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -236,6 +237,14 @@ def quantizers_off(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for quantizer, state in before:
             quantizer.restore(state)
+
+
+def float_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model with all quantizers off, for good."""
+    twin = copy.deepcopy(model)
+    for _, _, quantizer in sites_of(twin):
+        quantizer.state = State.OFF
+    return twin
 
 
 @contextmanager
