@@ -21,7 +21,8 @@ import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -344,6 +345,21 @@ def describe(job: Job) -> dict[str, Any]:
     }
 
 
+def needs_ray(args: argparse.Namespace) -> bool:
+    """One worker trains in this process; Ray then only serves dashboard and metrics."""
+    return args.num_workers > 1 or args.dashboard or args.ray_address is not None
+
+
+@contextmanager
+def ray_if_needed(args: argparse.Namespace) -> Iterator[str | None]:
+    """Ray, for as long as the context lasts; the dashboard's address."""
+    if not needs_ray(args):
+        yield None
+        return
+    with cluster(args.ray_address, dashboard=args.dashboard) as ray_cluster:
+        yield ray_cluster.dashboard_url
+
+
 def train(job: Job) -> QatOutcome:
     args, task = job.args, job.task
     start = task.start.sidecar.setting.label
@@ -359,7 +375,7 @@ def train(job: Job) -> QatOutcome:
 
 def train_alone(job: Job, progress: TrainingProgress) -> QatOutcome:
     """One worker: this process, without Ray Train."""
-    recorder = Recorder(job.folder, job.folder.name)
+    recorder = Recorder(job.folder, job.folder.name, metrics=needs_ray(job.args))
     bad_images: list[tuple[str, str]] = []
 
     def on_step(report: Any) -> None:
@@ -450,9 +466,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_json(job.folder / "run.json", describe(job))
     resume = f"python scripts/qat.py --resume {job.folder}"
     try:
-        with cluster(args.ray_address, dashboard=args.dashboard) as ray_cluster:
-            url = f", dashboard {ray_cluster.dashboard_url}" if ray_cluster.dashboard_url else ""
-            print(f"run folder {job.folder}{url}")
+        with ray_if_needed(args) as url:
+            print(f"run folder {job.folder}" + (f", dashboard {url}" if url else ""))
             outcome = train(job)
     except KeyboardInterrupt:
         print(f"the state of training is kept; go on with: {resume}", file=sys.stderr)

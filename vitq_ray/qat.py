@@ -151,11 +151,14 @@ def read_judgement(folder: Path) -> Judgement:
 
 
 class Recorder:
-    """Appends every step to steps.jsonl and every epoch to epochs.jsonl, and sets Ray's metrics."""
+    """Appends every step to steps.jsonl and every epoch to epochs.jsonl, and sets Ray's metrics where Ray runs."""
 
-    def __init__(self, folder: Path, run: str) -> None:
+    def __init__(self, folder: Path, run: str, metrics: bool = True) -> None:
         self._folder = folder
-        tags = {"tag_keys": ("run",)}
+        self._gauges = self._make_gauges(run) if metrics else {}
+
+    @staticmethod
+    def _make_gauges(run: str) -> dict[str, Gauge]:
         names = {
             "epoch": "epoch of QAT",
             "step": "step of QAT, over all epochs",
@@ -163,18 +166,21 @@ class Recorder:
             "images_per_second": "training speed of the last step",
             "selection_top1": "top-1 on the selection images after the last epoch, a fraction",
         }
-        self._gauges = {name: Gauge(f"vitq_qat_{name}", text, **tags) for name, text in names.items()}
-        for gauge in self._gauges.values():
+        gauges = {name: Gauge(f"vitq_qat_{name}", text, tag_keys=("run",)) for name, text in names.items()}
+        for gauge in gauges.values():
             gauge.set_default_tags({"run": run})
+        return gauges
 
     def step(self, report: StepReport) -> None:
         self._append("steps.jsonl", vars(report))
-        for name in ("epoch", "step", "loss", "images_per_second"):
-            self._gauges[name].set(float(getattr(report, name)))
+        for name, gauge in self._gauges.items():
+            if name != "selection_top1":
+                gauge.set(float(getattr(report, name)))
 
     def epoch(self, report: EpochReport) -> None:
         self._append("epochs.jsonl", epoch_row(report))
-        self._gauges["selection_top1"].set(report.selection.top1)
+        if self._gauges:
+            self._gauges["selection_top1"].set(report.selection.top1)
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         with open(self._folder / name, "a") as stream:
@@ -261,6 +267,7 @@ def ray_reader(
     val: tuple[str, ray.ObjectRef[SampleIndex]],
     on_bad_image: str,
     bad_images: list[tuple[str, str]],
+    max_tasks: int,
 ) -> Reader:
     """Reads with Ray Data. Its tasks reserve no CPU, for the ranks that wait for them may hold all of them."""
     shared = dict((train, val))
@@ -276,6 +283,7 @@ def ray_reader(
             shared=shared[index.source],
             num_cpus=0,
             move_up=False,
+            max_tasks=max_tasks,
         )
 
     return read
@@ -386,7 +394,7 @@ def _rank_main(config: dict[str, Any]) -> None:
     ranks = Ranks(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     task: QatTask = ray.get(shared.task)
     bad_images: list[tuple[str, str]] = []
-    read = ray_reader(shared.train, shared.val, shared.on_bad_image, bad_images)
+    read = ray_reader(shared.train, shared.val, shared.on_bad_image, bad_images, shared.threads)
     recorder = Recorder(shared.folder, shared.run) if ranks.is_first else None
 
     def on_epoch(report: EpochReport) -> None:

@@ -89,6 +89,7 @@ def stream_batches(
     num_blocks: int | None = None,
     num_cpus: float = 1,
     move_up: bool = True,
+    max_tasks: int | None = None,
 ) -> Iterator[Batch]:
     """The images of `ids`, in that order, in full batches; the last one may be smaller. As `loader.iter_batches`.
 
@@ -101,6 +102,7 @@ def stream_batches(
         num_blocks: read tasks in all; by default as many as make blocks of a convenient size.
         num_cpus: CPUs that Ray reserves for each read task; tasks run only while CPUs are free. 0 where the caller
             itself may hold all of them.
+        max_tasks: read tasks at once; by default as many as CPUs are free.
     """
     require_int("batch size", batch_size, 1)
     require_choice("on bad image", on_bad_image, ON_BAD_IMAGE)
@@ -111,7 +113,7 @@ def stream_batches(
     if len(wanted) == 0:
         return
     source = SampleDatasource(share(index) if shared is None else shared, wanted, transform)
-    with closing(_decoded(_dataset(source, min(num_blocks, len(wanted)), num_cpus))) as decoded:
+    with closing(_decoded(_dataset(source, min(num_blocks, len(wanted)), num_cpus, max_tasks))) as decoded:
         yield from collect(index, decoded, batch_size, on_bad_image, bad_images, move_up)
 
 
@@ -163,8 +165,8 @@ def _num_blocks(num_images: int, transform: Transform) -> int:
     return -(-num_images // max(1, min(block, _BLOCK_BYTES // image_bytes(transform))))
 
 
-def _dataset(source: SampleDatasource, num_blocks: int, num_cpus: float) -> Dataset:
-    dataset = ray.data.read_datasource(source, override_num_blocks=num_blocks, num_cpus=num_cpus)
+def _dataset(source: SampleDatasource, num_blocks: int, num_cpus: float, max_tasks: int | None) -> Dataset:
+    dataset = ray.data.read_datasource(source, override_num_blocks=num_blocks, num_cpus=num_cpus, concurrency=max_tasks)
     context = dataset.context  # this data set's own copy
     block_bytes = max(_SMALL_BLOCK_BYTES, -(-source.estimate_inmemory_data_size() // num_blocks))
     ahead = _BLOCKS_AHEAD * block_bytes * ray.cluster_resources().get("CPU", 1)
