@@ -210,7 +210,7 @@ def make_config(args: argparse.Namespace) -> QatConfig:
 def load_start(args: argparse.Namespace, given: dict[str, Any], folder: Path, watch: cli.Stopwatch) -> CalibratedModel:
     """The calibrated model to start from: the checkpoint, or what `--resume` finds, or calibrated now."""
     own = folder / "start" / f"{cli.checkpoint_name(args)}_calib.pth"
-    if own.exists():
+    if args.resume is not None and own.exists():
         return load_calibrated(str(own))
     if not is_calibrated(args.pretrained_dir):
         calibrate(args, own.parent, watch)
