@@ -86,3 +86,57 @@ def test_amax_gets_no_gradient() -> None:
     x = torch.ones(3, requires_grad=True)
     fake_quantize(x, amax).sum().backward()
     assert amax.grad is None
+
+
+def lsq_by_hand(x: float, grad: float, amax: float, bits: int) -> float:
+    """LSQ's gradient of one element for amax, before the division by √(elements · qmax)."""
+    qmax = 2 ** (bits - 1) - 1
+    u = x * qmax / amax
+    slope = qmax if u >= qmax else -qmax - 1 if u <= -qmax - 1 else round(u) - u
+    return grad * slope / qmax
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_learned_amax_has_lsqs_gradient(bits: int) -> None:
+    x = torch.linspace(-2, 2, 101, dtype=torch.float32)
+    grad = torch.randn(101, generator=torch.Generator().manual_seed(0))
+    amax = torch.tensor(1.3, requires_grad=True)
+    fake_quantize(x, amax, bits, learned_over=25).backward(grad)
+    expected = sum(lsq_by_hand(v, g, 1.3, bits) for v, g in zip(x.tolist(), grad.tolist(), strict=True))
+    assert amax.grad is not None
+    assert amax.grad.item() == pytest.approx(expected / (25 * (2 ** (bits - 1) - 1)) ** 0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_learned_amax_agrees_with_pytorchs_learnable_op(bits: int) -> None:
+    """PyTorch decides by the rounded value what lies outside, LSQ by the value itself: leave that half step out."""
+    low, high = integer_range(bits)
+    x = torch.randn(2000, generator=torch.Generator().manual_seed(bits)) * 2
+    level = x / (1.1 / high)
+    x = x[~(((level > high) & (level < high + 0.5)) | ((level < low) & (level > low - 0.5)))]
+    grad = torch.randn(len(x), generator=torch.Generator().manual_seed(9))
+    amax = torch.tensor(1.1, requires_grad=True)
+    ours = fake_quantize(x, amax, bits, learned_over=len(x))
+    ours.backward(grad)
+    scale = torch.tensor([1.1 / high], requires_grad=True)
+    factor = (len(x) * high) ** -0.5
+    theirs = torch._fake_quantize_learnable_per_tensor_affine(x, scale, torch.zeros(1), low, high, factor)
+    theirs.backward(grad)
+    torch.testing.assert_close(ours, theirs)
+    assert amax.grad is not None
+    assert scale.grad is not None
+    assert amax.grad.item() == pytest.approx(scale.grad.item() / high, rel=1e-3)  # amax = scale · qmax
+
+
+def test_learned_amax_of_rows_is_that_of_each_row() -> None:
+    weight = torch.randn(3, 20, generator=torch.Generator().manual_seed(4))
+    grad = torch.randn(3, 20, generator=torch.Generator().manual_seed(5))
+    amax = torch.tensor([[0.5], [1.0], [0.0]], requires_grad=True)
+    fake_quantize(weight, amax, 4, 0, learned_over=20).backward(grad)
+    assert amax.grad is not None
+    assert amax.grad.shape == (3, 1)
+    for row in range(2):
+        alone = amax.detach()[row, 0].clone().requires_grad_()
+        fake_quantize(weight[row], alone, 4, learned_over=20).backward(grad[row])
+        torch.testing.assert_close(amax.grad[row, 0], alone.grad)
+    assert amax.grad[2].item() == 0

@@ -32,17 +32,21 @@ ORDER = (
     "search_space",
     "proposals",
     "racing",
+    "distill",
+    "qat_loop",
     "run_folder",
     "contest",
     "live",
+    "progress",
     "cli",
     "cluster",
     "metrics",
     "workers",
     "trials",
     "search",
+    "qat",
 )
-MAY_IMPORT_RAY = frozenset({"data.source", "cluster", "metrics", "workers", "trials"})
+MAY_IMPORT_RAY = frozenset({"data.source", "cluster", "metrics", "workers", "trials", "qat"})
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
     for path in PACKAGE.rglob("*.py")

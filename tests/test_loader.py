@@ -136,7 +136,7 @@ def test_a_broken_image_is_an_error_that_leaves_no_thread(broken_index: SampleIn
 def test_an_unexpected_error_is_not_taken_for_a_broken_image(
     index: SampleIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(self: EvalTransform, data: bytes, name: str) -> None:
+    def fail(self: EvalTransform, data: bytes, name: str, sample_id: int = 0) -> None:
         raise RuntimeError(f"a mistake in the program at {name}")
 
     monkeypatch.setattr(EvalTransform, "decode", fail)

@@ -82,9 +82,9 @@ class Sidecar(Config):
             raise InputError(f"{path}: not a sidecar of a calibrated checkpoint: {error}") from None
 
 
-def save_calibrated(folder: Path, name: str, model: torch.nn.Module, sidecar: Sidecar) -> Path:
-    """Write `<name>_calib.pth` and `<name>_calib.json`; returns the path of the `.pth`. The sidecar comes last."""
-    path = folder / f"{name}_calib.pth"
+def save_calibrated(folder: Path, name: str, model: torch.nn.Module, sidecar: Sidecar, suffix: str = "calib") -> Path:
+    """Write `<name>_<suffix>.pth` and `.json`; returns the path of the `.pth`. The sidecar comes last."""
+    path = folder / f"{name}_{suffix}.pth"
     state = fastertransformer_state(model, sidecar.geometry)
     sidecar = dataclasses.replace(sidecar, checkpoint_fingerprint=fingerprint_of(state, sidecar))
     with atomic_file(path) as stream:

@@ -25,6 +25,7 @@ _SMALLEST_STORE = 300 * _MEGABYTE
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's Train tab
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",  # on a busy machine, processes take long to import PyTorch
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials.jsonl is the record, not Tune's CSV and JSON files
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is handled once, in cli.run
     "RAY_AIR_NEW_OUTPUT": "0",

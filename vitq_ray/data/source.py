@@ -29,9 +29,9 @@ from ray.data import DataContext, Dataset, Datasource, ExecutionOptions, Executi
 from ray.data.block import Block, BlockAccessor, BlockMetadata
 
 from vitq_ray.config import InputError, require_choice, require_int
-from vitq_ray.data.loader import ON_BAD_IMAGE, Batch, Pixels, _batch
+from vitq_ray.data.loader import ON_BAD_IMAGE, Batch, Pixels, collect
 from vitq_ray.data.samples import BadImageError, Ids, SampleIndex
-from vitq_ray.data.transforms import EvalTransform
+from vitq_ray.data.transforms import Transform, image_bytes
 from vitq_ray.files import resolve
 
 # A task of Ray costs a few milliseconds, as much as decoding a photo, and half of that before the first task starts.
@@ -51,19 +51,19 @@ def share(index: SampleIndex) -> ray.ObjectRef[SampleIndex]:
 class SampleDatasource(Datasource):
     """The images of `ids` as a Ray Data source: one row per id, in that order within and across read tasks.
 
-    Columns: `image` uint8 (S, S, 3), `label` int64, `sample_id` int64, `error` string, `fatal` bool. A row with a
-    non-empty `error` has zeros for pixels, which must not be used: the image is broken, or, where `fatal`, the worker
-    could read no image at all.
+    Columns: `image` as `transform.decode` has it, e.g. uint8 (S, S, 3), `label` int64, `sample_id` int64, `error`
+    string, `fatal` bool. A row with a non-empty `error` has zeros for pixels, which must not be used: the image is
+    broken, or, where `fatal`, the worker could read no image at all.
     """
 
-    def __init__(self, shared: ray.ObjectRef[SampleIndex], ids: Ids, transform: EvalTransform) -> None:
+    def __init__(self, shared: ray.ObjectRef[SampleIndex], ids: Ids, transform: Transform) -> None:
         super().__init__()
         self._shared = shared
         self._ids = ids
         self._transform = transform
 
     def estimate_inmemory_data_size(self) -> int:
-        return len(self._ids) * _image_bytes(self._transform)
+        return len(self._ids) * image_bytes(self._transform)
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
@@ -73,7 +73,7 @@ class SampleDatasource(Datasource):
         return [self._read_task(run, per_task_row_limit) for run in runs if len(run)]
 
     def _read_task(self, run: Ids, row_limit: int | None) -> ReadTask:
-        size = len(run) * _image_bytes(self._transform)
+        size = len(run) * image_bytes(self._transform)
         metadata = BlockMetadata(num_rows=len(run), size_bytes=size, exec_stats=None, input_files=None)
         return ReadTask(partial(_read_block, self._shared, self._transform, run), metadata, None, row_limit)
 
@@ -81,23 +81,28 @@ class SampleDatasource(Datasource):
 def stream_batches(
     index: SampleIndex,
     ids: Iterable[int],
-    transform: EvalTransform,
+    transform: Transform,
     batch_size: int,
     on_bad_image: str = "error",
     bad_images: list[tuple[str, str]] | None = None,
     shared: ray.ObjectRef[SampleIndex] | None = None,
     num_blocks: int | None = None,
     num_cpus: float = 1,
+    move_up: bool = True,
+    max_tasks: int | None = None,
 ) -> Iterator[Batch]:
     """The images of `ids`, in that order, in full batches; the last one may be smaller. As `loader.iter_batches`.
 
     A broken image is an error (BadImageError), or with `on_bad_image="skip"` left out and appended to `bad_images`
-    as (address, reason); later images then move up. Closing the iterator stops the workers.
+    as (address, reason). Later images then move up, or without `move_up` leave its batch smaller. Closing the iterator
+    stops the workers.
 
     Args:
         shared: what `share(index)` returned, so that further passes neither copy the index nor reopen its archive.
         num_blocks: read tasks in all; by default as many as make blocks of a convenient size.
-        num_cpus: CPUs that Ray reserves for each read task; tasks run only while CPUs are free.
+        num_cpus: CPUs that Ray reserves for each read task; tasks run only while CPUs are free. 0 where the caller
+            itself may hold all of them.
+        max_tasks: read tasks at once; by default as many as CPUs are free.
     """
     require_int("batch size", batch_size, 1)
     require_choice("on bad image", on_bad_image, ON_BAD_IMAGE)
@@ -108,34 +113,21 @@ def stream_batches(
     if len(wanted) == 0:
         return
     source = SampleDatasource(share(index) if shared is None else shared, wanted, transform)
-    rows: list[tuple[int, Pixels]] = []
-    with closing(_decoded(_dataset(source, min(num_blocks, len(wanted)), num_cpus))) as decoded:
-        for sample_id, pixels in decoded:
-            if isinstance(pixels, InputError):
-                if on_bad_image == "error" or not isinstance(pixels, BadImageError):
-                    raise pixels
-                if bad_images is not None:
-                    bad_images.append((index.where(sample_id), str(pixels)))
-                continue
-            rows.append((sample_id, pixels))
-            if len(rows) == batch_size:
-                yield _batch(index, rows)
-                rows = []
-    if rows:
-        yield _batch(index, rows)
+    with closing(_decoded(_dataset(source, min(num_blocks, len(wanted)), num_cpus, max_tasks))) as decoded:
+        yield from collect(index, decoded, batch_size, on_bad_image, bad_images, move_up)
 
 
 # Workers ------------------------------------------------------------------------------------------------------------
 
 
-def _read_block(shared: ray.ObjectRef[SampleIndex], transform: EvalTransform, run: Ids) -> list[Block]:
+def _read_block(shared: ray.ObjectRef[SampleIndex], transform: Transform, run: Ids) -> list[Block]:
     index = _local_index(shared)
-    images = np.zeros((len(run), transform.size, transform.size, 3), np.uint8)
+    images = np.zeros((len(run), *transform.shape), transform.dtype)
     errors: dict[int, InputError] = {}
     for row, sample_id in enumerate(run.tolist()):
         try:
             _require_here(index.source)
-            images[row] = transform.decode(index.read(sample_id), index.where(sample_id))
+            images[row] = transform.decode(index.read(sample_id), index.where(sample_id), sample_id)
         except InputError as error:  # as data: an exception would be annotated, logged and wrapped by Ray
             errors[row] = error
     columns = {
@@ -168,17 +160,13 @@ def _require_here(path: str) -> None:
 # Driver -------------------------------------------------------------------------------------------------------------
 
 
-def _num_blocks(num_images: int, transform: EvalTransform) -> int:
+def _num_blocks(num_images: int, transform: Transform) -> int:
     block = max(_BLOCK_IMAGES, num_images // _MANY_BLOCKS)
-    return -(-num_images // max(1, min(block, _BLOCK_BYTES // _image_bytes(transform))))
+    return -(-num_images // max(1, min(block, _BLOCK_BYTES // image_bytes(transform))))
 
 
-def _image_bytes(transform: EvalTransform) -> int:
-    return 3 * transform.size**2
-
-
-def _dataset(source: SampleDatasource, num_blocks: int, num_cpus: float) -> Dataset:
-    dataset = ray.data.read_datasource(source, override_num_blocks=num_blocks, num_cpus=num_cpus)
+def _dataset(source: SampleDatasource, num_blocks: int, num_cpus: float, max_tasks: int | None) -> Dataset:
+    dataset = ray.data.read_datasource(source, override_num_blocks=num_blocks, num_cpus=num_cpus, concurrency=max_tasks)
     context = dataset.context  # this data set's own copy
     block_bytes = max(_SMALL_BLOCK_BYTES, -(-source.estimate_inmemory_data_size() // num_blocks))
     ahead = _BLOCKS_AHEAD * block_bytes * ray.cluster_resources().get("CPU", 1)

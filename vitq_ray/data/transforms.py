@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import io
 import math
+import random
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +46,27 @@ _CAN_ROTATE = ("nearest", "bilinear", "bicubic")  # with the others Pillow can o
 Triple = tuple[float, float, float]
 
 
+class Transform(Protocol):
+    """How an image is prepared, in two steps: `decode` where the reading is, `normalize` where the model is."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def dtype(self) -> type[np.generic]: ...
+
+    def decode(self, data: bytes, name: str, sample_id: int = 0) -> npt.NDArray[Any]:
+        """An encoded image as an array of `shape` and `dtype`; only augmentations depend on `sample_id`."""
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """A batch of what `decode` returned -> float32 (B, 3, S, S)."""
+
+
+def image_bytes(transform: Transform) -> int:
+    """Memory of one decoded image."""
+    return math.prod(transform.shape) * np.dtype(transform.dtype).itemsize
+
+
 @dataclass(frozen=True)
 class EvalTransform(Config):
     """Resize to size x size, scale to [0, 1], normalise per channel; cropping only with `crop_pct`.
@@ -69,7 +92,15 @@ class EvalTransform(Config):
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
             raise InputError(f"crop_pct: expected a number in (0, 1], got {self.crop_pct!r}")
 
-    def decode(self, data: bytes, name: str) -> npt.NDArray[np.uint8]:
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.size, self.size, 3
+
+    @property
+    def dtype(self) -> type[np.generic]:
+        return np.uint8
+
+    def decode(self, data: bytes, name: str, sample_id: int = 0) -> npt.NDArray[np.uint8]:
         """An encoded image as RGB (S, S, 3). BadImageError, naming it, if that cannot be done."""
         with _naming(name):
             image = self._resize(load_rgb(data))
@@ -172,6 +203,63 @@ def _timm_train_transform(evaluation: EvalTransform, kind: str) -> Callable[[Ima
         if operation.name.startswith("Posterize"):
             operation.aug_fn = _posterize
     return transform
+
+
+# Augmentations draw from the random generators of the process: one image at a time may own them.
+_RANDOM = threading.Lock()
+
+
+@dataclass(frozen=True)
+class TrainTransform(Config):
+    """`train_transform` whose randomness is a function of (seed, epoch, sample id), whichever worker decodes.
+
+    Images come out as float32 (3, S, S), already normalised: erased rectangles have the mean colour, which uint8 has
+    no number for.
+    """
+
+    evaluation: EvalTransform
+    kind: str
+    seed: int
+    epoch: int
+
+    def __post_init__(self) -> None:
+        require_choice("augmentation", self.kind, AUGMENTATIONS)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return 3, self.evaluation.size, self.evaluation.size
+
+    @property
+    def dtype(self) -> type[np.generic]:
+        return np.float32
+
+    def decode(self, data: bytes, name: str, sample_id: int = 0) -> npt.NDArray[np.float32]:
+        with _naming(name):
+            image = load_rgb(data)
+            with _RANDOM, _seeded(self.seed, self.epoch, sample_id):
+                return _cached_train_transform(self.evaluation, self.kind)(image).numpy()
+
+    def normalize(self, images: Tensor) -> Tensor:
+        return images
+
+
+_cached_train_transform = lru_cache(maxsize=4)(train_transform)
+
+
+@contextmanager
+def _seeded(*entropy: int) -> Iterator[None]:
+    """Python's, NumPy's and PyTorch's generators from these integers; afterwards they go on as if untouched."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    words = np.random.SeedSequence(entropy).generate_state(3).tolist()
+    random.seed(words[0])
+    np.random.seed(words[1])
+    torch.default_generator.manual_seed(words[2])
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:

@@ -8,11 +8,19 @@ that kernel does not vectorize, the same four operations one after the other, in
 fast (but for NaN, which stays NaN here and becomes -qmax - 1 steps in the kernel; calibration refuses it).
 
 The backward pass is ours: the gradient goes straight through where |x| <= amax and is zero outside, whereas PyTorch's
-kernel lets it pass half a step further. amax gets no gradient.
+kernel lets it pass half a step further. amax gets no gradient, or where it is learned that of LSQ (Esser et al. 2020,
+arXiv 1902.08153): with the step s = amax / qmax and u = x / s,
+
+    ∂x̂/∂s = -qmax - 1    where u <= -qmax - 1
+             qmax        where u >= qmax              ∂x̂/∂amax = ∂x̂/∂s / qmax
+             round(u) - u    between
+
+summed over the elements of a scale and divided by √(elements · qmax).
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -35,7 +43,9 @@ def scale_of(amax: Tensor, bits: int) -> Tensor:
     return torch.where(amax > 0, scale, torch.full_like(scale, _SCALE_OF_ZERO_AMAX))
 
 
-def fake_quantize(x: Tensor, amax: Tensor, bits: int = 8, axis: int | None = None) -> Tensor:
+def fake_quantize(
+    x: Tensor, amax: Tensor, bits: int = 8, axis: int | None = None, learned_over: int | None = None
+) -> Tensor:
     """Quantize and dequantize `x`, with a straight-through gradient inside [-amax, amax].
 
     Args:
@@ -44,22 +54,37 @@ def fake_quantize(x: Tensor, amax: Tensor, bits: int = 8, axis: int | None = Non
             e.g. (rows, 1) for a weight of shape (rows, columns) and axis 0.
         bits: 2 to 8.
         axis: the channel axis of `x`, or None for one scale.
+        learned_over: None for an amax without gradient; else it gets LSQ's, and this is LSQ's number of elements.
     """
-    return _FakeQuantize.apply(x, amax, bits, axis)
+    return _FakeQuantize.apply(x, amax, bits, axis, learned_over)
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, amax: Tensor, bits: int, axis: int | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, amax: Tensor, bits: int, axis: int | None, learned_over: int | None) -> Tensor:
         ctx.save_for_backward(x, amax)
-        ctx.axis = axis
+        ctx.bits, ctx.axis, ctx.learned_over = bits, axis, learned_over
         return _forward(x, scale_of(amax, bits), integer_range(bits), axis)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         (grad,) = grads
         x, amax = ctx.saved_tensors
-        return grad * (x.abs() <= _along(amax, x, ctx.axis)), None, None, None
+        of_amax = None
+        if ctx.learned_over is not None and ctx.needs_input_grad[1]:
+            of_amax = _lsq_gradient(grad, x, amax, ctx.bits, ctx.axis) / math.sqrt(
+                ctx.learned_over * integer_range(ctx.bits)[1]
+            )
+        return grad * (x.abs() <= _along(amax, x, ctx.axis)), of_amax, None, None, None
+
+
+def _lsq_gradient(grad: Tensor, x: Tensor, amax: Tensor, bits: int, axis: int | None) -> Tensor:
+    """Σ grad · ∂x̂/∂amax over the elements of each scale, in the shape of `amax`; 0 where amax is 0."""
+    low, high = integer_range(bits)
+    level = x * _along(scale_of(amax, bits), x, axis).reciprocal()
+    slope = torch.where(level >= high, high, torch.where(level <= low, low, level.round() - level)).mul_(grad)
+    others = [d for d in range(x.ndim) if axis is None or d != axis % x.ndim]
+    return (slope.sum(others) / high).reshape(amax.shape) * (amax > 0)
 
 
 def _forward(x: Tensor, scale: Tensor, limits: tuple[int, int], axis: int | None) -> Tensor:

@@ -26,7 +26,7 @@ class TensorQuantizer(nn.Module):
     """Passes a tensor on, shows it to an observer, or fake-quantizes it.
 
     Scales are numbers in the `_amax` buffer: () for a tensor, (rows, 1) for weight rows. A new setting changes the
-    numbers and leaves the module tree alone.
+    numbers and leaves the module tree alone. `learn` turns the buffer into a parameter of the same name.
     """
 
     _amax: Tensor
@@ -38,6 +38,7 @@ class TensorQuantizer(nn.Module):
         self.axis: int | None = None
         self._observer: Observer | None = None
         self._frozen: Tensor | None = None
+        self._batched = True
         self.register_buffer("_amax", torch.zeros(()))
 
     @property
@@ -48,15 +49,32 @@ class TensorQuantizer(nn.Module):
         if self.state is State.OFF:
             return x
         if self.state is State.QUANTIZE:
-            return fake_quantize(x, self._amax, self.bits, self.axis) if self._frozen is None else self._frozen
+            return self._quantize(x) if self._frozen is None else self._frozen
         assert self._observer is not None
         self._observer(x)
         return x
 
+    def _quantize(self, x: Tensor) -> Tensor:
+        # In float32 also under autocast: in bfloat16 the levels past 64 of 8 bits would be rounded twice.
+        return fake_quantize(x.float(), self._amax, self.bits, self.axis, self._learned_over(x))
+
+    def _learned_over(self, x: Tensor) -> int | None:
+        """Elements per scale for LSQ, of one image: the batch size must not change the gradient's scale."""
+        if not isinstance(self._amax, nn.Parameter):
+            return None
+        return x.numel() // (len(x) if self._batched else self._amax.numel())
+
+    def learn(self, amax: nn.Parameter, batched: bool) -> None:
+        """From now on `amax` is a parameter, which quantizers may share. `batched`: axis 0 of the tensor is B."""
+        del self._amax
+        self._amax = amax
+        self._batched = batched
+
     def set_amax(self, amax: Tensor, bits: int, axis: int | None) -> None:
         """Take over new scales, in place where the shape allows it, so that compiled code sees them."""
         if self._amax.shape == amax.shape:
-            self._amax.copy_(amax)
+            with torch.no_grad():
+                self._amax.copy_(amax)
         else:
             self._amax = amax.detach().clone().to(self._amax.device, torch.float32)
         self.bits, self.axis = bits, axis

@@ -9,6 +9,7 @@ Legend: B batch, N tokens, C width, H heads, D head width.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from vitq_ray.config import InputError
 from vitq_ray.quant.modes import (
+    FUSED_GROUPS,
     MODES,
     SITES,
     WEIGHT,
@@ -239,6 +241,14 @@ def quantizers_off(model: nn.Module) -> Iterator[nn.Module]:
             quantizer.restore(state)
 
 
+def float_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model with all quantizers off, for good."""
+    twin = copy.deepcopy(model)
+    for _, _, quantizer in sites_of(twin):
+        quantizer.state = State.OFF
+    return twin
+
+
 @contextmanager
 def observing(model: nn.Module, observers: Mapping[str, Observer]) -> Iterator[None]:
     """Show every distinct activation tensor of the float model to its observer, once per forward pass.
@@ -306,6 +316,29 @@ def apply_amax(model: nn.Module, amax: Mapping[str, Tensor], mode_name: str, wei
         axis = mode.weight_axis if is_weight else None
         quantizer.set_amax(amax[key], weight_bits if is_weight else act_bits, axis)
         quantizer.state = State.QUANTIZE if mode.quantizes(site) else State.OFF
+
+
+def learn_amax(model: nn.Module, mode_name: str) -> list[tuple[nn.Parameter, int]]:
+    """Turn amax of every active quantizer into a parameter; those that the mode fuses share one.
+
+    Sites whose amax is 0 stay as they are: they have no step to learn. Returns (parameter, bits), each once.
+    """
+    mode = MODES[mode_name]
+    leader = {name: group[0] for group in FUSED_GROUPS for name in group} if mode.fuse_qkv else {}
+    learned: list[tuple[nn.Parameter, int]] = []
+    for block in quant_blocks(model):
+        made: dict[str, nn.Parameter] = {}
+        for site in SITES:
+            quantizer = block.quantizer(site.name)
+            if quantizer.state is not State.QUANTIZE or not bool((quantizer.amax > 0).all()):
+                continue
+            if not isinstance(quantizer.amax, nn.Parameter):  # the inputs of query, key and value are one quantizer
+                key = leader.get(site.name, site.name)
+                if key not in made:
+                    made[key] = nn.Parameter(quantizer.amax.detach().clone())
+                    learned.append((made[key], quantizer.bits))
+                quantizer.learn(made[key], batched=site.family != WEIGHT)
+    return learned
 
 
 @contextmanager

@@ -1,0 +1,246 @@
+"""QAT on Ray Train: workers do not change the result, failures do not end it; plans, records, following."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from torch import nn
+
+from tests.conftest import make_project
+from tests.test_qat_loop import CONFIG, TRANSFORM, Setup, calibrated
+from vitq_ray.checkpoint import CalibratedModel
+from vitq_ray.config import InputError
+from vitq_ray.data.samples import open_split
+from vitq_ray.qat import (
+    Follower,
+    Plan,
+    QatTask,
+    Recorder,
+    Workers,
+    plan_workers,
+    read_bad_images,
+    read_judgement,
+    record_bad_images,
+    run_on_workers,
+    run_task,
+    worker_bytes,
+)
+from vitq_ray.qat_loop import Counts, EpochReport, QatConfig, QatData, Ranks, StepReport, thread_reader
+from vitq_ray.quant.vit import float_copy
+
+GB = 1e9
+PLAN = Plan(1.0, 1)
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    folder = tmp_path_factory.mktemp("project")
+    project = make_project(folder, train=48, val=150)
+    start = calibrated(project, folder)
+    train, val = (open_split(str(folder), split) for split in ("train", "val"))
+    data = QatData(train, np.arange(48), val, np.arange(0, 150, 2), TRANSFORM)
+    return Setup(start, data, float_copy(start.loaded.model))
+
+
+def task_of(setup: Setup, folder: Path, config: QatConfig, **changes: Any) -> QatTask:
+    folder.mkdir(exist_ok=True)
+    report = np.arange(1, 150, 2)
+    task = QatTask(config, setup.start, setup.teacher, setup.data, report, folder, checkpoint_steps=4)
+    return dataclasses.replace(task, **changes)
+
+
+def losses_alone(task: QatTask) -> list[float]:
+    steps: list[StepReport] = []
+    run_task(task, thread_reader(), Ranks(), steps.append, lambda report: None)
+    return [report.loss for report in steps]
+
+
+def losses_on_workers(
+    task: QatTask, count: int, on_step: Any = lambda report: None, **options: Any
+) -> dict[int, float]:
+    """{step: loss}; of a step that was done again, the last."""
+    seen: dict[int, float] = {}
+
+    def keep(report: StepReport) -> None:
+        seen[report.step] = report.loss
+        on_step(report)
+
+    run_on_workers(task, Workers(count, **options), "error", keep, lambda report: None, PLAN)
+    return seen
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_two_workers_follow_one_with_quantizers_on(setup: Setup, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, dropout=0.0, lr=1e-3, epochs=1, augment="toolkit")
+    one = losses_alone(task_of(setup, tmp_path / "one", config))
+    two = losses_on_workers(task_of(setup, tmp_path / "two", config), 2)
+    assert [two[step] for step in range(1, 4)] == pytest.approx(one[:3], rel=2e-3)
+    assert [two[step] for step in range(1, 7)] == pytest.approx(one, rel=0.05)
+    judged = [read_judgement(tmp_path / name) for name in ("one", "two")]
+    assert judged[0]["float"] == judged[1]["float"]
+    assert judged[0]["ptq"] == judged[1]["ptq"]
+    assert judged[0]["qat"]["val"].images == 150
+    assert not (tmp_path / "two" / ".train").exists()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_two_workers_follow_one_for_long_with_quantizers_off(setup: Setup, tmp_path: Path) -> None:
+    """Without rounding to a grid, a difference in the last bit stays one. Dropout is on: its masks are the same."""
+    loaded = dataclasses.replace(setup.start.loaded, model=float_copy(setup.start.loaded.model))
+    start = CalibratedModel(loaded, setup.start.sidecar)
+    config = dataclasses.replace(CONFIG, lr=0.02, epochs=5, augment="none")
+    one = losses_alone(task_of(setup, tmp_path / "one", config, start=start))
+    two = losses_on_workers(task_of(setup, tmp_path / "two", config, start=start), 2)
+    assert len(two) == len(one) == 30
+    assert [two[step + 1] for step in range(30)] == pytest.approx(one, rel=1e-3)
+    assert np.std(one) > 0.01
+
+
+class DeadlyTeacher(nn.Module):
+    """A teacher at whose n-th forward pass one of the processes that ask it is killed; once only."""
+
+    def __init__(self, model: nn.Module, calls: int, mark: Path) -> None:
+        super().__init__()
+        self.model, self.calls, self.mark = model, calls, mark
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls -= 1
+        if self.calls == 0:
+            with contextlib.suppress(FileExistsError):
+                self.mark.touch(exist_ok=False)
+                os.kill(os.getpid(), signal.SIGKILL)
+        result: torch.Tensor = self.model(x)
+        return result
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_killed_worker_does_not_end_training(setup: Setup, tmp_path: Path) -> None:
+    """Killed at step 10, training goes on from the state of step 8 and follows the run that was not disturbed."""
+    loaded = dataclasses.replace(setup.start.loaded, model=float_copy(setup.start.loaded.model))
+    start = CalibratedModel(loaded, setup.start.sidecar)
+    config = dataclasses.replace(CONFIG, lr=0.02, epochs=3)
+    one = losses_alone(task_of(setup, tmp_path / "one", config, start=start))
+    teacher = DeadlyTeacher(setup.teacher, 10, tmp_path / "killed")
+    module = sys.modules[DeadlyTeacher.__module__]
+    ray.cloudpickle.register_pickle_by_value(module)  # workers do not have the tests
+    order: list[int] = []
+    try:
+        task = task_of(setup, tmp_path / "two", config, start=start, teacher=teacher)
+        two = losses_on_workers(task, 2, lambda report: order.append(report.step), max_failures=1)
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(module)
+    assert (tmp_path / "killed").exists()
+    assert order == [*range(1, 10), *range(9, 19)]
+    assert [two[step + 1] for step in range(18)] == pytest.approx(one, rel=1e-3)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_diverging_loss_is_one_clear_error_and_not_tried_again(setup: Setup, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, lr=1e38, augment="none")
+    with pytest.raises(InputError, match=r"not finite at step 2 \(epoch 1\) with learning rate 1e\+38"):
+        losses_on_workers(task_of(setup, tmp_path / "run", config), 2, max_failures=0)
+    assert (tmp_path / "run" / "state.pt").exists()
+
+
+# Plans --------------------------------------------------------------------------------------------------------------
+
+
+def node(cpus: float, gpus: float = 0, memory: float = 100 * GB) -> dict[str, float]:
+    return {"CPU": cpus, "GPU": gpus, "memory": memory}
+
+
+@pytest.mark.parametrize(
+    ("count", "nodes", "cpus", "threads"),
+    [
+        (2, [node(2)], 1.0, 1),
+        (2, [node(8)], 1.0, 4),
+        (4, [node(2)], 0.5, 1),
+        (3, [node(2)], 0.5, 1),
+        (6, [node(3), node(2)], 0.5, 1),
+        (5, [node(1)], 0.2, 1),
+        (7, [node(1), node(1)], 0.25, 1),
+    ],
+)
+def test_cpus_are_shared_out(count: int, nodes: list[dict[str, float]], cpus: float, threads: int) -> None:
+    plan = plan_workers(Workers(count), nodes, int(GB))
+    assert (plan.cpus, plan.threads) == (cpus, threads)
+    assert (plan.warning is not None) == (cpus < 1)
+    assert sum(int(n["CPU"] / plan.cpus + 1e-6) for n in nodes) >= count
+
+
+def test_missing_gpus_and_memory_are_refused() -> None:
+    with pytest.raises(InputError, match="2 workers need a GPU each, the cluster has 1"):
+        plan_workers(Workers(2, use_gpu=True), [node(8, gpus=1)], int(GB))
+    with pytest.raises(InputError, match=r"3 workers of about 4.0 GB each do not fit into memory; 2 would"):
+        plan_workers(Workers(3), [node(8, memory=10 * GB)], int(4 * GB))
+    assert plan_workers(Workers(2, use_gpu=True), [node(8, gpus=1), node(8, gpus=1)], int(GB)).warning is None
+
+
+def test_a_worker_of_the_sample_is_small(setup: Setup, tmp_path: Path) -> None:
+    assert 0.4 * GB < worker_bytes(task_of(setup, tmp_path, CONFIG)) < GB
+
+
+# Records ------------------------------------------------------------------------------------------------------------
+
+
+def step_report(step: int) -> StepReport:
+    return StepReport(1, step, 10, 0.5, 0.1, 1.0, 8, 100.0)
+
+
+def test_what_is_recorded_can_be_followed(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, "run", metrics=False)
+    recorder.step(step_report(1))
+    steps: list[StepReport] = []
+    epochs: list[EpochReport] = []
+    follower = Follower(tmp_path, steps.append, epochs.append)
+    follower.look()
+    recorder.step(step_report(2))
+    report = EpochReport(1, 2, 0.5, Counts(10, 5, 9), True)
+    recorder.epoch(report)
+    with open(tmp_path / "steps.jsonl", "a") as stream:
+        stream.write('{"half')
+    follower.look()
+    follower.look()
+    assert steps == [step_report(2)]
+    assert epochs == [report]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_metrics_are_set(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, "run")
+    recorder.step(step_report(1))
+    recorder.epoch(EpochReport(1, 2, 0.5, Counts(10, 5, 9), True))
+
+
+def test_bad_images_of_several_ranks_are_listed_once(tmp_path: Path) -> None:
+    threads = [
+        threading.Thread(target=record_bad_images, args=(tmp_path, [("a", "broken"), (f"b{i}", "broken")]))
+        for i in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(read_bad_images(tmp_path)) == [("a", "broken"), *((f"b{i}", "broken") for i in range(3))]
+
+
+def test_judgement_leaves_the_start_as_it_was(setup: Setup, tmp_path: Path) -> None:
+    before = {k: v.clone() for k, v in setup.start.loaded.model.state_dict().items()}
+    task = task_of(setup, tmp_path, dataclasses.replace(CONFIG, epochs=1, distillation=None), teacher=None)
+    run_task(task, thread_reader(), Ranks(), lambda report: None, lambda report: None)
+    judgement = read_judgement(tmp_path)
+    assert judgement["float"]["val"] == Counts(150, 150, 150)
+    for parts in judgement.values():
+        assert parts["selection"].top1_correct + parts["report"].top1_correct == parts["val"].top1_correct
+    assert all(torch.equal(before[k], v) for k, v in setup.start.loaded.model.state_dict().items())

@@ -1,0 +1,242 @@
+"""qat.py from the command line, on a tiny model: outputs, resuming after a kill, refusals, old options."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import Project, load_script, make_project, tiny_vit
+from vitq_ray import cli
+from vitq_ray.config import InputError
+from vitq_ray.models import google_arrays
+
+calib, evaluate, qat = load_script("calib"), load_script("evaluate"), load_script("qat")
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "qat.py"
+SMALL = ("--num-calib-batch", "2", "--calib-batchsz", "4", "--batch-size", "8", "--no-dashboard", "--wprec", "4")
+QUICK = (*SMALL, "--aprec", "4", "--num-epochs", "2", "--qat-lr", "1e-3", "--augment", "light")
+
+
+def run(script: Any, *argv: object) -> int:
+    return cli.run(script.main, [str(a) for a in argv])
+
+
+def result(folder: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return values
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = torch.load(folder / "vit_qat.pth", weights_only=True)
+    return state
+
+
+def same(a: Path, b: Path) -> bool:
+    first, second = weights(a), weights(b)
+    return list(first) == list(second) and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    return make_project(tmp_path_factory.mktemp("project"), train=40, val=150)
+
+
+def test_a_float_checkpoint_is_calibrated_trained_and_evaluates_to_the_reported_counts(
+    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert run(qat, *project.options, *QUICK, "--distill", "--learn-amax", "--output", folder, "--name", "test") == 0
+    values, printed = result(folder), capsys.readouterr().out
+    assert (values["images"], values["name"], len(values["epochs"])) == (75, "test", 3)
+    assert values["float"]["val"]["top1_correct"] == 150
+    for name in ("float", "ptq", "qat"):
+        assert values[name]["selection"]["images"] + values[name]["report"]["images"] == 150
+    assert values["top1_correct"] == values["qat"]["report"]["top1_correct"]
+    assert "start (PTQ)" in printed
+    assert "epoch 2/2: loss" in printed
+    assert {"run.json", "result.json", "state.pt", "steps.jsonl", "epochs.jsonl", "vit_qat.pth", "vit_qat.json"} <= {
+        p.name for p in folder.iterdir()
+    }
+    again = ("--pretrained_dir", folder / "vit_qat.pth", "--data-path", project.folder, "--output", tmp_path / "again")
+    assert run(evaluate, *again) == 0
+    for key in ("images", "top1_correct", "top5_correct"):
+        assert result(tmp_path / "again")[key] == values["qat"]["val"][key], key
+
+
+def test_the_old_toolkits_command_line(project: Project, tmp_path: Path) -> None:
+    assert run(calib, *project.options, "--num-calib-batch", 2, "--calib-output-path", tmp_path) == 0
+    old = (
+        f"--train --name vit --pretrained_dir {tmp_path}/vit_calib.pth --data-path {project.folder} --model_type auto "
+        f"--quant-mode ft2 --img_size 16 --distill --teacher {project.checkpoint} --output {tmp_path}/out "
+        "--batch-size 32 --num-epochs 1 --qat-lr 1e-4"
+    )
+    assert run(qat, *old.split(), "--no-dashboard") == 0
+    values = result(tmp_path / "out")
+    assert values["config"]["global_batch"] == 32
+    assert values["config"]["distillation"] == {"temperature": 3.0, "scale": None}
+    assert (tmp_path / "out" / "vit_calib_qat.pth").exists()  # with --model_type auto, the stem of the file
+
+
+def test_old_options_parse_with_a_google_name() -> None:
+    old = (
+        "--train --name vit --pretrained_dir X_calib.pth --data-path D --model_type ViT-B_16 --quant-mode ft2 "
+        "--img_size 384 --distill --teacher X.npz --output O --batch-size 32 --num-epochs 5 --qat-lr 1e-4"
+    )
+    args, given = qat.parse(old.split())
+    assert (args.model_type, args.img_size, args.qat_lr, args.distill) == ("ViT-B_16", 384, 1e-4, True)
+    assert given["teacher"] == "X.npz"
+    assert qat.make_config(args).global_batch == 32
+
+
+def start_process(folder: Path, project: Project, *argv: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(SCRIPT), *project.options, *QUICK, "--distill", "--output", str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, *argv], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_steps(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        steps = folder / "steps.jsonl"
+        if steps.exists() and len(steps.read_text().splitlines()) >= count:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no {count} steps: {process.communicate()}")
+
+
+LONG = ("--num-epochs", "60", "--checkpoint-steps", "3")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
+    how: signal.Signals, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "cut"
+    process = start_process(folder, project, *LONG)
+    wait_for_steps(folder, 20, process)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    assert not (folder / "result.json").exists(), "the run was over before it could be stopped"
+    if how is signal.SIGINT:
+        assert process.returncode == 130
+        assert f"go on with: python scripts/qat.py --resume {folder}" in errors
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the process had
+    try:
+        assert run(qat, "--resume", folder) == 0
+        assert run(qat, *project.options, *QUICK, *LONG, "--distill", "--output", tmp_path / "whole") == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert same(folder, tmp_path / "whole")
+    assert result(folder)["epochs"] == result(tmp_path / "whole")["epochs"]
+    assert run(qat, "--resume", folder) == 0  # a finished run has nothing left to do
+    assert same(folder, tmp_path / "whole")
+
+
+def test_resuming_with_other_options_is_refused(
+    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert run(qat, *project.options, *QUICK, "--output", folder) == 0
+    assert run(qat, "--resume", folder, "--qat-lr", "0.5") == 2
+    assert f"--qat-lr: 0.5 given, but {folder} was started with 0.001" in capsys.readouterr().err
+    assert run(qat, "--resume", tmp_path / "nothing") == 2
+    assert "has no run.json" in capsys.readouterr().err
+    assert run(qat, *project.options, *QUICK, "--output", folder) == 2
+    assert "already holds a run; go on with --resume" in capsys.readouterr().err
+
+
+def test_resuming_on_other_data_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data").mkdir()
+    project = make_project(tmp_path / "data", train=40, val=22)
+    assert run(qat, *project.options, *QUICK, "--output", tmp_path / "run") == 0
+    lines = (project.folder / "train_map.txt").read_text().splitlines()
+    (project.folder / "train_map.txt").write_text("\n".join(lines[::-1]) + "\n")
+    assert run(qat, "--resume", tmp_path / "run") == 2
+    assert "was started with train data" in capsys.readouterr().err
+
+
+def test_a_diverging_run_says_so_in_one_line(
+    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(qat, *project.options, *QUICK, "--qat-lr", "1e38", "--output", tmp_path / "run") == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1
+    assert "not finite at step 2 (epoch 1) with learning rate 1e+38" in errors[0]
+    assert (tmp_path / "run" / "state.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--batch-size", "64"), "64 is more than the 40 training images"),
+        (("--global-batch-size", "10", "--num-workers", "4"), "10 is not a multiple of 4 workers x 1 forward passes"),
+        (("--teacher", "x.npz", "--no-distill"), "--teacher: x.npz given with --no-distill"),
+        (("--qat-lr", "0"), "learning rate: expected a number > 0"),
+        (("--augment", "heavy"), "invalid choice: 'heavy'"),
+        (("--num-workers", "0"), "expected an integer >= 1, got '0'"),
+    ],
+)
+def test_impossible_options(
+    options: tuple[str, ...], message: str, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(qat, *project.options, *QUICK, *options, "--output", tmp_path) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_teacher_that_does_not_fit_is_refused(
+    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "other.npz", **google_arrays(tiny_vit(num_classes=9)))
+    assert run(qat, *project.options, *QUICK, "--teacher", tmp_path / "other.npz", "--output", tmp_path / "o") == 2
+    assert "has 9 classes, the student 7" in capsys.readouterr().err
+
+
+def test_a_contradicted_sidecar_is_refused(
+    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(calib, *project.options, "--num-calib-batch", 2, "--calib-output-path", tmp_path) == 0
+    options = (
+        "--pretrained_dir",
+        tmp_path / "vit_calib.pth",
+        "--data-path",
+        project.folder,
+        "--output",
+        tmp_path / "o",
+    )
+    assert run(qat, *options, "--quant-mode", "ft1") == 2
+    assert "--quant-mode: ft1 given, but" in capsys.readouterr().err
+
+
+def test_the_splits_of_a_search_are_taken_over(project: Project, tmp_path: Path) -> None:
+    best = tmp_path / "search" / "best"
+    assert run(calib, *project.options, "--num-calib-batch", 2, "--calib-output-path", best) == 0
+    fingerprint = result(best)["data_fingerprint"]
+    splits = {"selection": list(range(60)), "report": list(range(60, 150))}
+    (tmp_path / "search" / "run.json").write_text(json.dumps({"splits": splits, "data_fingerprint": fingerprint}))
+    found = qat.search_splits(str(best / "vit_calib.pth"), fingerprint)
+    assert found is not None
+    assert [ids.tolist() for ids in found] == [splits["selection"], splits["report"]]
+    assert qat.search_splits(str(best / "vit_calib.pth"), "other data") is None
+    assert qat.search_splits(str(tmp_path / "search" / "vit_calib.pth"), fingerprint) is None
+    options = ("--pretrained_dir", best / "vit_calib.pth", "--data-path", project.folder, "--num-epochs", "1")
+    assert run(qat, *options, "--batch-size", 8, "--no-dashboard", "--output", tmp_path / "o") == 0
+    assert result(tmp_path / "o")["images"] == 90
+
+
+def test_a_given_option_is_known_from_a_default() -> None:
+    _, given = qat.parse(["--qat-lr", "1e-4", "--no-distill"])
+    assert given == {"qat_lr": 1e-4, "distill": False}
+    with pytest.raises(InputError, match="unrecognized arguments: --lr"):
+        qat.parse(["--lr", "1"])
