@@ -1,0 +1,223 @@
+"""The search done the naive way: every setting calibrated and evaluated on its own, against a run of tune_calib.py.
+
+    python scripts/tune_calib.py --output runs/w4 --wprec 4 --aprec 4
+    python benchmarks/naive_search.py --run runs/w4
+
+Uses nvidia-modelopt (`pip install -e '.[bench]'`): its calibrators collect at the sites of each setting's mode in a
+float pass of its own, its fake quantization runs eagerly at the same sites, with all cores, on the same calibration
+and selection images, decoded for every setting as a script would. Settings of `mse` are left out: the peer's is wrong
+on CPUs. Its `entropy` takes seconds a site: `--entropy-sites` of every entropy setting are computed, their mean time
+stands for the others, and what was extrapolated is said. The times of the run are those of its result.json (all stages
+but the start of Ray, which is printed apart, if `--start` gives it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from modelopt.torch.quantization.calib import HistogramCalibrator, MaxCalibrator
+from modelopt.torch.quantization.tensor_quant import fake_tensor_quant
+from torch import Tensor, nn
+
+from vitq_ray.cli import track
+from vitq_ray.config import QuantSetting
+from vitq_ray.data.loader import Batch, iter_batches
+from vitq_ray.data.samples import open_split
+from vitq_ray.data.transforms import EvalTransform
+from vitq_ray.evaluate import evaluate
+from vitq_ray.models import load_model
+from vitq_ray.quant.modes import FUSED_GROUPS, MODES, WEIGHT
+from vitq_ray.quant.quantizer import State, TensorQuantizer
+from vitq_ray.quant.vit import quant_blocks, quantize_vit, sites_of
+
+
+class PeerQuantizer(TensorQuantizer):
+    """Our place in the model, the peer's calibrator and fake quantization in it."""
+
+    calibrator: HistogramCalibrator | MaxCalibrator | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.state is State.OFF:
+            return x
+        if self.state is State.OBSERVE:
+            self.calibrator.collect(x.detach())
+            return x
+        return fake_tensor_quant(x, self._amax, None, self.bits, False, False)
+
+
+def with_peer(model: nn.Module) -> nn.Module:
+    """Put the peer's quantizers in place of ours."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is TensorQuantizer:
+                child.__class__ = PeerQuantizer
+                setattr(module, name, child)
+    return model
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of one setting, and what it got right."""
+
+    setting: QuantSetting
+    calibrate: float
+    evaluate: float
+    correct: int | None  # None where most scales were not computed, but taken from `max`
+    extrapolated: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.calibrate + self.evaluate
+
+
+class Naive:
+    """What a hand-run script does, setting by setting."""
+
+    def __init__(self, run: dict, entropy_sites: int) -> None:
+        options, splits = run["options"], run["splits"]
+        loaded = load_model(options["model_type"], options["pretrained_dir"], options["img_size"])
+        classes = loaded.geometry.num_classes
+        self.model = with_peer(quantize_vit(loaded.model).eval())
+        self.transform = EvalTransform(loaded.geometry.img_size, loaded.mean, loaded.std, loaded.interpolation)
+        self.calib = open_split(options["data_path"], splits["calibration"]["split"], classes)
+        self.val = open_split(options["data_path"], "val", classes)
+        self.calib_ids, self.select_ids = splits["calibration"]["sample_ids"], splits["selection"]
+        self.calib_size, self.batch_size = options["calib_batchsz"], options["batch_size"]
+        self.entropy_sites = entropy_sites
+
+    def cost(self, setting: QuantSetting) -> Cost:
+        clock = time.perf_counter()
+        self._collect(setting)
+        extrapolated = self._load(setting)
+        calibrated = time.perf_counter()
+        with torch.inference_mode():
+            evaluation = evaluate(self.model, self._selection(), self.transform.normalize)
+        evaluated = time.perf_counter() - calibrated
+        whole = setting.calibrator != "entropy"
+        seconds = calibrated - clock + extrapolated
+        return Cost(setting, seconds, evaluated, evaluation.top1_correct if whole else None, extrapolated)
+
+    def _selection(self) -> Iterator[Batch]:
+        return iter_batches(self.val, self.select_ids, self.transform, self.batch_size, 2)
+
+    def _activations(self, setting: QuantSetting) -> Iterator[tuple[str, PeerQuantizer]]:
+        seen = set()
+        for key, site, quantizer in sites_of(self.model):
+            if site.family != WEIGHT and MODES[setting.mode].quantizes(site) and id(quantizer) not in seen:
+                seen.add(id(quantizer))  # the inputs of query, key and value are one quantizer
+                yield key, quantizer
+
+    def _collect(self, setting: QuantSetting) -> None:
+        for _, _, quantizer in sites_of(self.model):
+            quantizer.state = State.OFF
+        for _, quantizer in self._activations(setting):
+            quantizer.state = State.OBSERVE
+            quantizer.calibrator = (
+                MaxCalibrator(setting.act_bits, None, False)
+                if setting.calibrator == "max"
+                else HistogramCalibrator(setting.act_bits, None, False)
+            )
+        ids = self.calib_ids[: setting.num_batches * self.calib_size]
+        with torch.inference_mode():
+            for batch in iter_batches(self.calib, ids, self.transform, self.calib_size, 2):
+                self.model(self.transform.normalize(batch.images))
+
+    def _load(self, setting: QuantSetting) -> float:
+        """Compute and load every amax; seconds that entropy would have taken at the sites left out."""
+        mode, extrapolated = MODES[setting.mode], 0.0
+        spent: list[float] = []
+        for i, (_, quantizer) in enumerate(self._activations(setting)):
+            clock = time.perf_counter()
+            if setting.calibrator == "max":
+                amax = quantizer.calibrator.compute_amax()
+            elif setting.calibrator == "percentile":
+                amax = quantizer.calibrator.compute_amax("percentile", percentile=setting.percentile)
+            elif i < self.entropy_sites:
+                amax = quantizer.calibrator.compute_amax("entropy")
+                spent.append(time.perf_counter() - clock)
+            else:
+                amax = quantizer.calibrator._calib_bin_edges[-1]
+                extrapolated += float(np.mean(spent))
+            quantizer.set_amax(torch.as_tensor(amax).float().reshape(()), setting.act_bits, None)
+            quantizer.state = State.QUANTIZE
+        for index, block in enumerate(quant_blocks(self.model)):
+            for name, weight in block.weights().items():
+                calibrator = MaxCalibrator(setting.weight_bits, mode.weight_axis, False)
+                calibrator.collect(weight.detach())
+                quantizer = block.quantizer(name)
+                quantizer.set_amax(calibrator.compute_amax().float(), setting.weight_bits, mode.weight_axis)
+                quantizer.state = State.QUANTIZE
+            if mode.fuse_qkv:
+                self._fuse(index)
+        return extrapolated
+
+    def _fuse(self, index: int) -> None:
+        block = quant_blocks(self.model)[index]
+        for group in FUSED_GROUPS:
+            quantizers = [block.quantizer(name) for name in group]
+            largest = torch.stack([q.amax for q in quantizers]).amax(0)
+            for quantizer in quantizers:
+                quantizer.set_amax(largest, quantizer.bits, quantizer.axis)
+
+
+def settings_of(result: dict) -> list[tuple[str, QuantSetting]]:
+    """(candidate, setting) of a run, in its order, without those of `mse`."""
+    settings = ((name, QuantSetting.from_dict(c["setting"])) for name, c in result["candidates"].items())
+    return [(name, s) for name, s in settings if s.calibrator != "mse"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="folder of a search by tune_calib.py")
+    parser.add_argument("--calibrators", default="max,percentile,entropy")
+    parser.add_argument("--entropy-sites", type=int, default=2)
+    parser.add_argument("--first", type=int, help="only so many settings, spread over the list")
+    args = parser.parse_args(argv)
+    warnings.filterwarnings("ignore")
+    run, result = (json.loads((args.run / name).read_text()) for name in ("run.json", "result.json"))
+    chosen = [(n, s) for n, s in settings_of(result) if s.calibrator in args.calibrators.split(",")]
+    if args.first is not None:
+        chosen = chosen[:: -(-len(chosen) // args.first)]
+    naive = Naive(run, args.entropy_sites)
+    costs: list[tuple[str, Cost]] = []
+    for name, setting in track(chosen, len(chosen), "naive"):
+        cost = naive.cost(setting)
+        costs.append((name, cost))
+        ours = result["selection"].get(result["candidates"][name]["same_as"] or name)
+        full = ours is not None and cost.correct is not None and ours["images"] == len(naive.select_ids)
+        note = f", {cost.correct} correct" if cost.correct is not None else ""
+        note += f" (here {ours['top1_correct']})" if full else ""
+        note += f", {cost.extrapolated:.0f} s of it extrapolated" if cost.extrapolated else ""
+        print(
+            f"{name} {setting.label}: calibrate {cost.calibrate:.1f} s, evaluate {cost.evaluate:.1f} s{note}",
+            flush=True,
+        )
+    summarize(costs, len(settings_of(result)), result["seconds"])
+
+
+def summarize(costs: list[tuple[str, Cost]], wanted: int, seconds: dict[str, float]) -> None:
+    """Totals by calibrator, and the ratio to the run's own time."""
+    ours = sum(seconds.values())
+    print(f"\n{len(costs)} of {wanted} settings without mse; the search itself, mse included: {ours:.1f} s {seconds}")
+    ordered = sorted(costs, key=lambda c: c[1].setting.calibrator)
+    for calibrator, group in itertools.groupby(ordered, key=lambda c: c[1].setting.calibrator):
+        rows = list(group)
+        total, made_up = sum(c.total for _, c in rows), sum(c.extrapolated for _, c in rows)
+        print(f"{calibrator:<12} {len(rows):>3} settings {total:>9.1f} s, {made_up:.1f} s of it extrapolated")
+    total = sum(c.total for _, c in costs)
+    cheap = sum(c.total for _, c in costs if c.setting.calibrator != "entropy")
+    print(f"naive over all: {total:.1f} s, {total / ours:.1f} x the search")
+    print(f"naive, max and percentile only: {cheap:.1f} s, {cheap / ours:.1f} x the search (of all settings)")
+
+
+if __name__ == "__main__":
+    main()
