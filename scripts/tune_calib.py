@@ -51,6 +51,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=0.005,
         help="accuracy not worth telling apart, a fraction",
     )
+    parser.add("--from-run", help="folder of a finished search: try its best and tied settings instead of the space's")
+    parser.add(
+        "--target-drop", type=cli.number(float, -100, 100), default=0.5, help="points below float that need no QAT"
+    )
     parser.add("--split-seed", type=cli.number(int, 0), default=0, help="seed of the three splits")
     parser.add("--min-float-top1", type=cli.number(float, 0, 1), help="refuse to search below this float top-1")
     parser.add("--output", help="folder of the run; default: a new one under runs/")

@@ -43,10 +43,11 @@ ORDER = (
     "metrics",
     "workers",
     "trials",
+    "qat_search",
     "search",
     "qat",
 )
-MAY_IMPORT_RAY = frozenset({"data.source", "cluster", "metrics", "workers", "trials", "qat"})
+MAY_IMPORT_RAY = frozenset({"data.source", "cluster", "metrics", "workers", "trials", "qat_search", "qat"})
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
     for path in PACKAGE.rglob("*.py")

@@ -3,6 +3,7 @@
     calibration images ──► statistics            one float pass, on one worker or several
     selection images   ──► contest, trials       decoded once, shared through the object store
     report images      ──► winner and float model, side by side
+    (QAT)              ──► where the space has it and the winner misses the target: training runs from the best settings
 
 Everything is checked before anything is computed. Everything computed is in the run folder before it is used, so a
 search that was killed goes on from there (`resume`).
@@ -12,8 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from vitq_ray import cli, live
 from vitq_ray.calibrate import CalibrationStatistics, apply_setting, collect_statistics
-from vitq_ray.checkpoint import Sidecar, save_calibrated
+from vitq_ray.checkpoint import Sidecar, load_calibrated, save_calibrated
 from vitq_ray.cluster import Cluster
 from vitq_ray.config import InputError, QuantSetting
 from vitq_ray.contest import Candidate, Contest, Listeners, race_rules
@@ -44,12 +45,14 @@ from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.evaluate import Evaluation, evaluate, sanity_problem
 from vitq_ray.files import write_json
 from vitq_ray.metrics import Metrics
-from vitq_ray.models import LoadedModel, load_model
-from vitq_ray.proposals import proposals
-from vitq_ray.quant.vit import frozen_weights, quantize_vit, quantizers_off
+from vitq_ray.models import LoadedModel, load_model, weights_fingerprint
+from vitq_ray.proposals import ListProposals, Proposals, proposals
+from vitq_ray.qat_loop import QatData, read_outcome, steps_per_epoch
+from vitq_ray.qat_search import Epoch, QatContest, TrainingRun, run_training, training_runs
+from vitq_ray.quant.vit import float_copy, frozen_weights, quantize_vit, quantizers_off
 from vitq_ray.racing import Decision, Race, Verdict
 from vitq_ray.run_folder import RunFolder, first_difference, pack, unpack
-from vitq_ray.search_space import SearchSpace, load_space
+from vitq_ray.search_space import QatSpace, SearchSpace, load_space
 from vitq_ray.trials import ImageSet, Resources, run_trials, share
 from vitq_ray.workers import WorkerPool, collect_on, torch_threads
 
@@ -92,9 +95,18 @@ class Search:
     watch: cli.Stopwatch = field(default_factory=cli.Stopwatch)
     bad_images: list[tuple[str, str]] = field(default_factory=list)
 
+    fixed: tuple[QuantSetting, ...] | None = None  # with --from-run: what is tried, instead of the space
+
     def to_input(self, images: Tensor) -> Tensor:
         """uint8 (B, S, S, 3) -> float32 (B, 3, S, S) on the driver's device."""
         return self.transform.normalize(images.to(self.device))
+
+    def proposals(self) -> Proposals:
+        """Where the settings come from."""
+        if self.fixed is not None:
+            return ListProposals(self.fixed)
+        args = self.args
+        return proposals(args.search_alg, self.space, self.defaults, args.num_samples, args.seed)
 
     def stream(self, index: SampleIndex, ids: Ids, batch_size: int) -> Iterator[Batch]:
         args = self.args
@@ -103,6 +115,8 @@ class Search:
     @property
     def snapshots(self) -> list[int]:
         """Batch counts at which scales can be asked for: all of the space."""
+        if self.fixed is not None:
+            return sorted({setting.num_batches for setting in self.fixed})
         return sorted(set(self.space.values(self.defaults)["num_batches"]))
 
     @property
@@ -115,22 +129,46 @@ def prepare(args: argparse.Namespace) -> Search:
     """Check every option and open every file."""
     cli.apply_sample_defaults(args)
     space, defaults = load_space(args.search_space), cli.setting_from(args)
-    proposals(args.search_alg, space, defaults, args.num_samples, args.seed)  # raises for options that do not fit
+    if args.from_run is None:
+        proposals(args.search_alg, space, defaults, args.num_samples, args.seed)  # raises where options do not fit
     device = cli.device_from(args)
     loaded = load_model(args.model_type, args.pretrained_dir, args.img_size)
     classes = loaded.geometry.num_classes
     val = open_split(args.data_path, "val", classes)
     split = "train" if has_split(args.data_path, "train") else "val"
     calib = open_split(args.data_path, "train", classes) if split == "train" else val
-    needed = max(space.values(defaults)["num_batches"]) * args.calib_batchsz
+    fixed = None if args.from_run is None else settings_of_run(Path(args.from_run))
+    counts = space.values(defaults)["num_batches"] if fixed is None else [s.num_batches for s in fixed]
+    needed = max(counts) * args.calib_batchsz
     splits = make_splits(args, split, calib, val, needed)
     gpus = args.gpus_per_trial if args.gpus_per_trial is not None else 1.0 if args.use_gpu else 0.0
     resources = Resources(args.threads_per_trial, gpus, args.max_trials_in_flight)
     model = quantize_vit(loaded.model).to(device).eval()
     transform = cli.eval_transform(loaded, args.crop_pct)
-    search = Search(args, space, defaults, loaded, model, transform, device, calib, val, splits, resources)
+    search = Search(args, space, defaults, loaded, model, transform, device, calib, val, splits, resources, fixed=fixed)
     _require_memory(search)
+    if space.qat is not None:
+        _require_trainable(search, space.qat)
     return search
+
+
+def settings_of_run(path: Path) -> tuple[QuantSetting, ...]:
+    """The best setting of a finished search and those tied with it."""
+    try:
+        candidates = json.loads((path / "result.json").read_bytes())["candidates"].values()
+        chosen = [c for outcome in ("best", "tied") for c in candidates if c["outcome"] == outcome]
+        return tuple(QuantSetting.from_dict(c["setting"]) for c in chosen if c["same_as"] is None)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"--from-run: {path} is not the folder of a finished search ({reason})") from None
+
+
+def _require_trainable(search: Search, space: QatSpace) -> None:
+    """What QAT needs, checked before the race: images of train, and configurations that can be built."""
+    if search.splits.calib_split != "train":
+        raise InputError(f"{search.args.data_path}: has no train split, which the QAT of {search.space.name} needs")
+    for run in training_runs(space, ["a"], search.args.seed):
+        steps_per_epoch(len(search.calib), run.config)
 
 
 def make_splits(
@@ -173,7 +211,11 @@ def describe(search: Search) -> dict[str, Any]:
     args, splits = search.args, search.splits
     description = {
         "options": vars(args),
-        "search_space": {"name": search.space.name, "choices": dict(search.space.choices)},
+        "search_space": {
+            "name": search.space.name,
+            "choices": dict(search.space.choices),
+            "qat": None if search.space.qat is None else search.space.qat.to_dict(),
+        },
         "splits": {
             "calibration": {"split": splits.calib_split, "sample_ids": splits.calibration.tolist()},
             "selection": splits.selection.tolist(),
@@ -313,10 +355,9 @@ def race(
             if (leader := field_of_race.leader()) is not None:
                 metrics.set("vitq_best_accuracy", float(field_of_race.correct(leader).mean()))
 
-        source = proposals(args.search_alg, search.space, search.defaults, args.num_samples, args.seed)
         listeners = Listeners(on_candidate, on_chunk, on_decision)
         with search.watch.stage("scales"):
-            contest = Contest(search.model, statistics, source, field_of_race, folder, listeners)
+            contest = Contest(search.model, statistics, search.proposals(), field_of_race, folder, listeners)
         with search.watch.stage("trials"):
             if not contest.over:
                 run_trials(shared, contest, search.resources, folder.path / ".tune")
@@ -349,11 +390,11 @@ def report(search: Search, statistics: CalibrationStatistics, winner: Candidate)
     return Evaluation.concatenate(of_winner), Evaluation.concatenate(of_float)
 
 
-def save_best(search: Search, folder: RunFolder, winner: Candidate, accuracy: dict[str, Any]) -> Path:
-    """best/: the setting and the calibrated checkpoint of the model as it is now. Returns the checkpoint's path."""
+def sidecar_of(search: Search, setting: QuantSetting, accuracy: dict[str, Any]) -> Sidecar:
+    """What is said of a checkpoint of this search."""
     loaded, args = search.loaded, search.args
-    sidecar = Sidecar(
-        setting=winner.setting,
+    return Sidecar(
+        setting=setting,
         geometry=loaded.geometry,
         mean=loaded.mean,
         std=loaded.std,
@@ -364,15 +405,130 @@ def save_best(search: Search, folder: RunFolder, winner: Candidate, accuracy: di
         crop_pct=args.crop_pct,
         calibration={
             "split": search.splits.calib_split,
-            "batches": winner.setting.num_batches,
+            "batches": setting.num_batches,
             "batch_size": args.calib_batchsz,
             "data_fingerprint": search.calib.fingerprint,
         },
         accuracy=accuracy,
         versions=cli.versions(),
     )
+
+
+def save_best(search: Search, folder: RunFolder, winner: Candidate, accuracy: dict[str, Any]) -> Path:
+    """best/: the setting and the calibrated checkpoint of the model as it is now. Returns the checkpoint's path."""
+    sidecar = sidecar_of(search, winner.setting, accuracy)
     write_json(folder.best / "setting.json", winner.setting.to_dict())
-    return save_calibrated(folder.best, cli.checkpoint_name(args), search.model, sidecar)
+    return save_calibrated(folder.best, cli.checkpoint_name(search.args), search.model, sidecar)
+
+
+# QAT ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The best epoch of all training runs, on the report images."""
+
+    epoch: Epoch
+    run: TrainingRun
+    report: Evaluation
+    path: Path
+    summary: dict[str, Any]
+
+
+def misses_target(search: Search, contest: Contest, baseline: Evaluation) -> bool:
+    """Whether the winner's drop below the float model, on the selection images, is more than `--target-drop`."""
+    winner = contest.race.leader()
+    assert winner is not None
+    drop = baseline.top1 - float(contest.race.correct(winner).mean())
+    met = 100 * drop <= search.args.target_drop
+    verdict = "met, no QAT" if met else "missed: QAT"
+    print(
+        f"the best setting is {100 * drop:.2f} points below float, target {search.args.target_drop:g}: {verdict}",
+        flush=True,
+    )
+    return not met
+
+
+def train(
+    search: Search, space: QatSpace, folder: RunFolder, statistics: CalibrationStatistics, contest: Contest
+) -> Trained:
+    """QAT from the best and tied settings; the best epoch by the selection images, reported on the report images."""
+    home = folder.path / "qat"
+    starts = _save_starts(search, home / "starts", statistics, contest, space.starts)
+    runs = training_runs(space, list(starts), search.args.seed)
+    training = QatContest(runs, space, folder.append)
+    training.replay(folder.events())
+    data = QatData(
+        search.calib, np.arange(len(search.calib)), search.val, np.sort(search.splits.selection), search.transform
+    )
+    teacher = float_copy(search.model).cpu().eval()
+    with search.watch.stage("qat"):
+        run_training(
+            training, starts, teacher, data, home, search.resources, search.args.on_bad_image, _print_epoch(training)
+        )
+    best = training.best()
+    return _report_trained(search, folder, training, best, starts)
+
+
+def _save_starts(
+    search: Search, home: Path, statistics: CalibrationStatistics, contest: Contest, count: int
+) -> dict[str, str]:
+    """{candidate: path of its checkpoint} of the best and tied settings, best first."""
+    outcome = contest.outcome()
+    names = [n for n in contest.race.names if outcome[n] in ("best", "tied")]
+    names.sort(key=lambda n: (outcome[n] != "best", -float(contest.race.correct(n).mean())))
+    paths = {}
+    for name in names[:count]:
+        setting = contest.candidates[name].setting
+        apply_setting(search.model, statistics, setting)
+        paths[name] = str(save_calibrated(home, name, search.model, sidecar_of(search, setting, {})).absolute())
+    return paths
+
+
+def _print_epoch(training: QatContest) -> Callable[[Epoch], None]:
+    def show(epoch: Epoch) -> None:
+        loss = "start" if epoch.loss is None else f"loss {epoch.loss:.4f}"
+        stop = ", stopped" if epoch.name in training.stopped else ""
+        lr = training.runs[epoch.name].config.lr
+        print(
+            f"{epoch.name} lr {lr:g}, epoch {epoch.epoch}: {loss}, "
+            f"selection {live.accuracy(epoch.top1_correct, epoch.images)}{stop}",
+            flush=True,
+        )
+
+    return show
+
+
+def _report_trained(
+    search: Search, folder: RunFolder, training: QatContest, best: Epoch, starts: Mapping[str, str]
+) -> Trained:
+    run = training.runs[best.name]
+    start = load_calibrated(starts[run.start])
+    model = start.loaded.model.to(search.device)
+    model.load_state_dict(read_outcome(folder.path / "qat" / run.name).best_state)
+    size, ids = search.args.batch_size, search.splits.report
+    with search.watch.stage("report"), frozen_weights(model):
+        evaluation = evaluate(model, search.stream(search.val, ids, size), search.to_input)
+    recipe = {"config": run.config.to_dict(), "best_epoch": best.epoch, "run": run.name}
+    weights = {k: v for k, v in model.state_dict().items() if not k.endswith("._amax")}
+    sidecar = replace(
+        start.sidecar,
+        weights_fingerprint=weights_fingerprint(weights),
+        calibration={**start.sidecar.calibration, "qat": recipe},
+        accuracy={"qat": evaluation.summary()},
+    )
+    path = save_calibrated(folder.best, cli.checkpoint_name(search.args), model, sidecar, suffix="qat")
+    histories = {name: [asdict(epoch) for epoch in epochs] for name, epochs in training.history.items()}
+    summary = {
+        **evaluation.summary(),
+        **recipe,
+        "start": start.sidecar.setting.to_dict(),
+        "selection": {"images": best.images, "top1_correct": best.top1_correct, "top1": best.top1},
+        "runs": {n: {"config": r.config.to_dict(), "start": r.start} for n, r in training.runs.items()},
+        "stopped": sorted(training.stopped),
+        "epochs": histories,
+    }
+    return Trained(best, run, evaluation, path, summary)
 
 
 # All of it ----------------------------------------------------------------------------------------------------------
@@ -400,9 +556,16 @@ def run(search: Search, folder: RunFolder, ray_cluster: Cluster) -> None:
         of_winner, of_float = report(search, statistics, winner)
     counts = {"winner": of_winner.summary(), "float": of_float.summary()}
     path = save_best(search, folder, winner, counts)
+    trained = None
+    if search.space.qat is not None and misses_target(search, contest, baseline):
+        trained = train(search, search.space.qat, folder, statistics, contest)
     folder.append("winner", name=winner.name, report=counts["winner"])
-    folder.write_result(_result(search, contest, results, winner, counts))
+    result = _result(search, contest, results, winner, counts)
+    folder.write_result(result if trained is None else {**result, "qat": trained.summary})
     _print_outcome(search, contest, results, winner, (of_winner, of_float))
+    if trained is not None:
+        _print_trained(trained, of_winner, of_float)
+        path = trained.path
     print(f"\nwrote {path} and {folder.path / 'result.json'}")
     print("seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in search.watch.seconds.items()))
 
@@ -464,3 +627,12 @@ def _print_outcome(
     print(f"{'':8}{'on selection':>26}   {'images':>6}   {'on report':>26}")
     for name, evaluation, report, label in rows:
         print(f"{name:8}{live.accuracy_of(evaluation):>26}   {evaluation.images:>6}   {report:>26}   {label}".rstrip())
+
+
+def _print_trained(trained: Trained, of_winner: Evaluation, of_float: Evaluation) -> None:
+    epoch, config = trained.epoch, trained.run.config
+    shown = live.accuracy(epoch.top1_correct, epoch.images)
+    label = f"run {epoch.name}, epoch {epoch.epoch}, lr {config.lr:g}, batch {config.global_batch}"
+    print(f"{'QAT':8}{shown:>26}   {epoch.images:>6}   {live.accuracy_of(trained.report):>26}   {label}")
+    if (drop := of_float.top1 - of_winner.top1) > 0:
+        print(f"QAT won back {(trained.report.top1 - of_winner.top1) / drop:.0%} of the winner's drop on report")

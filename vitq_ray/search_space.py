@@ -10,6 +10,9 @@
 The fields are those of `QuantSetting`: also `weight_bits`, `act_bits`, `weights` (`max`, `mse`) and, for tensors with
 a calibrator of their own, `attention_probabilities`, `gelu_output`, `gemm_outputs` (`None`, `max`, `mse`, `entropy`,
 `percentile 99.9`).
+A file may also define `QAT`: what to train the best settings with (`QatSpace`), where calibration alone misses the
+target. Ranges are written `loguniform(low, high)`.
+
 Fields that the file leaves out have the values of the command line. Its docstring gives the command, the cost and the
 result that was measured with it.
 """
@@ -27,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from vitq_ray.config import InputError, QuantSetting
+from vitq_ray.config import Config, InputError, QuantSetting, require_int
 
 FIELDS = tuple(field.name for field in dataclasses.fields(QuantSetting))
 
@@ -41,11 +44,100 @@ def percentiles(low: float, high: float, count: int) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True)
+class LogUniform:
+    """Numbers from `low` to `high` whose logarithm is uniform."""
+
+    low: float
+    high: float
+
+    def draw(self, rng: np.random.Generator) -> float:
+        """One number, to four significant digits."""
+        return float(f"{math.exp(rng.uniform(math.log(self.low), math.log(self.high))):.4g}")
+
+
+def loguniform(low: float, high: float) -> LogUniform:
+    """A range for `QAT`."""
+    if not 0 < low < high < math.inf:
+        raise InputError(f"loguniform: expected 0 < low < high, got {low}, {high}")
+    return LogUniform(low, high)
+
+
+# What QAT tries: fields of `qat_loop.QatConfig`, and scale and temperature of its distillation.
+QAT_FIELDS = (
+    "lr",
+    "global_batch",
+    "distill_scale",
+    "temperature",
+    "learn_amax",
+    "optimizer",
+    "schedule",
+    "augment",
+    "dropout",
+)
+
+
+@dataclass(frozen=True)
+class QatSpace(Config):
+    """What QAT tries, and how.
+
+    Attributes:
+        choices: {field of QAT_FIELDS: values, or a range}.
+        num_samples: training runs; they start from the best and tied settings in turn.
+        starts: how many of those settings at most.
+        epochs: length of a run that is not stopped.
+        grace_epochs, reduction: ASHA (Li et al. 2020): of the runs that come to epoch grace · reduction^k, all but the
+            best 1/reduction so far stop.
+    """
+
+    choices: Mapping[str, Any]
+    num_samples: int = 8
+    starts: int = 3
+    epochs: int = 8
+    grace_epochs: int = 1
+    reduction: int = 2
+
+    def __post_init__(self) -> None:
+        for name, low in (("num_samples", 1), ("starts", 1), ("epochs", 1), ("grace_epochs", 1), ("reduction", 2)):
+            require_int(f"QAT {name}", getattr(self, name), low)
+
+    def sample(self, seed: int) -> list[dict[str, Any]]:
+        """`num_samples` rows {field: value}; a function of the seed."""
+        rng = np.random.default_rng(seed)
+        return [{name: _draw(values, rng) for name, values in self.choices.items()} for _ in range(self.num_samples)]
+
+
+def _draw(values: Any, rng: np.random.Generator) -> Any:
+    return values.draw(rng) if isinstance(values, LogUniform) else values[int(rng.integers(len(values)))]
+
+
+def qat_space_of(values: Any) -> QatSpace:
+    """Check what a file defines as QAT."""
+    if not isinstance(values, Mapping):
+        raise InputError(f"QAT is {type(values).__name__}, expected a dictionary")
+    plan = {f.name for f in dataclasses.fields(QatSpace)} - {"choices"}
+    known = (*QAT_FIELDS, *sorted(plan))
+    choices: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in known:
+            raise InputError(f"QAT has the key {name!r}; the keys are {', '.join(known)}")
+        if name in QAT_FIELDS:
+            choices[name] = value if isinstance(value, LogUniform) else _checked_values(f"QAT[{name!r}]", value)
+    return QatSpace(choices, **{name: values[name] for name in values if name in plan})
+
+
+def _checked_values(name: str, values: Any) -> tuple[Any, ...]:
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence) or not values:
+        raise InputError(f"{name} is {values!r}, expected a list of values")
+    return tuple(values)
+
+
+@dataclass(frozen=True)
 class SearchSpace:
-    """What to try: {field of QuantSetting: values}."""
+    """What to try: {field of QuantSetting: values}, and then perhaps with QAT."""
 
     name: str
     choices: Mapping[str, tuple[Any, ...]]
+    qat: QatSpace | None = None
 
     def grid(self, defaults: QuantSetting) -> list[QuantSetting]:
         """Every distinct setting, in the order of the file; `defaults` fill the fields that it leaves out."""
@@ -85,25 +177,24 @@ def load_space(path: str) -> SearchSpace:
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; expected a search space (a Python file that defines SPACE)")
     try:
-        space = runpy.run_path(path).get("SPACE")
+        defined = runpy.run_path(path)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except Exception as error:
         raise InputError(f"{path}: {_place(error, path)}{type(error).__name__}: {error}") from error
-    return space_of(space, path)
+    return space_of(defined.get("SPACE"), path, defined.get("QAT"))
 
 
-def space_of(space: Any, path: str) -> SearchSpace:
-    """Check what a file defines as SPACE."""
+def space_of(space: Any, path: str, qat: Any = None) -> SearchSpace:
+    """Check what a file defines as SPACE and QAT."""
     if not isinstance(space, Mapping):
         raise InputError(f"{path}: SPACE is {type(space).__name__}, expected a dictionary of field: values")
-    for field, values in space.items():
+    for field in space:
         if field not in FIELDS:
             raise InputError(f"{path}: SPACE has the key {field!r}; the keys are {', '.join(FIELDS)}")
-        if isinstance(values, (str, bytes)) or not isinstance(values, Sequence) or not values:
-            raise InputError(f"{path}: SPACE[{field!r}] is {values!r}, expected a list of values")
-    checked = SearchSpace(Path(path).stem, {field: tuple(values) for field, values in space.items()})
     try:
+        choices = {field: _checked_values(f"SPACE[{field!r}]", values) for field, values in space.items()}
+        checked = SearchSpace(Path(path).stem, choices, None if qat is None else qat_space_of(qat))
         _check_values(checked)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
