@@ -11,8 +11,9 @@ from rich.console import Console
 
 from vitq_ray.config import InputError
 from vitq_ray.evaluate import Evaluation
-from vitq_ray.live import LiveTable, ranked
-from vitq_ray.run_folder import RunFolder
+from vitq_ray.live import LiveRace
+from vitq_ray.racing import Race, RaceRules, chunks_left
+from vitq_ray.run_folder import RunFolder, first_difference, pack, unpack
 
 
 def evaluation(correct: int, correct5: int, images: int = 10) -> Evaluation:
@@ -21,7 +22,7 @@ def evaluation(correct: int, correct5: int, images: int = 10) -> Evaluation:
 
 
 def test_events_are_appended_line_by_line(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "run")
+    folder = RunFolder.create(tmp_path / "run")
     folder.append("candidate", name="c0", setting={"mode": "ft1"})
     folder.append("result", name="c0", images=3)
     first, second = map(json.loads, (tmp_path / "run" / "trials.jsonl").read_text().splitlines())
@@ -31,9 +32,39 @@ def test_events_are_appended_line_by_line(tmp_path: Path) -> None:
 
 
 def test_a_folder_holds_one_run(tmp_path: Path) -> None:
-    RunFolder(tmp_path).write_run({"options": {}})
-    with pytest.raises(InputError, match="already holds a run; choose another folder"):
-        RunFolder(tmp_path)
+    RunFolder.create(tmp_path).write_run({"options": {}})
+    with pytest.raises(InputError, match="already holds a run; choose another folder for --output, or --resume"):
+        RunFolder.create(tmp_path)
+    assert RunFolder.resume(tmp_path).read_run() == {"options": {}}
+
+
+def test_half_a_line_is_cut_off_and_a_bad_one_named(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path)
+    folder.write_run({})
+    folder.append("chunk", name="a")
+    with open(folder.log, "ab") as stream:
+        stream.write(b'{"event": "chu')
+    assert [e["name"] for e in RunFolder.resume(tmp_path).events()] == ["a"]
+    folder.append("chunk", name="b")
+    assert [e["name"] for e in folder.events()] == ["a", "b"]
+    with open(folder.log, "ab") as stream:
+        stream.write(b"nonsense\n")
+    with pytest.raises(InputError, match=r"trials\.jsonl: line 3: not an event: b'nonsense'"):
+        folder.events()
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 200])
+def test_packed_results(count: int) -> None:
+    values = np.random.default_rng(count).random(count) < 0.5
+    assert np.array_equal(unpack(pack(values), count), values)
+
+
+def test_the_first_difference_is_named() -> None:
+    stored = {"a": 1, "b": {"c": [1, 2], "d": "x"}}
+    assert first_difference(stored, {"a": 1, "b": {"c": [1, 2], "d": "x"}}) is None
+    assert first_difference(stored, {"a": 1, "b": {"c": [1, 3], "d": "x"}}) == "b.c: [1, 2] there, [1, 3] now"
+    assert first_difference(stored, {"a": 1, "b": {"c": [1, 2]}}) == "b.d: 'x' there, None now"
+    assert first_difference(stored, {**stored, "e": 5}) == "e: None there, 5 now"
 
 
 def test_correct_parquet(tmp_path: Path) -> None:
@@ -51,39 +82,58 @@ def test_nan_never_gets_into_json(tmp_path: Path) -> None:
     assert not (tmp_path / "trials.jsonl").exists()
 
 
-def test_ranking_is_by_top1_then_top5_then_order() -> None:
-    results = {"a": evaluation(3, 5), "b": evaluation(4, 4), "c": evaluation(3, 6), "d": evaluation(3, 5)}
-    assert ranked(results) == ["b", "c", "a", "d"]
+def raced(shares: list[float], images: int = 400) -> tuple[Race, dict[str, str]]:
+    """A race of candidates that get a share of all images right, the first ones; the last has not begun."""
+    race = Race(RaceRules(images, 100, tie_margin=0.01))
+    names = [f"c{i}" for i in range(len(shares) + 1)]
+    for name in names:
+        race.enter(name)
+    for name, share in zip(names, shares, strict=False):
+        correct = np.arange(images) % 100 < 100 * share
+        for start, end in chunks_left(race.rules, 0):
+            if race.decision(name) is None:
+                race.record(name, start, correct[start:end])
+                race.judge()
+    return race, {name: f"setting number {name[1:]}" for name in names}
 
 
-def shown(count: int) -> str:
-    """The live table with `count` results, as text."""
-    labels = {f"c{i}": f"setting number {i}" for i in range(count)}
-    table = LiveTable(labels, evaluation(9, 10), Console(file=io.StringIO(), force_terminal=False))
-    for i, name in enumerate(labels):
-        table._results[name] = evaluation(i % 9, 10)
-    console = Console(file=io.StringIO(), width=120)
-    console.print(table.table())
+def shown(shares: list[float]) -> str:
+    """The live table of a race, as text."""
+    race, labels = raced(shares)
+    live = LiveRace(race, evaluation(9, 10), Console(file=io.StringIO(), force_terminal=False))
+    for name, label in labels.items():
+        live.enter(name, label)
+    console = Console(file=io.StringIO(), width=130)
+    console.print(live.table())
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_table_shows_all_of_a_few() -> None:
-    text = shown(3)
-    assert "3 of 3 distinct settings" in text
-    assert [text.index(f"setting number {i}") for i in (2, 1, 0)] == sorted(
-        text.index(f"setting number {i}") for i in range(3)
-    )
-    assert "90.00 % (59.58 to 98.21)" in text
+def test_table_shows_states_and_why() -> None:
+    text = shown([0.9, 0.9, 0.5])
+    assert "3 of 4 candidates decided" in text
+    assert "90.00 % (59.58 to 98.21)" in text, "float"
+    rows = {line.split("setting number ")[1][0]: line for line in text.splitlines() if "setting number" in line}
+    assert list(rows) == ["0", "1", "3", "2"], "finished ones, those that wait, those stopped"
+    assert "finished" in rows["0"]
+    assert "waiting" in rows["3"]
+    assert "beaten" in rows["2"]
+    assert "0:40 against c0" in rows["2"]
+    assert "100" in rows["2"]
 
 
-def test_table_shows_best_and_worst_of_many() -> None:
-    text = shown(40)
-    assert "… 26 more …" in text, "13 best, the worst, and 26 between them"
-    assert "setting number 36" in text, "the last of the worst"
+def test_table_of_many_says_how_many_are_left_out() -> None:
+    text = shown([0.9] * 40)
+    assert "… 24 more …" in text
+    assert text.count("setting number") == 17
 
 
 def test_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    console = Console(file=io.StringIO(), force_terminal=False)
-    with LiveTable({"c0": "ft1 max"}, evaluation(9, 10), console) as table:
-        table.add("c0", evaluation(5, 10), 1.25)
-    assert capsys.readouterr().out == "[1/1] ft1 max: 50.00 % (23.66 to 76.34), 1.2 s\n"
+    race, labels = raced([0.9, 0.5])
+    with LiveRace(race, evaluation(9, 10), Console(file=io.StringIO(), force_terminal=False)) as live:
+        for name, label in labels.items():
+            live.enter(name, label)
+        decision = race.decision("c1")
+        assert decision is not None
+        live.decided(decision)
+    line = "[2/3] c1 setting number 1: 50.00 % (40.38 to 59.62) of 100 images, beaten 0:40 against c0\n"
+    assert capsys.readouterr().out == line
