@@ -467,7 +467,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     resume = f"python scripts/qat.py --resume {job.folder}"
     try:
         with ray_if_needed(args) as url:
-            print(f"run folder {job.folder}" + (f", dashboard {url}" if url else ""))
+            print(f"run folder {job.folder}" + cli.dashboard_hint(url))
             outcome = train(job)
     except KeyboardInterrupt:
         print(f"the state of training is kept; go on with: {resume}", file=sys.stderr)

@@ -167,6 +167,11 @@ def add_search_options(parser: Parser) -> None:
     parser.add("--dashboard", action=argparse.BooleanOptionalAction, default=True, help="serve Ray's dashboard")
 
 
+def dashboard_hint(url: str | None) -> str:
+    """Where Ray's dashboard is, for the line that names the run folder; empty where there is none."""
+    return f"; dashboard {url} (its token: ray get-auth-token)" if url else ""
+
+
 def bad_image_rows(bad_images: list[tuple[str, str]]) -> list[dict[str, str]]:
     """For result files: every broken image once, however often it was met."""
     return [{"image": name, "reason": reason} for name, reason in dict(bad_images).items()]

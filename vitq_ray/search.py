@@ -537,7 +537,7 @@ def _report_trained(
 def run(search: Search, folder: RunFolder, ray_cluster: Cluster) -> None:
     """Every stage; what was done before, of a resumed run, is read from its folder."""
     url = ray_cluster.dashboard_url
-    print(f"run folder {folder.path}" + (f", dashboard {url}" if url else ""), flush=True)
+    print(f"run folder {folder.path}" + cli.dashboard_hint(url), flush=True)
     metrics = Metrics(folder.path.name)
     with search.watch.stage("calibrate"):
         statistics = calibrate(search, folder, metrics)

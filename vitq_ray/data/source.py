@@ -36,7 +36,7 @@ from vitq_ray.files import resolve
 
 # A task of Ray costs a few milliseconds, as much as decoding a photo, and half of that before the first task starts.
 # So a block is many images, though few enough that the first one comes soon; more where there would be many blocks.
-_BLOCK_IMAGES = 64
+_BLOCK_IMAGES = 160
 _BLOCK_BYTES = 32 << 20  # no block is larger
 _SMALL_BLOCK_BYTES = 1 << 20  # smaller ones count as this when memory is bounded
 _MANY_BLOCKS = 4096
