@@ -68,7 +68,7 @@ def memory() -> dict[str, int]:
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             title, pid = (folder / "cmdline").read_bytes().decode(errors="replace"), int(folder.name)
-            if title.startswith("ray::CandidateTrial"):
+            if title.startswith(("ray::CandidateTrial", "ray::ResourceTrainable")):
                 result[f"worker {pid}"] = _resident(pid, ("RssAnon", "RssFile"))
             elif "raylet/raylet" in title:
                 result["object store in use"] = _resident(pid, ("RssShmem",))

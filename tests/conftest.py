@@ -138,8 +138,8 @@ def load_script(name: str) -> ModuleType:
     return module
 
 
-def descendants(root: int, title: str) -> list[int]:
-    """Process ids below `root` whose command line begins with `title` (Ray's workers have telling ones)."""
+def descendants(root: int, title: str | tuple[str, ...]) -> list[int]:
+    """Process ids below `root` whose command line begins with (one) `title` (Ray's workers have telling ones)."""
     parents, titles = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:

@@ -127,7 +127,7 @@ def test_a_killed_worker_does_not_lose_a_trial(
 
     def kill_once(name: str) -> None:
         if referee.done["b"] >= 20 and not killed:
-            killed.extend(descendants(os.getpid(), "ray::CandidateTrial"))
+            killed.extend(descendants(os.getpid(), ("ray::CandidateTrial", "ray::ResourceTrainable")))
             for pid in killed:
                 os.kill(pid, signal.SIGKILL)
 

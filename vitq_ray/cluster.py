@@ -29,6 +29,7 @@ _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials.jsonl is the record, not Tune's CSV and JSON files
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is handled once, in cli.run
     "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_worker_niceness": "0",  # Ray's 15 lets whatever else runs on the machine go first
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 

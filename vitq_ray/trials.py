@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import os
 import shutil
 import time
 import uuid
@@ -300,7 +301,11 @@ def run_trials(shared: Shared, referee: Referee, resources: Resources, folder: P
 
     Raises InputError where no node can hold one trial, and RuntimeError where a trial failed for good.
     """
-    require_room(resources)
+    slots = require_room(resources)
+    # By default Tune asks a searcher for one trial at a time, and starts the next worker only when the one before it
+    # runs. A worker then takes longer to start than a short trial on a warm one, which Tune prefers: it would start and
+    # drop the other workers for ever.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots)
     need = {"cpu": resources.threads, "gpu": resources.gpus}
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(CandidateTrial, shared=shared), need),
@@ -333,12 +338,18 @@ def _trial_name(trial: Any) -> str:
     return str(trial.config["candidate"])
 
 
-def require_room(resources: Resources) -> None:
-    """A trial that no node can hold would wait forever: say so instead."""
+def require_room(resources: Resources) -> int:
+    """How many trials fit at once. A trial that no node can hold would wait forever: InputError instead."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fits = [n for n in nodes if n.get("CPU", 0) >= resources.threads and n.get("GPU", 0) >= resources.gpus]
-    if not fits:
+    slots = sum(_slots(node, resources) for node in nodes)
+    if not slots:
         have = ", ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes)
         raise InputError(
             f"trials: one needs {resources.threads} CPUs and {resources.gpus:g} GPUs, no node has them; found {have}"
         )
+    return slots if resources.in_flight is None else min(slots, resources.in_flight)
+
+
+def _slots(node: Mapping[str, float], resources: Resources) -> int:
+    by_cpu = node.get("CPU", 0) // resources.threads
+    return int(by_cpu if not resources.gpus else min(by_cpu, node.get("GPU", 0) // resources.gpus))
