@@ -7,8 +7,8 @@ Uses nvidia-modelopt (`pip install -e '.[bench]'`): its calibrators collect at t
 float pass of its own, its fake quantization runs eagerly at the same sites, with all cores, on the same calibration
 and selection images, decoded for every setting as a script would. Settings of `mse` are left out: the peer's is wrong
 on CPUs. Its `entropy` takes seconds a site: `--entropy-sites` of every entropy setting are computed, their mean time
-stands for the others, and what was extrapolated is said. The times of the run are those of its result.json (all stages
-but the start of Ray, which is printed apart, if `--start` gives it).
+stands for the others, and what was extrapolated is said. The times of the run are those of its result.json: all
+stages, the start of Ray included; a run that was resumed is refused.
 """
 
 from __future__ import annotations
@@ -184,6 +184,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
     run, result = (json.loads((args.run / name).read_text()) for name in ("run.json", "result.json"))
+    if '"resumed"' in (args.run / "trials.jsonl").read_text():
+        raise SystemExit(f"{args.run}: was resumed, so its times are not those of a whole search")
     chosen = [(n, s) for n, s in settings_of(result) if s.calibrator in args.calibrators.split(",")]
     if args.first is not None:
         chosen = chosen[:: -(-len(chosen) // args.first)]

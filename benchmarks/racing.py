@@ -31,7 +31,7 @@ FIELDS: dict[str, Callable[[int], list[float]]] = {
         *np.linspace(0.90, 0.898, k // 4),
         *np.linspace(0.89, 0.80, k - k // 4),
     ],
-    "all equal": lambda k: [0.90] * k,
+    "all equal (cost only: none can be lost)": lambda k: [0.90] * k,
 }
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,7 +45,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add("--batch-size", type=cli.number(int, 1), default=100, help="images per evaluation batch")
     parser.add("--chunk-images", type=cli.number(int, 1), help="images between two looks; default: a 25th of all")
-    parser.add("--alpha", type=cli.number(float, 1e-9, 0.999), default=0.05, help="chance of losing the best setting")
+    parser.add(
+        "--alpha", type=cli.number(float, 1e-9, 0.999), default=0.05, help="chance of losing the best (racing.py)"
+    )
     parser.add(
         "--tie-margin",
         type=cli.number(float, 0, 0.5),
@@ -74,13 +77,18 @@ def _with_stored_options(parser: cli.Parser, argv: Sequence[str] | None) -> argp
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    began = time.perf_counter()
     args = parse(argv)
     job = search.prepare(args)
     path = Path(args.resume or args.output or default_folder("tune_calib"))
     folder = search.open_folder(job, path)
+    if folder.finished:
+        print(f"{path}: this search is finished; its outcome is in {path / 'result.json'}")
+        return
     store = search.object_store_bytes(job)
     try:
         with cluster(args.ray_address, object_store_bytes=store, dashboard=args.dashboard) as ray_cluster:
+            job.watch.seconds["start"] = round(time.perf_counter() - began, 3)  # checks, and Ray
             search.run(job, folder, ray_cluster)
     except KeyboardInterrupt:
         command = shlex.join(["python", "scripts/tune_calib.py", "--resume", str(path)])

@@ -211,3 +211,20 @@ def test_a_space_smaller_than_the_samples_asked_for() -> None:
 )
 def test_chunks_are_whole_batches(images: int, chunk: int | None, batch: int, expected: int) -> None:
     assert race_rules(images, chunk, batch, 0.05, 0.0).chunk == expected
+
+
+def test_one_that_has_seen_everything_and_waits_is_not_handed_out_again(
+    quant_vit: VisionTransformer, statistics: CalibrationStatistics, tmp_path: Path
+) -> None:
+    """The second had finished before the first; then the driver was killed."""
+    first = make(quant_vit, statistics, RunFolder(tmp_path))
+    right = np.ones(20, bool)
+    for start in (0, 20, 40):
+        first.take("c002", start, right, right, 0.1)
+    assert first.race.decision("c002") is None
+    again = make(quant_vit, statistics, RunFolder(tmp_path))
+    handed_out = [again.next(), again.next()]
+    assert handed_out == ["c000", "c003"]
+    for start in (0, 20, 40):
+        again.take("c000", start, right, right, 0.1)
+    assert again.race.decision("c002") is not None

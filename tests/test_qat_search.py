@@ -112,12 +112,21 @@ def test_a_contest_replayed_from_its_log_decides_the_same() -> None:
     assert len(log) == written, "an epoch that is reported twice is logged once"
 
 
+def _rows(seed: int) -> list[dict[str, Any]]:
+    space = {"lr": (0.01, 1e30), "global_batch": (8,), "augment": ("none",), "dropout": (0.0,), "optimizer": ("sgd",)}
+    return QatSpace(space, num_samples=2, epochs=2).sample(seed)
+
+
 ESCALATE = """
 SPACE = {"mode": ("ft2",), "calibrator": ("max", "percentile"), "percentile": (90.0,), "num_batches": (1,),
          "act_bits": (3,), "weight_bits": (3,)}
 QAT = {"lr": (0.01, 0.003), "global_batch": (8,), "augment": ("none",), "dropout": (0.0,),
        "num_samples": 2, "epochs": 2, "optimizer": ("adamw",)}
 """
+
+
+# Its two runs draw both learning rates.
+DIVERGING_SEED = next(s for s in range(50) if len({r["lr"] for r in _rows(s)}) == 2)
 
 
 def options(folder: Path, *argv: object) -> list[str]:
@@ -150,6 +159,7 @@ def test_escalation(ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFix
     assert (correct.sum(), len(correct)) == (qat["top1_correct"], qat["images"])
 
     log = (run / "trials.jsonl").read_text()
+    (run / "result.json").unlink()  # killed just before the end
     assert cli.run(tune_calib.main, ["--resume", str(run)]) == 0
     added = [json.loads(line)["event"] for line in (run / "trials.jsonl").read_text().removeprefix(log).splitlines()]
     assert added == ["resumed", "winner"], "no epoch is trained again"
@@ -166,6 +176,17 @@ def test_escalation(ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFix
     chosen = [c for c in result["candidates"].values() if c["outcome"] in ("best", "tied") and c["same_as"] is None]
     again = json.loads((tmp_path / "c" / "result.json").read_text())["candidates"].values()
     assert {json.dumps(c["setting"]) for c in again} == {json.dumps(c["setting"]) for c in chosen}
+
+
+def test_a_run_that_diverges_does_not_end_the_others(ray_cluster: None, tmp_path: Path) -> None:
+    (tmp_path / "project").mkdir()
+    make_project(tmp_path / "project", train=64, val=60)
+    (tmp_path / "space.py").write_text(ESCALATE.replace("(0.01, 0.003)", "(0.01, 1e30)").replace("adamw", "sgd"))
+    assert cli.run(tune_calib.main, options(tmp_path, "--output", tmp_path / "run", "--seed", DIVERGING_SEED)) == 0
+    qat = json.loads((tmp_path / "run" / "result.json").read_text())["qat"]
+    (reason,) = qat["failed"].values()
+    assert "not finite at step" in reason
+    assert "1e+30" in reason
 
 
 def test_bad_input_before_anything_is_computed(

@@ -225,9 +225,9 @@ def lost_best(accuracies: list[float], races: int, rules: RaceRules, seed: int) 
 
 
 def test_the_best_is_kept() -> None:
-    """300 races of a close field, the best one last: at alpha 0.2, 60 may go wrong; a broken threshold shows."""
+    """300 races of a close field, the best one last: at alpha 0.2, 60 may go wrong; 9 do, without i/alpha 46 do."""
     lost, share = lost_best([0.9, 0.9, 0.899, 0.898, 0.9005], 300, RaceRules(2000, 50, alpha=0.2), seed=3)
-    assert lost <= 60
+    assert lost <= 25
     assert share < 1
 
 

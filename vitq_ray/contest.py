@@ -103,13 +103,17 @@ class Contest:
         """The next candidate that has not been decided, once; None where there is none, or none yet."""
         while not self.over:
             for name in self.race.names:
-                if name not in self._handed_out and self.race.decision(name) is None:
+                if name not in self._handed_out and self._has_work(name):
                     self._handed_out.add(name)
                     return name
             if not self.race.over:
                 return None
             self._fill()
         return None
+
+    def _has_work(self, name: str) -> bool:
+        """Undecided, with images left to see; one that has seen all may still wait for an earlier one."""
+        return self.race.decision(name) is None and self.race.seen(name) < self.race.rules.images
 
     @property
     def over(self) -> bool:

@@ -768,5 +768,7 @@ def _finish_epoch(
     progress.history.append(report)
     if best and ranks.is_first:
         _save(best_path(folder, report.epoch), run.student.state_dict())
+    save()  # before anyone is told: what is reported is on disk
     progress.stopped = ranks.agree(on_epoch(report) is False)
-    save()
+    if progress.stopped:
+        save()

@@ -28,7 +28,17 @@ from torch import nn
 from vitq_ray.checkpoint import load_calibrated
 from vitq_ray.config import InputError
 from vitq_ray.distill import Distillation
-from vitq_ray.qat_loop import EpochReport, QatConfig, QatData, Ranks, thread_reader, train_qat
+from vitq_ray.evaluate import NonFiniteLogitsError
+from vitq_ray.qat_loop import (
+    DivergedError,
+    EpochReport,
+    QatConfig,
+    QatData,
+    Ranks,
+    read_outcome,
+    thread_reader,
+    train_qat,
+)
 from vitq_ray.search_space import QatSpace
 from vitq_ray.trials import Resources, require_room
 
@@ -119,12 +129,15 @@ class QatContest:
         self._append = append
         self.history: dict[str, list[Epoch]] = {run.name: [] for run in runs}
         self.stopped: set[str] = set()
+        self.failed: dict[str, str] = {}
 
     def replay(self, events: Iterable[Mapping[str, Any]]) -> None:
         """Take in the epochs of a log, in its order."""
         for event in events:
             if event["event"] == "qat_epoch" and event["name"] in self.runs:
                 self._take(Epoch(**{f.name: event[f.name] for f in dataclasses.fields(Epoch)}))
+            elif event["event"] == "qat_failed":
+                self.failed[event["name"]] = event["reason"]
 
     def take(self, epoch: Epoch) -> bool:
         """Take in an epoch as it is reported; whether the run is to stop."""
@@ -133,14 +146,20 @@ class QatContest:
             self._take(epoch)
         return epoch.name in self.stopped
 
+    def fail(self, name: str, reason: str) -> None:
+        """A run whose loss is no longer a number goes no further; its earlier epochs count."""
+        self._append("qat_failed", name=name, reason=reason)
+        self.failed[name] = reason
+
     def _take(self, epoch: Epoch) -> None:
         self.history[epoch.name].append(epoch)
         if epoch.epoch and self._asha.stops(epoch.epoch, epoch.top1):
             self.stopped.add(epoch.name)
 
     def unfinished(self) -> list[str]:
-        """Runs that have neither stopped nor come to their last epoch."""
-        return [n for n, h in self.history.items() if n not in self.stopped and len(h) <= self._epochs]
+        """Runs that have neither stopped nor failed nor come to their last epoch."""
+        done = self.stopped | set(self.failed)
+        return [n for n, h in self.history.items() if n not in done and len(h) <= self._epochs]
 
     def best(self) -> Epoch:
         """The epoch with the most correct selection images; on equal counts the earlier epoch, then the earlier run."""
@@ -172,6 +191,17 @@ def _train(config: dict[str, Any], shared: _Shared) -> None:
         epoch = Epoch(run.name, report.epoch, counts.images, counts.top1_correct, report.loss)
         tune.report(dataclasses.asdict(epoch))
 
+    folder = shared.folder / run.name
+    if (folder / "state.pt").exists():  # what an earlier process may have trained, but not reported
+        for known in read_outcome(folder).epochs:
+            on_epoch(known)
+    try:
+        _train_run(run, shared, on_epoch)
+    except (DivergedError, NonFiniteLogitsError) as error:  # it would come to the same point every time
+        tune.report({"name": run.name, "failure": str(error)})
+
+
+def _train_run(run: TrainingRun, shared: _Shared, on_epoch: Callable[[EpochReport], None]) -> None:
     device = torch.device("cuda" if shared.use_gpu else "cpu")
     train_qat(
         run.config,
@@ -197,6 +227,9 @@ class _Scheduler(FIFOScheduler):
         return {}  # Tune saves its parts for its own restore, which is not used here
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if result.get("failure"):
+            self._contest.fail(result["name"], result["failure"])
+            return str(TrialScheduler.STOP)
         epoch = Epoch(**{f.name: result[f.name] for f in dataclasses.fields(Epoch)})
         stop = self._contest.take(epoch)
         self._on_epoch(epoch)

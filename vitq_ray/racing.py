@@ -26,7 +26,9 @@ before it, and needs K >= i/α, so that the i chances of error add up to at most
 
 Guarantee: the chance that the truly best candidate is ever stopped as beaten, or as tied or behind while it is better
 than the first candidate by more than the margin, is at most α; for images drawn independently from what accuracy is
-about. (A class-balanced set makes K smaller on average at every fixed look, by Maclaurin's inequality, never larger.)
+about and candidates fixed beforehand. (In a class-balanced set K is smaller on average at every fixed look, by
+Maclaurin's inequality. Candidates that were proposed for what others did on the same images, as Optuna's later rounds
+are, have no such guarantee among each other; nor has the final naming of ties, which tests once more.)
 
 A decision depends on results at the same look or before, of candidates before: never on which result arrived first.
 So a race that was killed and replayed, or ran on other workers, comes to the same decisions. Where an earlier
@@ -66,7 +68,7 @@ class RaceRules(Config):
     Attributes:
         images: how many images a candidate sees at most.
         chunk: images between two looks.
-        alpha: chance of losing the best candidate, in (0, 1).
+        alpha: chance of losing the best candidate, in (0, 1); what that means is in the module's docstring.
         tie_margin: difference of accuracies, as a fraction, that is not worth telling apart.
     """
 

@@ -62,6 +62,11 @@ class RunFolder:
         return self.path / "best"
 
     @property
+    def finished(self) -> bool:
+        """The run has come to its result."""
+        return (self.path / "result.json").is_file()
+
+    @property
     def statistics(self) -> Path:
         return self.path / "statistics.npz"
 

@@ -12,6 +12,7 @@ search that was killed goes on from there (`resume`).
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -37,6 +38,7 @@ from vitq_ray.data.samples import (
     has_split,
     open_split,
     random_order,
+    require_images,
     split_halves,
     split_thirds,
 )
@@ -53,7 +55,7 @@ from vitq_ray.quant.vit import float_copy, frozen_weights, quantize_vit, quantiz
 from vitq_ray.racing import Decision, Race, Verdict
 from vitq_ray.run_folder import RunFolder, first_difference, pack, unpack
 from vitq_ray.search_space import QatSpace, SearchSpace, load_space
-from vitq_ray.trials import ImageSet, Resources, run_trials, share
+from vitq_ray.trials import ImageSet, Resources, require_room, run_trials, share
 from vitq_ray.workers import WorkerPool, collect_on, torch_threads
 
 MOST_SELECTION_IMAGES = 10_000  # by default: they are kept decoded
@@ -147,6 +149,8 @@ def prepare(args: argparse.Namespace) -> Search:
     transform = cli.eval_transform(loaded, args.crop_pct)
     search = Search(args, space, defaults, loaded, model, transform, device, calib, val, splits, resources, fixed=fixed)
     _require_memory(search)
+    if args.from_run is not None:
+        _require_unseen_report(search, Path(args.from_run))
     if space.qat is not None:
         _require_trainable(search, space.qat)
     return search
@@ -163,12 +167,31 @@ def settings_of_run(path: Path) -> tuple[QuantSetting, ...]:
         raise InputError(f"--from-run: {path} is not the folder of a finished search ({reason})") from None
 
 
+def _require_unseen_report(search: Search, path: Path) -> None:
+    """What is reported on must not be what the earlier search selected on, nor its model another one."""
+    there = RunFolder(path).read_run()
+    for name, here in (
+        ("weights_fingerprint", search.loaded.fingerprint),
+        ("data_fingerprint", search.val.fingerprint),
+    ):
+        if there[name] != here:
+            raise InputError(f"--from-run: {path} is a search of another {name.partition('_')[0]} than given here")
+    if set(search.splits.report.tolist()) & set(there["splits"]["selection"]):
+        raise InputError(
+            f"--from-run: {path} selected on images that would be reported on here; "
+            f"expected --split-seed {there['options']['split_seed']}, as there"
+        )
+
+
 def _require_trainable(search: Search, space: QatSpace) -> None:
     """What QAT needs, checked before the race: images of train, and configurations that can be built."""
     if search.splits.calib_split != "train":
         raise InputError(f"{search.args.data_path}: has no train split, which the QAT of {search.space.name} needs")
-    for run in training_runs(space, ["a"], search.args.seed):
-        steps_per_epoch(len(search.calib), run.config)
+    try:
+        for run in training_runs(space, ["a"], search.args.seed):
+            steps_per_epoch(len(search.calib), run.config)
+    except (InputError, TypeError) as error:
+        raise InputError(f"{search.args.search_space}: QAT: {error}") from None
 
 
 def make_splits(
@@ -176,7 +199,10 @@ def make_splits(
 ) -> Splits:
     """The three splits: functions of the data and `--split-seed` alone."""
     if calib_split == "train":
-        calibration = calibration_ids(len(calib), needed, "shuffled", args.split_seed)
+        require_images(len(calib), needed)
+        spare = max(32, needed // 8) if args.on_bad_image == "skip" else 0  # others move up where images are broken
+        count = min(len(calib), needed + spare)
+        calibration = calibration_ids(len(calib), count, "shuffled", args.split_seed)
         selection, report = split_halves(val.labels, val.fingerprint, args.split_seed)
     else:
         calibration, selection, report = split_thirds(val.labels, val.fingerprint, args.split_seed, needed)
@@ -250,7 +276,8 @@ def open_folder(search: Search, path: Path) -> RunFolder:
     if search.args.resume is not None:
         folder = RunFolder.resume(path)
         require_same(folder, description)
-        folder.append("resumed")
+        if not folder.finished:
+            folder.append("resumed")
         return folder
     folder = RunFolder.create(path)
     folder.write_run(description)
@@ -267,7 +294,7 @@ def calibrate(search: Search, folder: RunFolder, metrics: Metrics) -> Calibratio
     size, wanted = search.args.calib_batchsz, search.snapshots[-1]
     batches = search.stream(search.calib, search.splits.calibration, size)
     shown = cli.track(enumerate(batches), wanted, "calibrate")
-    full = iter((i, batch) for i, batch in shown if len(batch.labels) == size)
+    full = itertools.islice(((i, batch) for i, batch in shown if len(batch.labels) == size), wanted)
     statistics = _collect(search, full, metrics)
     if sum(statistics.batches) < wanted:
         raise InputError(
@@ -288,7 +315,7 @@ def _collect(search: Search, batches: Iterator[tuple[int, Batch]], metrics: Metr
     with torch_threads(args.threads_per_trial):
         if args.num_workers == 1:
             return collect_statistics(search.model, inputs(), search.snapshots, on_batch=count)
-        first = [next(inputs())] if search.snapshots else []
+        first = itertools.islice(inputs(), 1)
         statistics = collect_statistics(search.model, first, search.snapshots, on_batch=count)
     gpus = search.resources.gpus
     with WorkerPool(search.model, search.transform, args.num_workers, args.threads_per_trial, gpus) as pool:
@@ -352,6 +379,7 @@ def race(
 
         def on_decision(decision: Decision) -> None:
             table.decided(decision)
+            _count_states(field_of_race, metrics)
             if (leader := field_of_race.leader()) is not None:
                 metrics.set("vitq_best_accuracy", float(field_of_race.correct(leader).mean()))
 
@@ -503,9 +531,12 @@ def _report_trained(
     search: Search, folder: RunFolder, training: QatContest, best: Epoch, starts: Mapping[str, str]
 ) -> Trained:
     run = training.runs[best.name]
+    outcome = read_outcome(folder.path / "qat" / run.name)
+    known = outcome.epochs[outcome.best_epoch].selection  # the state may be an epoch ahead of the log
+    best = Epoch(run.name, outcome.best_epoch, known.images, known.top1_correct, best.loss)
     start = load_calibrated(starts[run.start])
     model = start.loaded.model.to(search.device)
-    model.load_state_dict(read_outcome(folder.path / "qat" / run.name).best_state)
+    model.load_state_dict(outcome.best_state)
     size, ids = search.args.batch_size, search.splits.report
     with search.watch.stage("report"), frozen_weights(model):
         evaluation = evaluate(model, search.stream(search.val, ids, size), search.to_input)
@@ -526,6 +557,7 @@ def _report_trained(
         "selection": {"images": best.images, "top1_correct": best.top1_correct, "top1": best.top1},
         "runs": {n: {"config": r.config.to_dict(), "start": r.start} for n, r in training.runs.items()},
         "stopped": sorted(training.stopped),
+        "failed": training.failed,
         "epochs": histories,
     }
     return Trained(best, run, evaluation, path, summary)
@@ -538,6 +570,7 @@ def run(search: Search, folder: RunFolder, ray_cluster: Cluster) -> None:
     """Every stage; what was done before, of a resumed run, is read from its folder."""
     url = ray_cluster.dashboard_url
     print(f"run folder {folder.path}" + cli.dashboard_hint(url), flush=True)
+    require_room(search.resources)
     metrics = Metrics(folder.path.name)
     with search.watch.stage("calibrate"):
         statistics = calibrate(search, folder, metrics)

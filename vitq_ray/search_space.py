@@ -180,7 +180,7 @@ def load_space(path: str) -> SearchSpace:
         defined = runpy.run_path(path)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"{path}: {_place(error, path)}{type(error).__name__}: {error}") from error
     return space_of(defined.get("SPACE"), path, defined.get("QAT"))
 
@@ -209,7 +209,7 @@ def _check_values(space: SearchSpace) -> None:
             setting_of(row | ({"calibrator": "percentile"} if field == "percentile" else {}))
 
 
-def _place(error: Exception, path: str) -> str:
+def _place(error: BaseException, path: str) -> str:
     """`line N: ` of the user's file, where the error happened there."""
     if isinstance(error, SyntaxError):
         return f"line {error.lineno}: "

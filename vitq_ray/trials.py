@@ -28,6 +28,7 @@ import torch
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor, nn
 
 from vitq_ray.config import InputError, QuantSetting
@@ -139,12 +140,13 @@ def share(
     batch_size: int,
     resources: Resources,
 ) -> Shared:
-    """Put model and images into the object store, once."""
+    """Put model and images into the object store, once. The desk stays on the driver's node: others may be lost."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return Shared(
         run=uuid.uuid4().hex,
         model=ray.put(copy.deepcopy(model).cpu()),
         images=ray.put(images),
-        desk=_Desk.remote(),  # type: ignore[attr-defined]
+        desk=_Desk.options(scheduling_strategy=here).remote(),  # type: ignore[attr-defined]
         rules=rules,
         transform=transform,
         batch_size=batch_size,
