@@ -1,6 +1,8 @@
 """One setting of each calibrator in both of FasterTransformer's common modes: 8 settings.
 
 python scripts/tune_calib.py --search-space search_spaces/quick.py
+
+Not measured apart: a sixth of `calib.py`.
 """
 
 SPACE = {
