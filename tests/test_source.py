@@ -121,7 +121,7 @@ def test_images_are_those_that_were_stored(layout: str, tmp_path: Path) -> None:
     index = LAYOUTS[layout](tmp_path)
     of_name = {index.name(i): i for i in range(len(index))}  # folders are sorted by class
     ids = np.random.default_rng(2).permutation(len(index))
-    batches = list(stream_batches(index, ids, TRANSFORM, 5, num_blocks=4))
+    batches = list(stream_batches(index, ids, TRANSFORM, 5, num_tasks=4))
     assert [len(batch.labels) for batch in batches] == [5, 5, 5, 5, 3]
     images, labels, sample_ids = (
         torch.cat([getattr(b, field) for b in batches]).numpy() for field in ("images", "labels", "sample_ids")
@@ -132,15 +132,15 @@ def test_images_are_those_that_were_stored(layout: str, tmp_path: Path) -> None:
     assert labels.tolist() == [LABELS[stored_as[i]] for i in ids]
 
 
-@pytest.mark.parametrize(("batch_size", "num_blocks"), [(7, 4), (1, 2), (100, 3), (4, 1), (3, 1000), (8, None)])
-def test_same_batches_as_the_threads_and_again(batch_size: int, num_blocks: int | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("batch_size", "num_tasks"), [(7, 4), (1, 2), (100, 3), (4, 1), (3, 1000), (8, None)])
+def test_same_batches_as_the_threads_and_again(batch_size: int, num_tasks: int | None, tmp_path: Path) -> None:
     index = write_zip(tmp_path, photos(23))
     ids = np.random.default_rng(batch_size).integers(0, 23, 40)  # some twice
     wanted = list(iter_batches(index, ids, TRANSFORM, batch_size))
     shared = share(index)
     for _ in range(2):
         assert_equal(
-            list(stream_batches(index, ids, TRANSFORM, batch_size, shared=shared, num_blocks=num_blocks)), wanted
+            list(stream_batches(index, ids, TRANSFORM, batch_size, shared=shared, num_tasks=num_tasks)), wanted
         )
 
 
@@ -154,7 +154,7 @@ def test_order_holds_where_later_blocks_are_ready_first(tmp_path: Path) -> None:
     slow = encode_png(np.random.default_rng(3).integers(0, 256, (2500, 2500, 3), np.uint8))
     index = write_zip(tmp_path, [slow, *encoded()[1:]])
     ids = [1, 0, *range(2, 23)]
-    found = stream_batches(index, iter(ids), TRANSFORM, 1, num_blocks=len(ids))
+    found = stream_batches(index, iter(ids), TRANSFORM, 1, num_tasks=len(ids))
     assert [int(batch.sample_ids) for batch in found] == ids
 
 
@@ -171,7 +171,7 @@ def test_no_ids_no_batches(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch size: expected an integer >= 1, got 0"),
-        ({"num_blocks": 0}, "number of blocks: expected an integer >= 1, got 0"),
+        ({"num_tasks": 0}, "number of tasks: expected an integer >= 1, got 0"),
         ({"on_bad_image": "ignore"}, "on bad image: 'ignore' is not one of error, skip"),
     ],
 )
@@ -213,7 +213,7 @@ def broken(tmp_path: Path) -> SampleIndex:
 def test_skipped_images_are_listed_and_later_ones_move_up(broken: SampleIndex) -> None:
     ids = np.random.default_rng(4).permutation(23)
     bad: list[tuple[str, str]] = []
-    batches = list(stream_batches(broken, ids, TRANSFORM, 4, "skip", bad, num_blocks=5))
+    batches = list(stream_batches(broken, ids, TRANSFORM, 4, "skip", bad, num_tasks=5))
     good = [i for i in ids.tolist() if i not in REASONS]
     assert [batch.sample_ids.tolist() for batch in batches] == [good[i : i + 4] for i in range(0, len(good), 4)]
     assert np.array_equal(torch.cat([batch.images for batch in batches]).numpy(), PIXELS[good])
@@ -231,7 +231,7 @@ def test_skipped_images_are_listed_and_later_ones_move_up(broken: SampleIndex) -
 @pytest.mark.parametrize("i", REASONS)
 def test_the_first_broken_image_in_order_is_the_error(broken: SampleIndex, i: int) -> None:
     ids = [0, 1, 2, i, 5, 6, *REASONS]
-    seen, error = until_error(stream_batches(broken, ids, TRANSFORM, 2, num_blocks=3))
+    seen, error = until_error(stream_batches(broken, ids, TRANSFORM, 2, num_tasks=3))
     wanted, message = until_error(iter_batches(broken, ids, TRANSFORM, 2))
     assert_equal(seen, wanted)  # the batch before it, and not the half one
     assert type(error) is BadImageError
@@ -276,10 +276,26 @@ def test_the_index_is_not_in_the_tasks(tmp_path: Path) -> None:
     assert len(pickle.dumps(index)) > 3_000_000
     ids = np.random.default_rng(0).permutation(rows)
     datasource = SampleDatasource(share(index), ids, TRANSFORM)
-    tasks = datasource.get_read_tasks(source._num_blocks(rows, TRANSFORM))
-    assert len(tasks) > 500
+    tasks = datasource.get_read_tasks(source._num_tasks(rows, TRANSFORM, cpus=2))
+    assert len(tasks) > 100
     assert max(len(ray.cloudpickle.dumps(task)) for task in tasks) < 20_000
     assert sum(task.metadata.num_rows or 0 for task in tasks) == rows
+
+
+@pytest.mark.parametrize(
+    ("images", "size", "cpus", "tasks"),
+    [(1, 224, 2, 1), (300, 224, 2, 2), (700, 224, 2, 2), (1300, 224, 2, 4), (1300, 224, 3, 3), (640, 448, 1, 4)],
+)
+def test_few_tasks_are_equally_many_for_every_cpu(images: int, size: int, cpus: int, tasks: int) -> None:
+    assert source._num_tasks(images, EvalTransform(size), cpus) == tasks
+
+
+def test_a_task_hands_over_its_images_in_blocks(tmp_path: Path) -> None:
+    datasource = SampleDatasource(share(write_zip(tmp_path, encoded())), np.arange(300) % 23, TRANSFORM)
+    (task,) = datasource.get_read_tasks(1)
+    blocks = list(task())
+    assert [len(block) for block in blocks] == [128, 128, 44]
+    assert np.concatenate([block["sample_id"].to_numpy() for block in blocks]).tolist() == [i % 23 for i in range(300)]
 
 
 def test_processes_share_the_arrays_of_an_index(tmp_path: Path) -> None:
@@ -331,14 +347,14 @@ def eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:
 
 def test_memory_is_bounded_for_a_slow_consumer_and_given_back(tmp_path: Path) -> None:
     index, transform = write_zip(tmp_path, encoded()), EvalTransform(224)
-    ids = np.arange(2000) % 23  # 300 MB of pixels, as much as the whole store
+    ids = np.arange(4000) % 23  # 600 MB of pixels, twice the whole store
     before = stored_bytes()
     block = source._BLOCK_IMAGES * 3 * 224 * 224
     stream = stream_batches(index, ids, transform, 10)
     next(stream)
     assert eventually(lambda: stored_bytes() - before > 2 * block)  # they do work ahead
     time.sleep(2)
-    assert stored_bytes() - before < 2 * (source._BLOCKS_AHEAD + 1) * block
+    assert stored_bytes() - before < ray.cluster_resources()["object_store_memory"] / 2 + 3 * block
     stream.close()  # type: ignore[attr-defined]
     assert eventually(lambda: stored_bytes() - before < block)
 
@@ -375,5 +391,5 @@ def test_s3(layout: str, s3_endpoint: str, tmp_path: Path) -> None:
     assert index.fingerprint == local.fingerprint
     ids = np.random.default_rng(5).permutation(23)
     assert_equal(
-        list(stream_batches(index, ids, TRANSFORM, 4, num_blocks=5)), list(iter_batches(local, ids, TRANSFORM, 4))
+        list(stream_batches(index, ids, TRANSFORM, 4, num_tasks=5)), list(iter_batches(local, ids, TRANSFORM, 4))
     )

@@ -1,6 +1,6 @@
 """Batches in a given order, decoded by Ray Data's workers: `loader.iter_batches` on a cluster, image for image.
 
-    ids -> contiguous runs -> one read task each, in parallel -> blocks of rows, in the order of ids -> batches
+    ids -> contiguous runs -> one read task each, in parallel -> blocks of rows as they are decoded, in the order of ids
     index -> object store, once -> mapped without a copy by every worker, which opens the archive once
 
 A task gets its run of ids and a reference: the index itself is never in a closure. A broken image is a row like any
@@ -26,6 +26,7 @@ import numpy.typing as npt
 import ray
 from pyarrow import fs
 from ray.data import DataContext, Dataset, Datasource, ExecutionOptions, ExecutionResources, ReadTask
+from ray.data._internal.execution import resource_manager, streaming_executor_state
 from ray.data.block import Block, BlockAccessor, BlockMetadata
 
 from vitq_ray.config import InputError, require_choice, require_int
@@ -34,13 +35,16 @@ from vitq_ray.data.samples import BadImageError, Ids, SampleIndex
 from vitq_ray.data.transforms import Transform, image_bytes
 from vitq_ray.files import resolve
 
-# A task of Ray costs a few milliseconds, as much as decoding a photo, and half of that before the first task starts.
-# So a block is many images, though few enough that the first one comes soon; more where there would be many blocks.
-_BLOCK_IMAGES = 160
-_BLOCK_BYTES = 32 << 20  # no block is larger
-_SMALL_BLOCK_BYTES = 1 << 20  # smaller ones count as this when memory is bounded
-_MANY_BLOCKS = 4096
-_BLOCKS_AHEAD = 4  # decoded blocks per CPU of the cluster that may wait for the consumer or be in work
+# Between two tasks a worker waits for the driver, so a task decodes many images; it hands them over in small blocks, so
+# that the first ones come soon. In order: the blocks of the second task wait until the first task is through.
+_TASK_IMAGES = 640
+_TASK_BYTES = 96 << 20  # no task decodes more
+_BLOCK_IMAGES = 128
+_MANY_TASKS = 4096
+_TASKS_AHEAD = 2  # per CPU of the cluster: decoded images that may wait for the consumer or be in work
+_LEAST_AHEAD = 8 << 20
+_FIRST_LOOK_S = 0.05
+_POLL_INTERVAL_S = 0.05
 
 
 def share(index: SampleIndex) -> ray.ObjectRef[SampleIndex]:
@@ -65,6 +69,10 @@ class SampleDatasource(Datasource):
     def estimate_inmemory_data_size(self) -> int:
         return len(self._ids) * image_bytes(self._transform)
 
+    def block_bytes(self) -> int:
+        """Size of a full block of images in bytes."""
+        return _BLOCK_IMAGES * image_bytes(self._transform)
+
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
     ) -> list[ReadTask]:
@@ -75,7 +83,7 @@ class SampleDatasource(Datasource):
     def _read_task(self, run: Ids, row_limit: int | None) -> ReadTask:
         size = len(run) * image_bytes(self._transform)
         metadata = BlockMetadata(num_rows=len(run), size_bytes=size, exec_stats=None, input_files=None)
-        return ReadTask(partial(_read_block, self._shared, self._transform, run), metadata, None, row_limit)
+        return ReadTask(partial(_read_run, self._shared, self._transform, run), metadata, None, row_limit)
 
 
 def stream_batches(
@@ -86,7 +94,7 @@ def stream_batches(
     on_bad_image: str = "error",
     bad_images: list[tuple[str, str]] | None = None,
     shared: ray.ObjectRef[SampleIndex] | None = None,
-    num_blocks: int | None = None,
+    num_tasks: int | None = None,
     num_cpus: float = 1,
     move_up: bool = True,
     max_tasks: int | None = None,
@@ -99,7 +107,7 @@ def stream_batches(
 
     Args:
         shared: what `share(index)` returned, so that further passes neither copy the index nor reopen its archive.
-        num_blocks: read tasks in all; by default as many as make blocks of a convenient size.
+        num_tasks: read tasks in all; by default as many as make runs of ids of a convenient length.
         num_cpus: CPUs that Ray reserves for each read task; tasks run only while CPUs are free. 0 where the caller
             itself may hold all of them.
         max_tasks: read tasks at once; by default as many as CPUs are free.
@@ -107,22 +115,27 @@ def stream_batches(
     require_int("batch size", batch_size, 1)
     require_choice("on bad image", on_bad_image, ON_BAD_IMAGE)
     wanted = np.fromiter(ids, np.int64)
-    if num_blocks is None:
-        num_blocks = _num_blocks(len(wanted), transform)
-    require_int("number of blocks", num_blocks, 0 if len(wanted) == 0 else 1)
+    if num_tasks is None:
+        num_tasks = _num_tasks(len(wanted), transform, ray.cluster_resources().get("CPU", 1))
+    require_int("number of tasks", num_tasks, 0 if len(wanted) == 0 else 1)
     if len(wanted) == 0:
         return
     source = SampleDatasource(share(index) if shared is None else shared, wanted, transform)
-    with closing(_decoded(_dataset(source, min(num_blocks, len(wanted)), num_cpus, max_tasks))) as decoded:
+    with closing(_decoded(_dataset(source, min(num_tasks, len(wanted)), num_cpus, max_tasks))) as decoded:
         yield from collect(index, decoded, batch_size, on_bad_image, bad_images, move_up)
 
 
 # Workers ------------------------------------------------------------------------------------------------------------
 
 
-def _read_block(shared: ray.ObjectRef[SampleIndex], transform: Transform, run: Ids) -> list[Block]:
+def _read_run(shared: ray.ObjectRef[SampleIndex], transform: Transform, run: Ids) -> Iterator[Block]:
     index = _local_index(shared)
-    images = np.zeros((len(run), *transform.shape), transform.dtype)
+    for start in range(0, len(run), _BLOCK_IMAGES):
+        yield _read_block(index, transform, run[start : start + _BLOCK_IMAGES])
+
+
+def _read_block(index: SampleIndex, transform: Transform, run: Ids) -> Block:
+    images = np.empty((len(run), *transform.shape), transform.dtype)
     errors: dict[int, InputError] = {}
     for row, sample_id in enumerate(run.tolist()):
         try:
@@ -130,6 +143,7 @@ def _read_block(shared: ray.ObjectRef[SampleIndex], transform: Transform, run: I
             images[row] = transform.decode(index.read(sample_id), index.where(sample_id), sample_id)
         except InputError as error:  # as data: an exception would be annotated, logged and wrapped by Ray
             errors[row] = error
+            images[row] = 0
     columns = {
         "image": images,
         "label": index.labels[run].astype(np.int64),
@@ -137,7 +151,7 @@ def _read_block(shared: ray.ObjectRef[SampleIndex], transform: Transform, run: I
         "error": np.array([str(errors.get(row, "")) for row in range(len(run))]),
         "fatal": np.array([row in errors and not isinstance(errors[row], BadImageError) for row in range(len(run))]),
     }
-    return [BlockAccessor.batch_to_arrow_block(columns)]
+    return BlockAccessor.batch_to_arrow_block(columns)
 
 
 @lru_cache(maxsize=2)  # train and val; their arrays stay in the object store
@@ -160,20 +174,41 @@ def _require_here(path: str) -> None:
 # Driver -------------------------------------------------------------------------------------------------------------
 
 
-def _num_blocks(num_images: int, transform: Transform) -> int:
-    block = max(_BLOCK_IMAGES, num_images // _MANY_BLOCKS)
-    return -(-num_images // max(1, min(block, _BLOCK_BYTES // image_bytes(transform))))
+def _num_tasks(num_images: int, transform: Transform, cpus: float) -> int:
+    """Enough for runs of a convenient length; of few tasks, equally many for every CPU, so that all end together."""
+    longest = max(1, min(max(_TASK_IMAGES, num_images // _MANY_TASKS), _TASK_BYTES // image_bytes(transform)))
+    wanted = -(-num_images // longest)
+    every = max(1, int(cpus))
+    balanced = -(-wanted // every) * every
+    return balanced if num_images >= balanced * min(longest, _BLOCK_IMAGES) else wanted
 
 
-def _dataset(source: SampleDatasource, num_blocks: int, num_cpus: float, max_tasks: int | None) -> Dataset:
-    dataset = ray.data.read_datasource(source, override_num_blocks=num_blocks, num_cpus=num_cpus, concurrency=max_tasks)
+def _hurry_ray_data() -> None:
+    """Two delays of Ray 2.60 that no option shortens; where another version has others, streams are right all the same.
+
+    Ray Data first believes that the cluster has no CPU, and so runs one task at a time, until it looks again after a
+    second. And it sleeps 0.1 s between two looks at its tasks, of which the end of a task takes two.
+    """
+    manager: Any = resource_manager.ResourceManager
+    interval = getattr(manager, "GLOBAL_LIMITS_UPDATE_INTERVAL_S", None)
+    if isinstance(interval, int | float):  # not yet done
+        manager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = property(
+            lambda self: interval if self._global_limits.cpu else _FIRST_LOOK_S
+        )
+    if hasattr(streaming_executor_state, "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S"):
+        streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = _POLL_INTERVAL_S
+
+
+def _dataset(source: SampleDatasource, num_tasks: int, num_cpus: float, max_tasks: int | None) -> Dataset:
+    _hurry_ray_data()
+    dataset = ray.data.read_datasource(source, override_num_blocks=num_tasks, num_cpus=num_cpus, concurrency=max_tasks)
     context = dataset.context  # this data set's own copy
-    block_bytes = max(_SMALL_BLOCK_BYTES, -(-source.estimate_inmemory_data_size() // num_blocks))
-    ahead = _BLOCKS_AHEAD * block_bytes * ray.cluster_resources().get("CPU", 1)
+    total_bytes = source.estimate_inmemory_data_size()
+    ahead = max(_LEAST_AHEAD, _TASKS_AHEAD * -(-total_bytes // num_tasks)) * ray.cluster_resources().get("CPU", 1)
     context.execution_options = ExecutionOptions(
         resource_limits=ExecutionResources.for_limits(object_store_memory=ahead), preserve_order=True
     )
-    context.target_max_block_size = 2 * block_bytes  # what Ray expects of a task before it has seen one
+    context.target_max_block_size = max(1, source.block_bytes() * 3 // 4)  # Ray hands over blocks as they are from here
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     return dataset

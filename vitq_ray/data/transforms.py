@@ -137,7 +137,7 @@ def load_rgb(data: bytes) -> Image.Image:
         image.load()
         if image.mode in ("I", "I;16", "I;16B", "I;16L"):
             return Image.fromarray((np.asarray(image, np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _ignore_pillow_warnings() -> None:
