@@ -52,9 +52,7 @@ from vitq_ray.qat import (
     Workers,
     plan_workers,
     ray_nodes,
-    read_bad_images,
     read_judgement,
-    record_bad_images,
     run_on_workers,
     run_task,
     worker_bytes,
@@ -69,6 +67,8 @@ from vitq_ray.qat_loop import (
     QatOutcome,
     Ranks,
     epoch_row,
+    read_bad_images,
+    record_bad_images,
     steps_per_epoch,
     thread_reader,
 )
@@ -167,7 +167,7 @@ def prepare(args: argparse.Namespace, given: dict[str, Any], watch: cli.Stopwatc
     folder = run_folder(args)
     with watch.stage("load"):
         start = load_start(args, given, folder, watch)
-        data, report, source = make_data(args, start)
+        data, report, source = make_data(args, given, start)
         task = QatTask(make_config(args), start, make_teacher(args, start), data, report, folder, args.checkpoint_steps)
         steps_per_epoch(len(data.train_ids), task.config)
     return Job(args, folder, task, Workers(args.num_workers, args.use_gpu, args.max_failures), device, source, watch)
@@ -277,17 +277,32 @@ def calibrate(args: argparse.Namespace, folder: Path, watch: cli.Stopwatch) -> N
     save_calibrated(folder, cli.checkpoint_name(args), model, sidecar)
 
 
-def make_data(args: argparse.Namespace, start: CalibratedModel) -> tuple[QatData, Ids, str]:
+def make_data(args: argparse.Namespace, given: dict[str, Any], start: CalibratedModel) -> tuple[QatData, Ids, str]:
     """Training images, the two halves of val, and where the halves come from."""
     classes = start.loaded.geometry.num_classes
     train, val = (open_split(args.data_path, split, classes) for split in ("train", "val"))
     of_search = search_splits(args.pretrained_dir, val.fingerprint)
+    if of_search is None and val.fingerprint == start.sidecar.data_fingerprint:
+        keep_split_seed(args, given, start.sidecar)
     selection, report = of_search or split_halves(val.labels, val.fingerprint, args.split_seed)
     if min(len(selection), len(report)) == 0:
         raise InputError(f"val: {len(val)} images cannot be halved into selection and report")
     transform = cli.eval_transform(start.loaded, start.sidecar.crop_pct)
     data = QatData(train, np.arange(len(train)), val, selection, transform)
     return data, report, "search" if of_search else f"split seed {args.split_seed}"
+
+
+def keep_split_seed(args: argparse.Namespace, given: dict[str, Any], sidecar: Sidecar) -> None:
+    """Halve val as the search or training did that the checkpoint comes from: half of it has been selected by."""
+    seed = sidecar.calibration.get("split_seed")
+    if seed is None:
+        return
+    if given.get("split_seed", seed) != seed:
+        raise InputError(
+            f"--split-seed: {args.split_seed} given, but {args.pretrained_dir} was selected with {seed}; another one "
+            f"would report on images it was selected by"
+        )
+    args.split_seed = seed
 
 
 def search_splits(checkpoint: str, fingerprint: str) -> tuple[Ids, Ids] | None:
@@ -402,12 +417,13 @@ def save(job: Job, outcome: QatOutcome, judgement: Judgement) -> Path:
     counts = judgement["qat"]["val"]
     accuracy = counts.to_dict() | {"top1": counts.top1, "top5": counts.top5_correct / counts.images}
     qat = {"config": job.task.config.to_dict(), "best_epoch": outcome.best_epoch}
+    seed = {} if job.split_source == "search" else {"split_seed": job.args.split_seed}
     sidecar = dataclasses.replace(
         start.sidecar,
         weights_fingerprint=weights_fingerprint(weights),
         data_fingerprint=job.task.data.val.fingerprint,
         seed=job.args.seed,
-        calibration={**start.sidecar.calibration, "qat": qat},
+        calibration={**start.sidecar.calibration, **seed, "qat": qat},
         accuracy=accuracy,
         versions=cli.versions(),
     )

@@ -29,14 +29,22 @@ from vitq_ray.qat import (
     Recorder,
     Workers,
     plan_workers,
-    read_bad_images,
     read_judgement,
-    record_bad_images,
     run_on_workers,
     run_task,
     worker_bytes,
 )
-from vitq_ray.qat_loop import Counts, EpochReport, QatConfig, QatData, Ranks, StepReport, thread_reader
+from vitq_ray.qat_loop import (
+    Counts,
+    EpochReport,
+    QatConfig,
+    QatData,
+    Ranks,
+    StepReport,
+    read_bad_images,
+    record_bad_images,
+    thread_reader,
+)
 from vitq_ray.quant.vit import float_copy
 
 GB = 1e9

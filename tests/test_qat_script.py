@@ -235,6 +235,20 @@ def test_the_splits_of_a_search_are_taken_over(project: Project, tmp_path: Path)
     assert result(tmp_path / "o")["images"] == 90
 
 
+def test_a_trained_checkpoint_keeps_the_halves_it_was_selected_by(
+    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    assert run(qat, *project.options, *QUICK, "--split-seed", 3, "--output", first) == 0
+    options = ("--pretrained_dir", first / "vit_qat.pth", "--data-path", project.folder, "--num-epochs", 1)
+    options = (*options, "--batch-size", 8, "--no-dashboard", "--output")
+    assert run(qat, *options, second, "--split-seed", 4) == 2
+    assert "was selected with 3" in capsys.readouterr().err
+    assert run(qat, *options, second) == 0
+    splits = [json.loads((folder / "run.json").read_text())["splits"] for folder in (first, second)]
+    assert splits[0] == splits[1]
+
+
 def test_a_given_option_is_known_from_a_default() -> None:
     _, given = qat.parse(["--qat-lr", "1e-4", "--no-distill"])
     assert given == {"qat_lr": 1e-4, "distill": False}

@@ -145,6 +145,33 @@ def test_ctrl_c_keeps_the_state_and_says_how_to_go_on(inputs: Path, undisturbed:
     assert_same_outcome(folder, undisturbed)
 
 
+QAT_SPACE = """
+SPACE = {"mode": ("ft2",), "calibrator": ("max",), "num_batches": (1,), "act_bits": (3,), "weight_bits": (3,)}
+QAT = {"lr": (0.01, 0.003), "global_batch": (8,), "augment": ("none",), "dropout": (0.0,),
+       "num_samples": 2, "epochs": 3, "optimizer": ("adamw",)}
+"""
+
+
+@pytest.mark.slow
+def test_a_search_killed_while_it_trains_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "project").mkdir()
+    project = make_project(tmp_path / "project", train=640, val=60)
+    (tmp_path / "space.py").write_text(QAT_SPACE)
+    small = ("--calib-batchsz", 4, "--batch-size", 20, "--search-space", tmp_path / "space.py")
+    argv = (*project.options, *small, "--max-trials-in-flight", 1, "--target-drop", 0, "--output")
+    folders = [tmp_path / "undisturbed", tmp_path / "killed"]
+    Run(folders[0], *argv, folders[0]).finish()
+    run = Run(folders[1], *argv, folders[1])
+    run.wait_until(lambda log: sum(e["event"] == "qat_epoch" for e in log) >= 3)
+    run.kill()
+    assert not (folders[1] / "result.json").exists()
+    Run(folders[1], "--resume", folders[1]).finish()
+    results = [json.loads((folder / "result.json").read_text())["qat"] for folder in folders]
+    assert results[0] == results[1]
+    logged = [(e["name"], e["epoch"]) for e in events(folders[1]) if e["event"] == "qat_epoch"]
+    assert len(logged) == len(set(logged))
+
+
 @pytest.fixture
 def two_nodes() -> Iterator[tuple[str, subprocess.Popen]]:
     """(address, process) of a cluster of two nodes of one CPU each; the process takes `kill`."""

@@ -52,6 +52,7 @@ from vitq_ray.qat_loop import (
     epoch_of,
     epoch_row,
     read_outcome,
+    record_bad_images,
     sharded_evaluation,
     subset,
     train_qat,
@@ -413,22 +414,6 @@ def _rank_main(config: dict[str, Any]) -> None:
 
 def _ignore(report: StepReport) -> None:
     pass
-
-
-def record_bad_images(folder: Path, bad_images: list[tuple[str, str]]) -> None:
-    """Move what was found broken into bad_images.jsonl; lines of several ranks may alternate."""
-    rows = dict(bad_images)
-    bad_images.clear()
-    if rows:
-        with open(folder / "bad_images.jsonl", "a") as stream:
-            stream.write("".join(json.dumps([name, reason]) + "\n" for name, reason in rows.items()))
-
-
-def read_bad_images(folder: Path) -> list[tuple[str, str]]:
-    """(address, reason) of every broken image a run has met, each once."""
-    path = folder / "bad_images.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return list(dict(json.loads(line) for line in lines).items())
 
 
 def ray_nodes() -> list[dict[str, float]]:

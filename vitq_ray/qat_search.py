@@ -36,6 +36,7 @@ from vitq_ray.qat_loop import (
     QatData,
     Ranks,
     read_outcome,
+    record_bad_images,
     thread_reader,
     train_qat,
 )
@@ -203,15 +204,21 @@ def _train(config: dict[str, Any], shared: _Shared) -> None:
 
 def _train_run(run: TrainingRun, shared: _Shared, on_epoch: Callable[[EpochReport], None]) -> None:
     device = torch.device("cuda" if shared.use_gpu else "cpu")
+    folder, bad_images = shared.folder / run.name, list[tuple[str, str]]()
+
+    def keep_bad_images_too(report: EpochReport) -> None:
+        record_bad_images(folder, bad_images)
+        on_epoch(report)
+
     train_qat(
         run.config,
         load_calibrated(shared.starts[run.start]),
         copy.deepcopy(ray.get(shared.teacher)),
         ray.get(shared.data),
-        shared.folder / run.name,
-        thread_reader(max(2, shared.threads), shared.on_bad_image),
+        folder,
+        thread_reader(max(2, shared.threads), shared.on_bad_image, bad_images),
         Ranks(device=device),
-        on_epoch=on_epoch,
+        on_epoch=keep_bad_images_too,
     )
 
 
@@ -290,6 +297,8 @@ def run_training(
         shutil.rmtree(folder / ".tune", ignore_errors=True)
     if outcome.num_errors:
         raise _cause(outcome.errors[0], len(outcome))
+    for name in names:  # as large as the training split
+        (folder / name / "teacher_logits.npy").unlink(missing_ok=True)
 
 
 def _cause(error: BaseException, count: int) -> Exception:

@@ -49,7 +49,7 @@ from vitq_ray.files import write_json
 from vitq_ray.metrics import Metrics
 from vitq_ray.models import LoadedModel, load_model, weights_fingerprint
 from vitq_ray.proposals import ListProposals, Proposals, proposals
-from vitq_ray.qat_loop import QatData, read_outcome, steps_per_epoch
+from vitq_ray.qat_loop import QatData, read_bad_images, read_outcome, record_bad_images, steps_per_epoch
 from vitq_ray.qat_search import Epoch, QatContest, TrainingRun, run_training, training_runs
 from vitq_ray.quant.vit import float_copy, frozen_weights, quantize_vit, quantizers_off
 from vitq_ray.racing import Decision, Race, Verdict
@@ -436,6 +436,8 @@ def sidecar_of(search: Search, setting: QuantSetting, accuracy: dict[str, Any]) 
             "batches": setting.num_batches,
             "batch_size": args.calib_batchsz,
             "data_fingerprint": search.calib.fingerprint,
+            # Which half of val it was selected by, for `qat.py`.
+            **({"split_seed": args.split_seed} if search.splits.calib_split == "train" else {}),
         },
         accuracy=accuracy,
         versions=cli.versions(),
@@ -494,6 +496,8 @@ def train(
         run_training(
             training, starts, teacher, data, home, search.resources, search.args.on_bad_image, _print_epoch(training)
         )
+    for name in training.runs:
+        search.bad_images += read_bad_images(home / name)
     best = training.best()
     return _report_trained(search, folder, training, best, starts)
 
@@ -576,6 +580,7 @@ def run(search: Search, folder: RunFolder, ray_cluster: Cluster) -> None:
         statistics = calibrate(search, folder, metrics)
     with search.watch.stage("float"):
         images, baseline = selection(search, folder)
+    record_bad_images(folder.path, list(search.bad_images))  # a resumed search does not read these images again
     if problem := sanity_problem(baseline, search.loaded.geometry.num_classes, search.args.min_float_top1):
         raise InputError(f"{search.args.pretrained_dir}: {problem}; nothing was searched")
     print(f"float: {live.accuracy_of(baseline)} on the {baseline.images} selection images", flush=True)
@@ -593,7 +598,7 @@ def run(search: Search, folder: RunFolder, ray_cluster: Cluster) -> None:
     if search.space.qat is not None and misses_target(search, contest, baseline):
         trained = train(search, search.space.qat, folder, statistics, contest)
     folder.append("winner", name=winner.name, report=counts["winner"])
-    result = _result(search, contest, results, winner, counts)
+    result = _result(search, folder, contest, results, winner, counts)
     folder.write_result(result if trained is None else {**result, "qat": trained.summary})
     _print_outcome(search, contest, results, winner, (of_winner, of_float))
     if trained is not None:
@@ -605,6 +610,7 @@ def run(search: Search, folder: RunFolder, ray_cluster: Cluster) -> None:
 
 def _result(
     search: Search,
+    folder: RunFolder,
     contest: Contest,
     results: Mapping[str, Evaluation],
     winner: Candidate,
@@ -631,7 +637,7 @@ def _result(
             "images_evaluated": race.images_evaluated,
             "images_of_full_evaluation": len(race.names) * race.rules.images,
         },
-        "bad_images": cli.bad_image_rows(search.bad_images),
+        "bad_images": cli.bad_image_rows(read_bad_images(folder.path) + search.bad_images),
         "seconds": search.watch.seconds,
     }
 
