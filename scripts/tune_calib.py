@@ -29,7 +29,7 @@ DEFAULT_SPACE = Path(__file__).resolve().parents[1] / "search_spaces" / "calib.p
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__ or "")
-    cli.add_model_options(parser)
+    cli.add_model_options(parser, decode_threads=False)  # Ray Data decodes
     cli.add_setting_options(parser)
     cli.add_search_options(parser)
     parser.add("--calib-batchsz", type=cli.number(int, 1), default=8, help="images per calibration batch")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -117,6 +118,23 @@ def test_trials_give_what_the_driver_gives(
         here = evaluate_here(setting, statistics, images).correct[: referee.done[name]]
         np.testing.assert_array_equal(referee.correct[name][: len(here)], here, err_msg=name)
     assert not (tmp_path / "tune").exists(), "Tune's own bookkeeping is removed"
+
+
+@pytest.mark.parametrize("full_at", [10, 33])
+def test_what_the_referee_raises_is_not_buried(
+    full_at: int, ray_cluster: None, statistics: CalibrationStatistics, tmp_path: Path
+) -> None:
+    images = image_set()
+    referee = Recorder(list(SETTINGS), len(images))
+
+    def disk_full(name: str) -> None:
+        if referee.done[name] == full_at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    referee.on_take = disk_full
+    with pytest.raises(OSError, match="No space left") as caught:
+        start_trials(referee, statistics, images, RaceRules(33, 10), tmp_path / "tune")
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_a_killed_worker_does_not_lose_a_trial(

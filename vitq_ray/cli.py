@@ -77,7 +77,7 @@ def quant_mode(text: str) -> str:
     return mode
 
 
-def add_model_options(parser: Parser) -> None:
+def add_model_options(parser: Parser, decode_threads: bool = True) -> None:
     """Which checkpoint, which images, on what. Without `--pretrained_dir` and `--data-path`: the bundled sample."""
     parser.add("--pretrained_dir", help="checkpoint file: .npz, .pth, .safetensors, or *_calib.pth (path or URI)")
     parser.add("--data-path", help="folder with train.zip, val.zip and their maps, or with train/ and val/")
@@ -85,7 +85,8 @@ def add_model_options(parser: Parser) -> None:
     parser.add("--img_size", type=number(int, 1, 4096), help="pixels; default: the model type's, with auto the file's")
     parser.add("--crop-pct", type=number(float, 0.01, 1), help="crop the centre of evaluation images, by timm's rule")
     parser.add("--on-bad-image", choices=("error", "skip"), default="error", help="what to do with a broken image")
-    parser.add("--decode-threads", type=number(int, 1), default=2, help="threads that decode images")
+    if decode_threads:
+        parser.add("--decode-threads", type=number(int, 1), default=2, help="threads that decode images")
     parser.add("--use-gpu", action="store_true", help="run the model on the first GPU")
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 from torch import Tensor, nn
 
@@ -61,8 +62,7 @@ from vitq_ray.workers import WorkerPool, collect_on, torch_threads
 MOST_SELECTION_IMAGES = 10_000  # by default: they are kept decoded
 # Options that may differ when a search is resumed: they decide where and how fast, not what.
 FREE_OPTIONS = frozenset(
-    {"output", "resume", "ray_address", "dashboard", "max_trials_in_flight", "num_workers", "decode_threads"}
-    | {"object_store_memory"}
+    {"output", "resume", "ray_address", "dashboard", "max_trials_in_flight", "num_workers", "object_store_memory"}
 )
 
 
@@ -222,6 +222,18 @@ def _require_memory(search: Search) -> None:
         raise InputError(
             f"--object-store-memory: {budget:g} GB cannot hold {len(search.splits.selection)} decoded selection images "
             f"({search.selection_bytes / 1e9:.2f} GB of at most 80 %); expected more, or fewer --select-images"
+        )
+
+
+def _require_store(search: Search) -> None:
+    """Of a cluster that was joined, the object store is as large as it is."""
+    here = ray.get_runtime_context().get_node_id()
+    (store,) = (n["Resources"].get("object_store_memory", 0.0) for n in ray.nodes() if n["NodeID"] == here)
+    if search.selection_bytes > 0.8 * store:
+        raise InputError(
+            f"object store: {store / 1e9:.2f} GB on this node cannot hold {len(search.splits.selection)} decoded "
+            f"selection images ({search.selection_bytes / 1e9:.2f} GB of at most 80 %); expected a larger one, or "
+            f"fewer --select-images"
         )
 
 
@@ -575,6 +587,7 @@ def run(search: Search, folder: RunFolder, ray_cluster: Cluster) -> None:
     url = ray_cluster.dashboard_url
     print(f"run folder {folder.path}" + cli.dashboard_hint(url), flush=True)
     require_room(search.resources)
+    _require_store(search)
     metrics = Metrics(folder.path.name)
     with search.watch.stage("calibrate"):
         statistics = calibrate(search, folder, metrics)

@@ -16,7 +16,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -85,6 +85,39 @@ class Referee(Protocol):
 
     def take(self, name: str, start: int, correct: Bools, correct5: Bools, seconds: float) -> bool:
         """Take in results for images `start` … of the race's order; whether the candidate is to stop."""
+
+
+class _Witness:
+    """A referee, and its first error, such as a full disk: Tune would wrap it, or take it for a failure of a trial."""
+
+    def __init__(self, referee: Referee) -> None:
+        self._referee = referee
+        self.error: Exception | None = None
+
+    def next(self) -> str | None:
+        with self._remembering():
+            return self._referee.next()
+
+    @property
+    def over(self) -> bool:
+        return self._referee.over
+
+    def seen(self, name: str) -> int:
+        return self._referee.seen(name)
+
+    def take(self, name: str, start: int, correct: Bools, correct5: Bools, seconds: float) -> bool:
+        with self._remembering():
+            return self._referee.take(name, start, correct, correct5, seconds)
+
+    @contextmanager
+    def _remembering(self) -> Iterator[None]:
+        if self.error is not None:  # whatever Tune tries next
+            raise self.error
+        try:
+            yield
+        except Exception as error:
+            self.error = error
+            raise
 
 
 @dataclass(frozen=True)
@@ -301,9 +334,11 @@ def run_trials(shared: Shared, referee: Referee, resources: Resources, folder: P
 
     `folder` is Tune's while it works, and gone afterwards; on a cluster all nodes must see it.
 
-    Raises InputError where no node can hold one trial, and RuntimeError where a trial failed for good.
+    Raises InputError where no node can hold one trial, RuntimeError where a trial failed for good, and what the referee
+    raises.
     """
     slots = require_room(resources)
+    witness = _Witness(referee)
     # By default Tune asks a searcher for one trial at a time, and starts the next worker only when the one before it
     # runs. A worker then takes longer to start than a short trial on a warm one, which Tune prefers: it would start and
     # drop the other workers for ever.
@@ -312,8 +347,8 @@ def run_trials(shared: Shared, referee: Referee, resources: Resources, folder: P
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(CandidateTrial, shared=shared), need),
         tune_config=tune.TuneConfig(
-            search_alg=_Queue(referee),
-            scheduler=RacingScheduler(referee),
+            search_alg=_Queue(witness),
+            scheduler=RacingScheduler(witness),
             num_samples=-1,
             max_concurrent_trials=resources.in_flight,
             reuse_actors=True,
@@ -330,8 +365,12 @@ def run_trials(shared: Shared, referee: Referee, resources: Resources, folder: P
     )
     try:
         outcome = tuner.fit()
+    except Exception as error:
+        raise (witness.error or error) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # Tune's own bookkeeping; trials.jsonl is the record
+    if witness.error is not None:
+        raise witness.error
     if outcome.num_errors:
         raise RuntimeError(f"{outcome.num_errors} of {len(outcome)} trials failed; the first: {outcome.errors[0]}")
 
