@@ -48,6 +48,7 @@ _END_SIZE, _LOCATOR_SIZE, _ZIP64_END_SIZE, _LONGEST_COMMENT = 22, 20, 56, 65535
 _HEADER_SIZE, _LOCAL_SIZE = 46, 30
 _DEFLATE_RATIO = 1032  # the most that deflate can do: 258 bytes in 2 bits
 _UTF8_FLAG = 1 << 11
+_HASHED_AT_ONCE = 1 << 16  # names of a map: fewer megabytes at a time
 
 
 def text_of(data: Bytes, start: int, length: int) -> str:
@@ -272,9 +273,12 @@ def match_names(
     as code page 437, which the standard says.
     """
     hashes = _hashes(raw, members["name_start"], members["name_length"], skip)
-    order = np.argsort(hashes, kind="stable")
+    order = np.argsort(hashes, kind="stable").astype(np.int32)
     hashes = hashes[order]
-    place = np.searchsorted(hashes, _hashes(text, start, length, 0), side="right") - 1
+    place = np.empty(len(start), np.int32)
+    for first in range(0, len(start), _HASHED_AT_ONCE):
+        part = slice(first, first + _HASHED_AT_ONCE)
+        place[part] = np.searchsorted(hashes, _hashes(text, start[part], length[part], 0), side="right") - 1
     del hashes
     rows = _confirmed(order, place, text, start, length, raw, members["name_start"], members["name_length"], skip)
     missing = np.flatnonzero(rows < 0)
