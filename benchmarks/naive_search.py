@@ -2,13 +2,16 @@
 
     python scripts/tune_calib.py --output runs/w4 --wprec 4 --aprec 4
     python benchmarks/naive_search.py --run runs/w4
+    python benchmarks/naive_search.py --run runs/w4 --processes --calibrators max,percentile
 
 Uses nvidia-modelopt (`pip install -e '.[bench]'`): its calibrators collect at the sites of each setting's mode in a
 float pass of its own, its fake quantization runs eagerly at the same sites, with all cores, on the same calibration
-and selection images, decoded for every setting as a script would. Settings of `mse` are left out: the peer's is wrong
-on CPUs. Its `entropy` takes seconds a site: `--entropy-sites` of every entropy setting are computed, their mean time
-stands for the others, and what was extrapolated is said. The times of the run are those of its result.json: all
-stages, the start of Ray included; a run that was resumed is refused.
+and selection images, decoded for every setting as a script would. All settings in one process is the most that a
+careful user would write; with `--processes` each is a command of its own, as the old toolkit's were, its start
+included. Settings of `mse` are left out: the peer's is wrong on CPUs. Its `entropy` takes seconds a site:
+`--entropy-sites` of every entropy setting are computed, their mean time stands for the others, and what was
+extrapolated is said. The times of the run are those of its result.json: all stages, the start of Ray included; a run
+that was resumed is refused.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -72,11 +77,12 @@ class Cost:
     calibrate: float
     evaluate: float
     correct: int | None  # None where most scales were not computed, but taken from `max`
-    extrapolated: float = 0.0
+    extrapolated: float = 0.0  # of `calibrate`
+    start: float = 0.0  # of a process of its own: imports, the checkpoint, the index
 
     @property
     def total(self) -> float:
-        return self.calibrate + self.evaluate
+        return self.start + self.calibrate + self.evaluate
 
 
 class Naive:
@@ -169,6 +175,17 @@ class Naive:
                 quantizer.set_amax(largest, quantizer.bits, quantizer.axis)
 
 
+def cost_of_process(argv: Sequence[str], name: str, setting: QuantSetting) -> Cost:
+    """The setting as a command of its own, timed from outside."""
+    clock = time.perf_counter()
+    command = [sys.executable, __file__, *argv, "--only", name]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    elapsed = time.perf_counter() - clock
+    inside = json.loads(done.stdout.splitlines()[-1])
+    computed = inside["calibrate"] - inside["extrapolated"] + inside["evaluate"]
+    return Cost(setting, **inside, start=elapsed - computed)
+
+
 def settings_of(result: dict) -> list[tuple[str, QuantSetting]]:
     """(candidate, setting) of a run, in its order, without those of `mse`."""
     settings = ((name, QuantSetting.from_dict(c["setting"])) for name, c in result["candidates"].items())
@@ -181,26 +198,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--calibrators", default="max,percentile,entropy")
     parser.add_argument("--entropy-sites", type=int, default=2)
     parser.add_argument("--first", type=int, help="only so many settings, spread over the list")
+    parser.add_argument("--processes", action="store_true", help="each setting as a command of its own")
+    parser.add_argument("--only", help="one candidate, its cost as JSON: what --processes starts")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
     run, result = (json.loads((args.run / name).read_text()) for name in ("run.json", "result.json"))
     if '"resumed"' in (args.run / "trials.jsonl").read_text():
         raise SystemExit(f"{args.run}: was resumed, so its times are not those of a whole search")
+    if args.only is not None:
+        cost = Naive(run, args.entropy_sites).cost(dict(settings_of(result))[args.only])
+        fields = ("calibrate", "evaluate", "correct", "extrapolated")
+        print(json.dumps({name: getattr(cost, name) for name in fields}))
+        return
     chosen = [(n, s) for n, s in settings_of(result) if s.calibrator in args.calibrators.split(",")]
     if args.first is not None:
         chosen = chosen[:: -(-len(chosen) // args.first)]
-    naive = Naive(run, args.entropy_sites)
+    naive = None if args.processes else Naive(run, args.entropy_sites)
+    own = ("--run", str(args.run), "--entropy-sites", str(args.entropy_sites))
     costs: list[tuple[str, Cost]] = []
     for name, setting in track(chosen, len(chosen), "naive"):
-        cost = naive.cost(setting)
+        cost = naive.cost(setting) if naive else cost_of_process(own, name, setting)
         costs.append((name, cost))
         ours = result["selection"].get(result["candidates"][name]["same_as"] or name)
-        full = ours is not None and cost.correct is not None and ours["images"] == len(naive.select_ids)
+        full = ours is not None and cost.correct is not None and ours["images"] == len(run["splits"]["selection"])
         note = f", {cost.correct} correct" if cost.correct is not None else ""
         note += f" (here {ours['top1_correct']})" if full else ""
         note += f", {cost.extrapolated:.0f} s of it extrapolated" if cost.extrapolated else ""
         print(
-            f"{name} {setting.label}: calibrate {cost.calibrate:.1f} s, evaluate {cost.evaluate:.1f} s{note}",
+            f"{name} {setting.label}: start {cost.start:.1f} s, calibrate {cost.calibrate:.1f} s, "
+            f"evaluate {cost.evaluate:.1f} s{note}",
             flush=True,
         )
     summarize(costs, len(settings_of(result)), result["seconds"])
