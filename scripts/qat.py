@@ -67,13 +67,11 @@ from vitq_ray.qat_loop import (
     QatOutcome,
     Ranks,
     epoch_row,
-    read_bad_images,
-    record_bad_images,
     steps_per_epoch,
     thread_reader,
 )
 from vitq_ray.quant.vit import float_copy, quantize_vit
-from vitq_ray.run_folder import default_folder
+from vitq_ray.run_folder import default_folder, read_bad_images, record_bad_images
 
 # What may differ between a run and its continuation: it does not change what is computed.
 OPERATIONAL = ("resume", "output", "ray_address", "dashboard", "max_failures", "decode_threads", "checkpoint_steps")

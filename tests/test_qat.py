@@ -41,11 +41,10 @@ from vitq_ray.qat_loop import (
     QatData,
     Ranks,
     StepReport,
-    read_bad_images,
-    record_bad_images,
     thread_reader,
 )
 from vitq_ray.quant.vit import float_copy
+from vitq_ray.run_folder import read_bad_images, record_bad_images
 
 GB = 1e9
 PLAN = Plan(1.0, 1)

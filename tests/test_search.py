@@ -120,6 +120,14 @@ def test_trials_give_what_the_driver_gives(
     assert not (tmp_path / "tune").exists(), "Tune's own bookkeeping is removed"
 
 
+def test_images_that_no_object_store_can_hold_are_refused(
+    ray_cluster: None, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(search.Search, "selection_bytes", 250_000_000)  # of the 300 MB that the cluster has
+    assert run_tune(project, tmp_path, "--output", tmp_path / "run") == 2
+    assert "object store: 0.30 GB of a node cannot hold" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("full_at", [10, 33])
 def test_what_the_referee_raises_is_not_buried(
     full_at: int, ray_cluster: None, statistics: CalibrationStatistics, tmp_path: Path
@@ -305,6 +313,12 @@ def test_broken_images_are_skipped_and_listed(ray_cluster: None, project: Projec
     assert places.count("train.zip") >= 1
     assert all("not a readable image" in row["reason"] for row in result["bad_images"])
     assert result["selection"]["float"]["images"] + result["images"] == 21
+    (tmp_path / "skip" / "result.json").unlink()  # a search that goes on does not read the calibration images again
+    with open(tmp_path / "skip" / "bad_images.jsonl", "a") as stream:
+        stream.write('["half a li')
+    assert run_tune(project, tmp_path, "--on-bad-image", "skip", "--resume", tmp_path / "skip") == 0
+    again = json.loads((tmp_path / "skip" / "result.json").read_text())["bad_images"]
+    assert sorted(again, key=str) == sorted(result["bad_images"], key=str)
 
 
 def test_only_val(ray_cluster: None, project: Project, tmp_path: Path) -> None:

@@ -30,9 +30,10 @@ _ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is handled once, in cli.run
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_worker_niceness": "0",  # Ray's 15 lets whatever else runs on the machine go first
-    # glibc's malloc in Ray's processes: keep freed memory. Fresh pages for every image or activation cost time.
+    # glibc's malloc in the processes of a Ray that is started here: keep some freed memory, since fresh pages for every
+    # image or activation cost time.
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),  # the most that glibc takes
-    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
     "MALLOC_TOP_PAD_": str(16 << 20),
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }

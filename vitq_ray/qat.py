@@ -52,12 +52,12 @@ from vitq_ray.qat_loop import (
     epoch_of,
     epoch_row,
     read_outcome,
-    record_bad_images,
     sharded_evaluation,
     subset,
     train_qat,
 )
 from vitq_ray.quant.vit import frozen_weights, quantizers_off
+from vitq_ray.run_folder import record_bad_images
 
 MAX_FAILURES = 3
 _PROCESS_BYTES = 500_000_000  # a worker process with PyTorch and Ray, before it holds a model

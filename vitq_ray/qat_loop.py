@@ -196,22 +196,6 @@ def thread_reader(
     return read
 
 
-def record_bad_images(folder: Path, bad_images: list[tuple[str, str]]) -> None:
-    """Move what was found broken into bad_images.jsonl; lines of several ranks may alternate."""
-    rows = dict(bad_images)
-    bad_images.clear()
-    if rows:
-        with open(folder / "bad_images.jsonl", "a") as stream:
-            stream.write("".join(json.dumps([name, reason]) + "\n" for name, reason in rows.items()))
-
-
-def read_bad_images(folder: Path) -> list[tuple[str, str]]:
-    """(address, reason) of every broken image a run has met, each once."""
-    path = folder / "bad_images.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return list(dict(json.loads(line) for line in lines).items())
-
-
 # Ranks --------------------------------------------------------------------------------------------------------------
 
 

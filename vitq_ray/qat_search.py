@@ -36,10 +36,10 @@ from vitq_ray.qat_loop import (
     QatData,
     Ranks,
     read_outcome,
-    record_bad_images,
     thread_reader,
     train_qat,
 )
+from vitq_ray.run_folder import record_bad_images
 from vitq_ray.search_space import QatSpace
 from vitq_ray.trials import Resources, require_room
 
@@ -196,15 +196,19 @@ def _train(config: dict[str, Any], shared: _Shared) -> None:
     if (folder / "state.pt").exists():  # what an earlier process may have trained, but not reported
         for known in read_outcome(folder).epochs:
             on_epoch(known)
+    bad_images: list[tuple[str, str]] = []
     try:
-        _train_run(run, shared, on_epoch)
+        _train_run(run, shared, bad_images, on_epoch)
     except (DivergedError, NonFiniteLogitsError) as error:  # it would come to the same point every time
+        record_bad_images(folder, bad_images)
         tune.report({"name": run.name, "failure": str(error)})
 
 
-def _train_run(run: TrainingRun, shared: _Shared, on_epoch: Callable[[EpochReport], None]) -> None:
+def _train_run(
+    run: TrainingRun, shared: _Shared, bad_images: list[tuple[str, str]], on_epoch: Callable[[EpochReport], None]
+) -> None:
     device = torch.device("cuda" if shared.use_gpu else "cpu")
-    folder, bad_images = shared.folder / run.name, list[tuple[str, str]]()
+    folder = shared.folder / run.name
 
     def keep_bad_images_too(report: EpochReport) -> None:
         record_bad_images(folder, bad_images)
@@ -229,11 +233,19 @@ class _Scheduler(FIFOScheduler):
         super().__init__()
         self._contest = contest
         self._on_epoch = on_epoch
+        self.error: Exception | None = None  # of the contest, such as a full disk: Tune would wrap it
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune saves its parts for its own restore, which is not used here
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        try:
+            return self._take(result)
+        except Exception as error:
+            self.error = error
+            raise
+
+    def _take(self, result: dict[str, Any]) -> str:
         if result.get("failure"):
             self._contest.fail(result["name"], result["failure"])
             return str(TrialScheduler.STOP)
@@ -259,8 +271,24 @@ def run_training(
     Raises InputError where no node can hold a run, or where a run met bad input; RuntimeError where it failed for good.
     """
     names = contest.unfinished()
-    if not names:
-        return
+    if names:
+        _run_unfinished(contest, names, starts, teacher, data, folder, resources, on_bad_image, on_epoch, max_failures)
+    for name in contest.runs:  # as large as the training split
+        (folder / name / "teacher_logits.npy").unlink(missing_ok=True)
+
+
+def _run_unfinished(
+    contest: QatContest,
+    names: Sequence[str],
+    starts: Mapping[str, str],
+    teacher: nn.Module,
+    data: QatData,
+    folder: Path,
+    resources: Resources,
+    on_bad_image: str,
+    on_epoch: Callable[[Epoch], None],
+    max_failures: int,
+) -> None:
     require_room(resources)
     for name in names:
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -275,11 +303,12 @@ def run_training(
         use_gpu=resources.gpus > 0,
     )
     need = {"cpu": resources.threads, "gpu": resources.gpus}
+    scheduler = _Scheduler(contest, on_epoch)
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(_train, shared=shared), need),
         param_space={"run": tune.grid_search(names)},
         tune_config=tune.TuneConfig(
-            scheduler=_Scheduler(contest, on_epoch),
+            scheduler=scheduler,
             max_concurrent_trials=resources.in_flight,
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
@@ -293,17 +322,21 @@ def run_training(
     )
     try:
         outcome = tuner.fit()
+    except Exception:
+        if scheduler.error is not None:
+            raise scheduler.error from None
+        raise
     finally:
         shutil.rmtree(folder / ".tune", ignore_errors=True)
     if outcome.num_errors:
         raise _cause(outcome.errors[0], len(outcome))
-    for name in names:  # as large as the training split
-        (folder / name / "teacher_logits.npy").unlink(missing_ok=True)
 
 
 def _cause(error: BaseException, count: int) -> Exception:
     inner = getattr(error, "cause", None)
-    return inner if isinstance(inner, InputError) else RuntimeError(f"of {count} training runs, one failed: {error}")
+    if isinstance(inner, InputError | OSError):
+        return inner
+    return RuntimeError(f"of {count} training runs, one failed: {error}")
 
 
 def _trial_name(trial: Any) -> str:

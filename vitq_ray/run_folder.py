@@ -6,6 +6,8 @@ trials.jsonl      one line per event, appended and synced: the record of truth t
 correct.parquet   which images each candidate classified correctly
 result.json       the outcome
 best/             the winner: setting.json, calibrated checkpoint and sidecar
+qat/              of a search that trains: a folder for every training run
+bad_images.jsonl  with `--on-bad-image skip`: what was skipped; training runs have one of their own
 
 A search is resumed by replaying trials.jsonl. Its events: `float` (results of the float model), `candidate` (name,
 setting, predicted noise), `chunk` (results of a candidate on images `start` … of the race's order; bits packed, in
@@ -19,6 +21,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +170,23 @@ def first_difference(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str |
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def record_bad_images(folder: Path, bad_images: list[tuple[str, str]]) -> None:
+    """Move what was found broken into bad_images.jsonl; lines of several ranks may alternate."""
+    rows = dict(bad_images)
+    bad_images.clear()
+    if rows:
+        with open(folder / "bad_images.jsonl", "a") as stream:  # a line feed first: the last line may be half a line
+            stream.write("".join("\n" + json.dumps([name, reason]) for name, reason in rows.items()) + "\n")
+
+
+def read_bad_images(folder: Path) -> list[tuple[str, str]]:
+    """(address, reason) of every broken image a run has met, each once; half a line, after a kill, does not count."""
+    path = folder / "bad_images.jsonl"
+    found: dict[str, str] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with suppress(ValueError):
+            name, reason = json.loads(line)
+            found[name] = reason
+    return list(found.items())

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 from torch import Tensor, nn
 
@@ -50,19 +49,20 @@ from vitq_ray.files import write_json
 from vitq_ray.metrics import Metrics
 from vitq_ray.models import LoadedModel, load_model, weights_fingerprint
 from vitq_ray.proposals import ListProposals, Proposals, proposals
-from vitq_ray.qat_loop import QatData, read_bad_images, read_outcome, record_bad_images, steps_per_epoch
+from vitq_ray.qat_loop import QatData, read_outcome, steps_per_epoch
 from vitq_ray.qat_search import Epoch, QatContest, TrainingRun, run_training, training_runs
 from vitq_ray.quant.vit import float_copy, frozen_weights, quantize_vit, quantizers_off
 from vitq_ray.racing import Decision, Race, Verdict
-from vitq_ray.run_folder import RunFolder, first_difference, pack, unpack
+from vitq_ray.run_folder import RunFolder, first_difference, pack, read_bad_images, record_bad_images, unpack
 from vitq_ray.search_space import QatSpace, SearchSpace, load_space
-from vitq_ray.trials import ImageSet, Resources, require_room, run_trials, share
+from vitq_ray.trials import ImageSet, Resources, nodes_for, require_room, run_trials, share
 from vitq_ray.workers import WorkerPool, collect_on, torch_threads
 
 MOST_SELECTION_IMAGES = 10_000  # by default: they are kept decoded
 # Options that may differ when a search is resumed: they decide where and how fast, not what.
 FREE_OPTIONS = frozenset(
     {"output", "resume", "ray_address", "dashboard", "max_trials_in_flight", "num_workers", "object_store_memory"}
+    | {"decode_threads"}  # of runs that an earlier version began
 )
 
 
@@ -226,12 +226,12 @@ def _require_memory(search: Search) -> None:
 
 
 def _require_store(search: Search) -> None:
-    """Of a cluster that was joined, the object store is as large as it is."""
-    here = ray.get_runtime_context().get_node_id()
-    (store,) = (n["Resources"].get("object_store_memory", 0.0) for n in ray.nodes() if n["NodeID"] == here)
+    """Every node that can hold a trial needs the images. InputError where the object store of one is too small: that of
+    a cluster that was joined is as large as it is."""
+    store = min(node.get("object_store_memory", 0.0) for node in nodes_for(search.resources))
     if search.selection_bytes > 0.8 * store:
         raise InputError(
-            f"object store: {store / 1e9:.2f} GB on this node cannot hold {len(search.splits.selection)} decoded "
+            f"object store: {store / 1e9:.2f} GB of a node cannot hold {len(search.splits.selection)} decoded "
             f"selection images ({search.selection_bytes / 1e9:.2f} GB of at most 80 %); expected a larger one, or "
             f"fewer --select-images"
         )
@@ -313,8 +313,14 @@ def calibrate(search: Search, folder: RunFolder, metrics: Metrics) -> Calibratio
             f"calibration: {wanted} batches of {size} asked for, {sum(statistics.batches)} are left without the "
             f"{len(search.bad_images)} broken images"
         )
+    _keep_bad_images(search, folder)
     folder.write_statistics(statistics.to_bytes())
     return statistics
+
+
+def _keep_bad_images(search: Search, folder: RunFolder) -> None:
+    """Before the results of a stage are kept: a resumed search does not read these images again."""
+    record_bad_images(folder.path, list(search.bad_images))
 
 
 def _collect(search: Search, batches: Iterator[tuple[int, Batch]], metrics: Metrics) -> CalibrationStatistics:
@@ -593,7 +599,6 @@ def run(search: Search, folder: RunFolder, ray_cluster: Cluster) -> None:
         statistics = calibrate(search, folder, metrics)
     with search.watch.stage("float"):
         images, baseline = selection(search, folder)
-    record_bad_images(folder.path, list(search.bad_images))  # a resumed search does not read these images again
     if problem := sanity_problem(baseline, search.loaded.geometry.num_classes, search.args.min_float_top1):
         raise InputError(f"{search.args.pretrained_dir}: {problem}; nothing was searched")
     print(f"float: {live.accuracy_of(baseline)} on the {baseline.images} selection images", flush=True)

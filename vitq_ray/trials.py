@@ -365,8 +365,10 @@ def run_trials(shared: Shared, referee: Referee, resources: Resources, folder: P
     )
     try:
         outcome = tuner.fit()
-    except Exception as error:
-        raise (witness.error or error) from None
+    except Exception:
+        if witness.error is not None:
+            raise witness.error from None
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # Tune's own bookkeeping; trials.jsonl is the record
     if witness.error is not None:
@@ -381,14 +383,20 @@ def _trial_name(trial: Any) -> str:
 
 def require_room(resources: Resources) -> int:
     """How many trials fit at once. A trial that no node can hold would wait forever: InputError instead."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    slots = sum(_slots(node, resources) for node in nodes)
+    slots = sum(_slots(node, resources) for node in nodes_for(resources))
     if not slots:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         have = ", ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes)
         raise InputError(
             f"trials: one needs {resources.threads} CPUs and {resources.gpus:g} GPUs, no node has them; found {have}"
         )
     return slots if resources.in_flight is None else min(slots, resources.in_flight)
+
+
+def nodes_for(resources: Resources) -> list[dict[str, float]]:
+    """Resources of the living nodes that can hold at least one trial."""
+    nodes: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [node for node in nodes if _slots(node, resources)]
 
 
 def _slots(node: Mapping[str, float], resources: Resources) -> int:

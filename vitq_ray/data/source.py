@@ -6,7 +6,8 @@
 A task gets its run of ids and a reference: the index itself is never in a closure. A broken image is a row like any
 other, with zeros for pixels and its reason in the column `error`. So nothing is lost or reordered on the way, and the
 driver raises the error, or skips the image and lists it, exactly where the threads of `iter_batches` would. Images
-are never collected: Ray Data stops reading while a few blocks per CPU wait for the consumer.
+are never collected: Ray Data starts no task while those of two tasks per CPU, and at most half of the object store,
+are in work or wait for the consumer.
 
 Needs a running Ray; several nodes need a path that all of them see, or an `s3://` URI.
 Legend: B images of a batch, S image size in pixels.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import gc
 import socket
+import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from functools import lru_cache, partial
@@ -26,7 +28,6 @@ import numpy.typing as npt
 import ray
 from pyarrow import fs
 from ray.data import DataContext, Dataset, Datasource, ExecutionOptions, ExecutionResources, ReadTask
-from ray.data._internal.execution import resource_manager, streaming_executor_state
 from ray.data.block import Block, BlockAccessor, BlockMetadata
 
 from vitq_ray.config import InputError, require_choice, require_int
@@ -35,14 +36,15 @@ from vitq_ray.data.samples import BadImageError, Ids, SampleIndex
 from vitq_ray.data.transforms import Transform, image_bytes
 from vitq_ray.files import resolve
 
-# Between two tasks a worker waits for the driver, so a task decodes many images; it hands them over in small blocks, so
-# that the first ones come soon. In order: the blocks of the second task wait until the first task is through.
+# Between two tasks a worker waits for the driver, so a task decodes many images; it hands them over in blocks, so that
+# the first ones come soon. In order: what a second task has decoded waits until the first task is through.
 _TASK_IMAGES = 640
 _TASK_BYTES = 96 << 20  # no task decodes more
+_MANY_TASKS = 4096  # of a large split, tasks decode more images instead
 _BLOCK_IMAGES = 128
-_MANY_TASKS = 4096
+_BLOCK_BYTES = 24 << 20  # no block is larger
 _TASKS_AHEAD = 2  # per CPU of the cluster: decoded images that may wait for the consumer or be in work
-_LEAST_AHEAD = 8 << 20
+_LEAST_AHEAD = 8 << 20  # bytes per CPU, however small the images
 _FIRST_LOOK_S = 0.05
 _POLL_INTERVAL_S = 0.05
 
@@ -65,13 +67,10 @@ class SampleDatasource(Datasource):
         self._shared = shared
         self._ids = ids
         self._transform = transform
+        self.block_bytes = _block_images(transform) * image_bytes(transform)
 
     def estimate_inmemory_data_size(self) -> int:
         return len(self._ids) * image_bytes(self._transform)
-
-    def block_bytes(self) -> int:
-        """Size of a full block of images in bytes."""
-        return _BLOCK_IMAGES * image_bytes(self._transform)
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
@@ -116,7 +115,7 @@ def stream_batches(
     require_choice("on bad image", on_bad_image, ON_BAD_IMAGE)
     wanted = np.fromiter(ids, np.int64)
     if num_tasks is None:
-        num_tasks = _num_tasks(len(wanted), transform, ray.cluster_resources().get("CPU", 1))
+        num_tasks = _num_tasks(len(wanted), transform, *_cpus_and_store())
     require_int("number of tasks", num_tasks, 0 if len(wanted) == 0 else 1)
     if len(wanted) == 0:
         return
@@ -130,8 +129,13 @@ def stream_batches(
 
 def _read_run(shared: ray.ObjectRef[SampleIndex], transform: Transform, run: Ids) -> Iterator[Block]:
     index = _local_index(shared)
-    for start in range(0, len(run), _BLOCK_IMAGES):
-        yield _read_block(index, transform, run[start : start + _BLOCK_IMAGES])
+    size = _block_images(transform)
+    for start in range(0, len(run), size):
+        yield _read_block(index, transform, run[start : start + size])
+
+
+def _block_images(transform: Transform) -> int:
+    return max(1, min(_BLOCK_IMAGES, _BLOCK_BYTES // image_bytes(transform)))
 
 
 def _read_block(index: SampleIndex, transform: Transform, run: Ids) -> Block:
@@ -174,27 +178,46 @@ def _require_here(path: str) -> None:
 # Driver -------------------------------------------------------------------------------------------------------------
 
 
-def _num_tasks(num_images: int, transform: Transform, cpus: float) -> int:
-    """Enough for runs of a convenient length; of few tasks, equally many for every CPU, so that all end together."""
-    longest = max(1, min(max(_TASK_IMAGES, num_images // _MANY_TASKS), _TASK_BYTES // image_bytes(transform)))
-    wanted = -(-num_images // longest)
-    every = max(1, int(cpus))
-    balanced = -(-wanted // every) * every
-    return balanced if num_images >= balanced * min(longest, _BLOCK_IMAGES) else wanted
+def _cpus_and_store() -> tuple[int, int]:
+    """CPUs of the cluster, at least 1, and bytes of its object store."""
+    resources = ray.cluster_resources()
+    return max(1, int(resources.get("CPU", 1))), int(resources.get("object_store_memory", 0))
+
+
+def _num_tasks(num_images: int, transform: Transform, cpus: int, store_bytes: int) -> int:
+    """Enough for runs of a convenient length; of few tasks, equally many for every CPU, so that all end together.
+
+    Ray starts a task on every CPU before it knows how large their images are, and lets each come to its end: together
+    they must not take more than a quarter of the object store.
+    """
+    room = min(_TASK_BYTES, store_bytes // (4 * cpus)) // image_bytes(transform)
+    longest = max(1, min(max(_TASK_IMAGES, num_images // _MANY_TASKS), room))
+    least = -(-num_images // longest)
+    balanced = -(-least // cpus) * cpus
+    return max(least, min(balanced, num_images // min(longest, _block_images(transform))))
 
 
 def _hurry_ray_data() -> None:
-    """Two delays of Ray 2.60 that no option shortens; where another version has others, streams are right all the same.
+    """Shorten two delays of Ray 2.60 that no option shortens, in this process; elsewhere streams are only slower.
 
     Ray Data first believes that the cluster has no CPU, and so runs one task at a time, until it looks again after a
     second. And it sleeps 0.1 s between two looks at its tasks, of which the end of a task takes two.
     """
-    manager: Any = resource_manager.ResourceManager
+    try:
+        from ray.data._internal.execution import resource_manager, streaming_executor_state
+    except ImportError:
+        return
+    manager: Any = getattr(resource_manager, "ResourceManager", None)
     interval = getattr(manager, "GLOBAL_LIMITS_UPDATE_INTERVAL_S", None)
     if isinstance(interval, int | float):  # not yet done
-        manager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = property(
-            lambda self: interval if self._global_limits.cpu else _FIRST_LOOK_S
-        )
+
+        def until_next_look(self: Any) -> float:
+            began = self.__dict__.setdefault("_first_look", time.monotonic())
+            limits = getattr(self, "_global_limits", None)
+            knows_nothing = limits is not None and not limits.cpu and time.monotonic() - began < interval
+            return _FIRST_LOOK_S if knows_nothing else interval
+
+        manager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = property(until_next_look)
     if hasattr(streaming_executor_state, "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S"):
         streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = _POLL_INTERVAL_S
 
@@ -203,12 +226,13 @@ def _dataset(source: SampleDatasource, num_tasks: int, num_cpus: float, max_task
     _hurry_ray_data()
     dataset = ray.data.read_datasource(source, override_num_blocks=num_tasks, num_cpus=num_cpus, concurrency=max_tasks)
     context = dataset.context  # this data set's own copy
-    total_bytes = source.estimate_inmemory_data_size()
-    ahead = max(_LEAST_AHEAD, _TASKS_AHEAD * -(-total_bytes // num_tasks)) * ray.cluster_resources().get("CPU", 1)
+    cpus, _ = _cpus_and_store()
+    ahead = cpus * max(_LEAST_AHEAD, _TASKS_AHEAD * -(-source.estimate_inmemory_data_size() // num_tasks))
     context.execution_options = ExecutionOptions(
         resource_limits=ExecutionResources.for_limits(object_store_memory=ahead), preserve_order=True
     )
-    context.target_max_block_size = max(1, source.block_bytes() * 3 // 4)  # Ray hands over blocks as they are from here
+    # Ray joins blocks below this, and cuts those of one and a half times: ours it hands over as they are.
+    context.target_max_block_size = max(1, source.block_bytes * 3 // 4)
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     return dataset

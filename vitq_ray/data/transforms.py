@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from vitq_ray.config import Config, InputError, require_choice, require_int
@@ -158,7 +158,8 @@ def _naming(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Pillow's decoders raise anything from OSError to SyntaxError
-        reason = one_line(error) or type(error).__name__
+        unknown = isinstance(error, UnidentifiedImageError)  # its text has the address of an object of ours
+        reason = "cannot identify image file" if unknown else one_line(error) or type(error).__name__
         raise BadImageError(f"{name}: not a readable image: {reason}") from None
 
 
