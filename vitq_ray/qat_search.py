@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +40,7 @@ from vitq_ray.qat_loop import (
 )
 from vitq_ray.run_folder import record_bad_images
 from vitq_ray.search_space import QatSpace
-from vitq_ray.trials import Resources, require_room
+from vitq_ray.trials import Resources, fit, require_room
 
 MICRO_BATCH = 32
 
@@ -320,14 +319,7 @@ def _run_unfinished(
             failure_config=tune.FailureConfig(max_failures=max_failures),
         ),
     )
-    try:
-        outcome = tuner.fit()
-    except Exception:
-        if scheduler.error is not None:
-            raise scheduler.error from None
-        raise
-    finally:
-        shutil.rmtree(folder / ".tune", ignore_errors=True)
+    outcome = fit(tuner, folder / ".tune", lambda: scheduler.error)
     if outcome.num_errors:
         raise _cause(outcome.errors[0], len(outcome))
 

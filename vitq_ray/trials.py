@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -363,18 +363,27 @@ def run_trials(shared: Shared, referee: Referee, resources: Resources, folder: P
             checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
         ),
     )
+    outcome = fit(tuner, folder, lambda: witness.error)
+    if outcome.num_errors:
+        raise RuntimeError(f"{outcome.num_errors} of {len(outcome)} trials failed; the first: {outcome.errors[0]}")
+
+
+def fit(tuner: tune.Tuner, folder: Path, own_error: Callable[[], Exception | None]) -> tune.ResultGrid:
+    """Run Tune in `folder`, which is gone afterwards: trials.jsonl is the record.
+
+    Where a part of ours raised, `own_error()`, that is raised, and not what Tune makes of it.
+    """
     try:
         outcome = tuner.fit()
     except Exception:
-        if witness.error is not None:
-            raise witness.error from None
+        if (ours := own_error()) is not None:
+            raise ours from None
         raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)  # Tune's own bookkeeping; trials.jsonl is the record
-    if witness.error is not None:
-        raise witness.error
-    if outcome.num_errors:
-        raise RuntimeError(f"{outcome.num_errors} of {len(outcome)} trials failed; the first: {outcome.errors[0]}")
+        shutil.rmtree(folder, ignore_errors=True)
+    if (ours := own_error()) is not None:  # Tune took it for a failure of a trial
+        raise ours
+    return outcome
 
 
 def _trial_name(trial: Any) -> str:
