@@ -3,8 +3,8 @@
 python scripts/tune_calib.py --search-space search_spaces/calib.py
 python scripts/tune_calib.py --search-space search_spaces/calib.py --wprec 4 --aprec 4
 
-On the bundled sample, two CPU cores: 8 bits 90 s, 41 settings tied with the winner, `ft1 percentile 99.9 n=8`, 91.24 %
-on the report images (float 91.50 %); 4 bits 45 s, winner `ft1 mse n=2`, 90.04 %.
+On the bundled sample, two CPU cores: 8 bits 77 s, 41 settings tied with the winner, `ft1 percentile 99.9 n=8`, 91.24 %
+on the report images (float 91.50 %); 4 bits 39 s, winner `ft1 mse n=2`, 90.04 %.
 """
 
 from vitq_ray.search_space import percentiles

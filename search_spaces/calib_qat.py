@@ -4,7 +4,7 @@ python scripts/tune_calib.py --search-space search_spaces/calib_qat.py
 python scripts/tune_calib.py --search-space search_spaces/calib_qat.py --wprec 4 --aprec 4 --target-drop 0.5
 
 On the bundled sample at 4 bits, two CPU cores, the race took 29 s. With an earlier QAT (SGD) the training runs took
-another 445 s; this one (AdamW) was not measured.
+another 445 s; this one (AdamW) was not measured in this space, but in `qat.py`'s.
 """
 
 from vitq_ray.search_space import loguniform, percentiles
