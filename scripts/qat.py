@@ -60,6 +60,7 @@ from vitq_ray.qat import (
 from vitq_ray.qat_loop import (
     OPTIMIZERS,
     SCHEDULES,
+    TEACHER_LOGITS,
     Counts,
     EpochReport,
     QatConfig,
@@ -488,7 +489,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise
     judgement = read_judgement(job.folder)
     path = save(job, outcome, judgement)
-    (job.folder / "teacher_logits.npy").unlink(missing_ok=True)
+    (job.folder / TEACHER_LOGITS).unlink(missing_ok=True)
     write_json(job.folder / "result.json", result_of(job, outcome, judgement))
     report(job, outcome, judgement, path)
 

@@ -34,15 +34,7 @@ from vitq_ray.qat import (
     run_task,
     worker_bytes,
 )
-from vitq_ray.qat_loop import (
-    Counts,
-    EpochReport,
-    QatConfig,
-    QatData,
-    Ranks,
-    StepReport,
-    thread_reader,
-)
+from vitq_ray.qat_loop import Counts, EpochReport, QatConfig, QatData, Ranks, StepReport, thread_reader
 from vitq_ray.quant.vit import float_copy
 from vitq_ray.run_folder import read_bad_images, record_bad_images
 

@@ -50,6 +50,7 @@ from vitq_ray.quant.vit import frozen_weights, learn_amax, quant_blocks
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("constant", "cosine")
 EVAL_BATCH = 64  # images of an evaluation micro-batch: that of evaluate.py, whatever the number of workers
+TEACHER_LOGITS = "teacher_logits.npy"  # of a run folder; as large as the training split, gone when a run is finished
 _AMAX_FLOOR = 1e-3  # learned amax stays above this fraction of what calibration found
 _FORMAT = 1
 
@@ -651,7 +652,7 @@ def _make_teacher(
     if config.augment != "none":
         return teacher
     classes = int(getattr(model, "num_classes", 0)) or data.train.num_classes_seen
-    table = teacher_table(folder / "teacher_logits.npy", teacher, data, classes, read, ranks)
+    table = teacher_table(folder / TEACHER_LOGITS, teacher, data, classes, read, ranks)
     return stored_teacher(table, ranks.device)
 
 

@@ -267,27 +267,12 @@ def run_training(
 ) -> None:
     """Train every unfinished run of the contest. States are kept in `folder/<run>`, which all nodes must see.
 
-    Raises InputError where no node can hold a run, or where a run met bad input; RuntimeError where it failed for good.
+    Raises InputError where no node can hold a run, or where a run met bad input; OSError such as of a full disk;
+    RuntimeError where a run failed for good.
     """
     names = contest.unfinished()
-    if names:
-        _run_unfinished(contest, names, starts, teacher, data, folder, resources, on_bad_image, on_epoch, max_failures)
-    for name in contest.runs:  # as large as the training split
-        (folder / name / "teacher_logits.npy").unlink(missing_ok=True)
-
-
-def _run_unfinished(
-    contest: QatContest,
-    names: Sequence[str],
-    starts: Mapping[str, str],
-    teacher: nn.Module,
-    data: QatData,
-    folder: Path,
-    resources: Resources,
-    on_bad_image: str,
-    on_epoch: Callable[[Epoch], None],
-    max_failures: int,
-) -> None:
+    if not names:
+        return
     require_room(resources)
     for name in names:
         (folder / name).mkdir(parents=True, exist_ok=True)

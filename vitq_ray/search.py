@@ -49,7 +49,7 @@ from vitq_ray.files import write_json
 from vitq_ray.metrics import Metrics
 from vitq_ray.models import LoadedModel, load_model, weights_fingerprint
 from vitq_ray.proposals import ListProposals, Proposals, proposals
-from vitq_ray.qat_loop import QatData, read_outcome, steps_per_epoch
+from vitq_ray.qat_loop import TEACHER_LOGITS, QatData, read_outcome, steps_per_epoch
 from vitq_ray.qat_search import Epoch, QatContest, TrainingRun, run_training, training_runs
 from vitq_ray.quant.vit import float_copy, frozen_weights, quantize_vit, quantizers_off
 from vitq_ray.racing import Decision, Race, Verdict
@@ -313,14 +313,9 @@ def calibrate(search: Search, folder: RunFolder, metrics: Metrics) -> Calibratio
             f"calibration: {wanted} batches of {size} asked for, {sum(statistics.batches)} are left without the "
             f"{len(search.bad_images)} broken images"
         )
-    _keep_bad_images(search, folder)
+    record_bad_images(folder.path, list(search.bad_images))  # a resumed search does not read these images again
     folder.write_statistics(statistics.to_bytes())
     return statistics
-
-
-def _keep_bad_images(search: Search, folder: RunFolder) -> None:
-    """Before the results of a stage are kept: a resumed search does not read these images again."""
-    record_bad_images(folder.path, list(search.bad_images))
 
 
 def _collect(search: Search, batches: Iterator[tuple[int, Batch]], metrics: Metrics) -> CalibrationStatistics:
@@ -516,6 +511,7 @@ def train(
         )
     for name in training.runs:
         search.bad_images += read_bad_images(home / name)
+        (home / name / TEACHER_LOGITS).unlink(missing_ok=True)
     best = training.best()
     return _report_trained(search, folder, training, best, starts)
 

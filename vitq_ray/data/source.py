@@ -45,8 +45,7 @@ _BLOCK_IMAGES = 128
 _BLOCK_BYTES = 24 << 20  # no block is larger
 _TASKS_AHEAD = 2  # per CPU of the cluster: decoded images that may wait for the consumer or be in work
 _LEAST_AHEAD = 8 << 20  # bytes per CPU, however small the images
-_FIRST_LOOK_S = 0.05
-_POLL_INTERVAL_S = 0.05
+_FIRST_LOOK_S, _POLL_INTERVAL_S = 0.05, 0.05  # of Ray Data's scheduler: `_hurry_ray_data`
 
 
 def share(index: SampleIndex) -> ray.ObjectRef[SampleIndex]:
