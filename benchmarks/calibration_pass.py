@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import timm
 import torch
 
-from vitq_ray.calibrate import collect_statistics
+from vitq_ray.calibration.statistics import collect_statistics
 from vitq_ray.quant.vit import quantize_vit
 
 

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from vitq_ray.quant.amax import entropy_amax, mse_amax, percentile_amax
-from vitq_ray.quant.histogram import Histogram
+from vitq_ray.calibration.calibrators import entropy_amax, mse_amax, percentile_amax
+from vitq_ray.calibration.histogram import Histogram
 
 
 def tensors(count: int) -> list[torch.Tensor]:

@@ -33,15 +33,15 @@ from modelopt.torch.quantization.calib import HistogramCalibrator, MaxCalibrator
 from modelopt.torch.quantization.tensor_quant import fake_tensor_quant
 from torch import Tensor, nn
 
-from vitq_ray.cli import track
-from vitq_ray.config import QuantSetting
+from vitq_ray.base.config import QuantSetting
+from vitq_ray.commands.options import track
 from vitq_ray.data.loader import Batch, iter_batches
 from vitq_ray.data.samples import open_split
 from vitq_ray.data.transforms import EvalTransform
-from vitq_ray.evaluate import evaluate
-from vitq_ray.models import load_model
-from vitq_ray.quant.modes import FUSED_GROUPS, MODES, WEIGHT
+from vitq_ray.measure.evaluation import evaluate
+from vitq_ray.models.load import load_model
 from vitq_ray.quant.quantizer import State, TensorQuantizer
+from vitq_ray.quant.sites import FUSED_GROUPS, MODES, WEIGHT
 from vitq_ray.quant.vit import quant_blocks, quantize_vit, sites_of
 
 

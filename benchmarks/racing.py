@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from vitq_ray.racing import Race, RaceRules, Verdict, chunks_left
+from vitq_ray.measure.racing import Race, RaceRules, Verdict, chunks_left
 
 FLIPS = 0.01  # share of images on which an equally good candidate differs
 FIELDS: dict[str, Callable[[int], list[float]]] = {

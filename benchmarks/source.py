@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from vitq_ray.cluster import cluster
+from vitq_ray.cluster.start import cluster
+from vitq_ray.cluster.stream import share, stream_batches
 from vitq_ray.data.loader import Batch, iter_batches
 from vitq_ray.data.samples import Ids, SampleIndex, has_split, open_split
-from vitq_ray.data.source import share, stream_batches
 from vitq_ray.data.transforms import EvalTransform
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,16 +22,16 @@ from pathlib import Path
 
 import numpy as np
 
-from vitq_ray.calibrate import Scales, collect_statistics
-from vitq_ray.cluster import available_cpus, cluster
-from vitq_ray.config import QuantSetting
+from vitq_ray.base.config import QuantSetting
+from vitq_ray.calibration.statistics import Scales, collect_statistics
+from vitq_ray.cluster.start import available_cpus, cluster
+from vitq_ray.cluster.trials import ImageSet, Resources, run_trials, share
 from vitq_ray.data.loader import iter_batches
 from vitq_ray.data.samples import open_split
 from vitq_ray.data.transforms import EvalTransform
-from vitq_ray.models import load_model
+from vitq_ray.measure.racing import RaceRules
+from vitq_ray.models.load import load_model
 from vitq_ray.quant.vit import quantize_vit
-from vitq_ray.racing import RaceRules
-from vitq_ray.trials import ImageSet, Resources, run_trials, share
 
 
 class Stopwatch:

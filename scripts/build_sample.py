@@ -34,9 +34,9 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
-from vitq_ray.config import InputError, require_int
-from vitq_ray.files import atomic_file
-from vitq_ray.models import google_arrays
+from vitq_ray.base.config import InputError, require_int
+from vitq_ray.base.files import atomic_file
+from vitq_ray.models.load import google_arrays
 
 SOURCE = Path("/usr/share/datasets/fashion-mnist")
 SAMPLE = Path(__file__).resolve().parents[1] / "vitq_ray" / "sample"

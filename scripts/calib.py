@@ -22,21 +22,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitq_ray import cli
-from vitq_ray.calibrate import CalibrationStatistics, apply_setting, collect_statistics, degenerate_sites
-from vitq_ray.checkpoint import Sidecar, save_calibrated
-from vitq_ray.cluster import cluster
-from vitq_ray.config import InputError, QuantSetting
+from vitq_ray.base.config import InputError, QuantSetting
+from vitq_ray.base.files import output_folder, write_json
+from vitq_ray.calibration.statistics import CalibrationStatistics, apply_setting, collect_statistics, degenerate_sites
+from vitq_ray.cluster.start import cluster
+from vitq_ray.cluster.workers import WorkerPool, collect_on, evaluate_on, torch_threads
+from vitq_ray.commands import options as cli
 from vitq_ray.data.loader import Batch, iter_batches
 from vitq_ray.data.samples import SampleIndex, calibration_ids, has_split, open_split, require_images
 from vitq_ray.data.transforms import EvalTransform
-from vitq_ray.evaluate import Evaluation, evaluate, sanity_problem
-from vitq_ray.files import output_folder, write_json
-from vitq_ray.models import LoadedModel, load_model
-from vitq_ray.quant.modes import WEIGHT
+from vitq_ray.measure.evaluation import Evaluation, evaluate, sanity_problem
+from vitq_ray.models.checkpoint import Sidecar, save_calibrated
+from vitq_ray.models.load import LoadedModel, load_model
 from vitq_ray.quant.quantizer import State
+from vitq_ray.quant.sites import WEIGHT
 from vitq_ray.quant.vit import frozen_weights, quant_blocks, quantize_vit, sites_of
-from vitq_ray.workers import WorkerPool, collect_on, evaluate_on, torch_threads
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

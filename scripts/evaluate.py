@@ -20,18 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitq_ray import cli
-from vitq_ray.checkpoint import Sidecar, is_calibrated, load_calibrated
-from vitq_ray.cluster import cluster
-from vitq_ray.config import InputError
+from vitq_ray.base.config import InputError
+from vitq_ray.base.files import atomic_file, output_file, output_folder, write_json
+from vitq_ray.cluster.start import cluster
+from vitq_ray.cluster.workers import WorkerPool, evaluate_on
+from vitq_ray.commands import options as cli
 from vitq_ray.data.loader import Batch, iter_batches
 from vitq_ray.data.samples import SampleIndex, open_split
 from vitq_ray.data.transforms import EvalTransform
-from vitq_ray.evaluate import Evaluation, evaluate, sanity_problem
-from vitq_ray.files import atomic_file, output_file, output_folder, write_json
-from vitq_ray.models import LoadedModel, load_model, named_geometry
+from vitq_ray.measure.evaluation import Evaluation, evaluate, sanity_problem
+from vitq_ray.models.checkpoint import Sidecar, is_calibrated, load_calibrated
+from vitq_ray.models.load import LoadedModel, load_model, named_geometry
 from vitq_ray.quant.vit import frozen_weights
-from vitq_ray.workers import WorkerPool, evaluate_on
 
 OnBatch = Callable[[Batch, Tensor], None]
 

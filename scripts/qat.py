@@ -31,20 +31,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from vitq_ray import cli
-from vitq_ray.calibrate import apply_setting, collect_statistics
-from vitq_ray.checkpoint import CalibratedModel, Sidecar, is_calibrated, load_calibrated, save_calibrated
-from vitq_ray.cluster import cluster
-from vitq_ray.config import InputError
-from vitq_ray.data.loader import iter_batches
-from vitq_ray.data.samples import Ids, calibration_ids, open_split, require_images, split_halves
-from vitq_ray.data.transforms import AUGMENTATIONS
-from vitq_ray.distill import DEFAULT_TEMPERATURE, Distillation
-from vitq_ray.evaluate import wilson_interval
-from vitq_ray.files import exists, output_folder, write_json
-from vitq_ray.models import load_model, weights_fingerprint
-from vitq_ray.progress import TrainingProgress
-from vitq_ray.qat import (
+from vitq_ray.base.config import InputError
+from vitq_ray.base.files import exists, output_folder, write_json
+from vitq_ray.calibration.statistics import apply_setting, collect_statistics
+from vitq_ray.cluster.qat_group import (
     MAX_FAILURES,
     Judgement,
     QatTask,
@@ -57,7 +47,17 @@ from vitq_ray.qat import (
     run_task,
     worker_bytes,
 )
-from vitq_ray.qat_loop import (
+from vitq_ray.cluster.start import cluster
+from vitq_ray.commands import options as cli
+from vitq_ray.commands.progress import TrainingProgress
+from vitq_ray.data.loader import iter_batches
+from vitq_ray.data.samples import Ids, calibration_ids, open_split, require_images, split_halves
+from vitq_ray.data.transforms import AUGMENTATIONS
+from vitq_ray.measure.evaluation import wilson_interval
+from vitq_ray.models.checkpoint import CalibratedModel, Sidecar, is_calibrated, load_calibrated, save_calibrated
+from vitq_ray.models.load import load_model, weights_fingerprint
+from vitq_ray.qat.distill import DEFAULT_TEMPERATURE, Distillation
+from vitq_ray.qat.loop import (
     OPTIMIZERS,
     SCHEDULES,
     TEACHER_LOGITS,
@@ -72,7 +72,7 @@ from vitq_ray.qat_loop import (
     thread_reader,
 )
 from vitq_ray.quant.vit import float_copy, quantize_vit
-from vitq_ray.run_folder import default_folder, read_bad_images, record_bad_images
+from vitq_ray.run.folder import default_folder, read_bad_images, record_bad_images
 
 # What may differ between a run and its continuation: it does not change what is computed.
 OPERATIONAL = ("resume", "output", "ray_address", "dashboard", "max_failures", "decode_threads", "checkpoint_steps")

@@ -19,10 +19,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from vitq_ray import cli, search
-from vitq_ray.cluster import cluster
-from vitq_ray.proposals import DEFAULT_SAMPLES, SEARCH_ALGORITHMS
-from vitq_ray.run_folder import RunFolder, default_folder
+from vitq_ray.cluster.start import cluster
+from vitq_ray.commands import options as cli
+from vitq_ray.commands import tune as search
+from vitq_ray.run.folder import RunFolder, default_folder
+from vitq_ray.search.proposals import DEFAULT_SAMPLES, SEARCH_ALGORITHMS
 
 DEFAULT_SPACE = Path(__file__).resolve().parents[1] / "search_spaces" / "calib.py"
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from vitq_ray.config import InputError
-from vitq_ray.quant.amax import (
+from vitq_ray.base.config import InputError
+from vitq_ray.calibration.calibrators import (
     entropy_amax,
     entropy_bin,
     entropy_divergences,
@@ -15,7 +15,7 @@ from vitq_ray.quant.amax import (
     mse_amax,
     percentile_amax,
 )
-from vitq_ray.quant.histogram import Histogram
+from vitq_ray.calibration.histogram import Histogram
 
 
 def histogram(seed: int, grown: bool = False) -> Histogram:

@@ -11,7 +11,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from tests.conftest import tiny_vit
-from vitq_ray.calibrate import (
+from vitq_ray.base.config import InputError, QuantSetting
+from vitq_ray.calibration.calibrators import entropy_amax, mse_amax
+from vitq_ray.calibration.histogram import StatisticsError
+from vitq_ray.calibration.statistics import (
     CalibrationStatistics,
     Scales,
     apply_setting,
@@ -20,12 +23,9 @@ from vitq_ray.calibrate import (
     predicted_noise,
     setting_amax,
 )
-from vitq_ray.config import InputError, QuantSetting
-from vitq_ray.quant.amax import entropy_amax, mse_amax
 from vitq_ray.quant.fake_quant import fake_quantize
-from vitq_ray.quant.histogram import StatisticsError
-from vitq_ray.quant.modes import MODES, SITES, site_key
 from vitq_ray.quant.quantizer import State
+from vitq_ray.quant.sites import MODES, SITES, site_key
 from vitq_ray.quant.vit import observing, quantize_vit, sites_of, tensor_keys
 
 SNAPSHOTS = (1, 2, 4)

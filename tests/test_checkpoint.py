@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from tests.conftest import tiny_vit
-from vitq_ray.calibrate import apply_setting, collect_statistics
-from vitq_ray.checkpoint import Sidecar, is_calibrated, load_calibrated, save_calibrated
-from vitq_ray.config import InputError, QuantSetting
-from vitq_ray.models import geometry_of, google_arrays, weights_fingerprint
-from vitq_ray.quant.modes import MODES
+from vitq_ray.base.config import InputError, QuantSetting
+from vitq_ray.calibration.statistics import apply_setting, collect_statistics
+from vitq_ray.models.checkpoint import Sidecar, is_calibrated, load_calibrated, save_calibrated
+from vitq_ray.models.load import geometry_of, google_arrays, weights_fingerprint
+from vitq_ray.quant.sites import MODES
 from vitq_ray.quant.vit import quantize_vit, sites_of
 
 LAYER = "transformer.encoder.layer.0."
@@ -108,7 +108,7 @@ def test_half_written_files_never_appear(tmp_path: Path, images: Tensor, monkeyp
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vitq_ray.files.os.fsync", full)
+    monkeypatch.setattr("vitq_ray.base.files.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         save_calibrated(tmp_path, "tiny", model, sidecar)
     assert list(tmp_path.iterdir()) == []

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from vitq_ray.config import InputError, QuantSetting
+from vitq_ray.base.config import InputError, QuantSetting
 
 
 def test_round_trip() -> None:

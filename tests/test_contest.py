@@ -12,13 +12,13 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from vitq_ray.calibrate import CalibrationStatistics, collect_statistics
-from vitq_ray.config import InputError, QuantSetting
-from vitq_ray.contest import Contest, Listeners, race_rules
-from vitq_ray.proposals import ListProposals, OptunaProposals, Proposals, proposals
-from vitq_ray.racing import Race, RaceRules
-from vitq_ray.run_folder import RunFolder
-from vitq_ray.search_space import SearchSpace
+from vitq_ray.base.config import InputError, QuantSetting
+from vitq_ray.calibration.statistics import CalibrationStatistics, collect_statistics
+from vitq_ray.measure.racing import Race, RaceRules
+from vitq_ray.run.folder import RunFolder
+from vitq_ray.search.contest import Contest, Listeners, race_rules
+from vitq_ray.search.proposals import ListProposals, OptunaProposals, Proposals, proposals
+from vitq_ray.search.space import SearchSpace
 
 SETTINGS = [
     QuantSetting("ft1", "max", None, 2),

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vitq_ray.config import InputError
-from vitq_ray.distill import Distillation, image_losses
+from vitq_ray.base.config import InputError
+from vitq_ray.qat.distill import Distillation, image_losses
 
 B, K = 5, 7
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from vitq_ray.data.loader import Batch
-from vitq_ray.evaluate import (
+from vitq_ray.measure.evaluation import (
     Evaluation,
     NonFiniteLogitsError,
     evaluate,

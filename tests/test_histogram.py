@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vitq_ray.calibration.histogram import INITIAL_BINS, Histogram, StatisticsError, count_bins
 from vitq_ray.quant import histogram as module
-from vitq_ray.quant.histogram import INITIAL_BINS, Histogram, StatisticsError, count_bins
 
 
 def draw(seed: int, size: int, scale: float = 1.0) -> torch.Tensor:

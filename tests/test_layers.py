@@ -1,57 +1,22 @@
-"""Imports point one way, and Ray stays at the edge."""
+"""The house: imports point one way, Ray stays in `cluster/`, arguments and printing in `commands/`."""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[1] / "vitq_ray"
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "vitq_ray"
 
-# Lowest first: a module may import modules of this package that stand before it.
-ORDER = (
-    "config",
-    "files",
-    "quant.fake_quant",
-    "quant.histogram",
-    "quant.amax",
-    "quant.modes",
-    "quant.quantizer",
-    "quant.vit",
-    "models",
-    "ft_names",
-    "checkpoint",
-    "data.tables",
-    "data.samples",
-    "data.transforms",
-    "data.loader",
-    "data.source",
-    "calibrate",
-    "evaluate",
-    "search_space",
-    "proposals",
-    "racing",
-    "distill",
-    "qat_loop",
-    "run_folder",
-    "contest",
-    "live",
-    "progress",
-    "cli",
-    "cluster",
-    "metrics",
-    "workers",
-    "trials",
-    "qat_search",
-    "search",
-    "qat",
-)
-MAY_IMPORT_RAY = frozenset({"data.source", "cluster", "metrics", "workers", "trials", "qat_search", "qat"})
+# Lowest first: a file imports its own room and rooms that stand before it.
+ROOMS = ("base", "data", "quant", "calibration", "models", "measure", "qat", "run", "search", "cluster", "commands")
+DOOR = ("__init__", "__main__", "search_space")  # what users import or run; everything may be behind it
 MODULES = {
-    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    ".".join(("vitq_ray", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
-    if path.name != "__init__.py"
 }
 
 
@@ -68,23 +33,58 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def test_every_module_has_its_place() -> None:
-    assert set(MODULES) == set(ORDER)
+def room_of(module: str) -> str:
+    return module.split(".")[1] if module.count(".") else "__init__"
 
 
-@pytest.mark.parametrize("module", ORDER)
+def ours(path: Path) -> set[str]:
+    return imported(path) & set(MODULES)
+
+
+def test_every_file_is_in_a_room() -> None:
+    assert {room_of(module) for module in MODULES} <= {*ROOMS, *DOOR}
+
+
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if room_of(m) in ROOMS))
 def test_imports_go_down(module: str) -> None:
-    ours = {n.removeprefix("vitq_ray.") for n in imported(MODULES[module])} & set(ORDER)
-    assert ours <= set(ORDER[: ORDER.index(module)])
+    allowed = set(ROOMS[: ROOMS.index(room_of(module)) + 1])
+    assert {room_of(name) for name in ours(MODULES[module])} - {"__init__"} <= allowed
 
 
-@pytest.mark.parametrize("module", sorted(set(ORDER) - MAY_IMPORT_RAY))
-def test_ray_stays_at_the_edge(module: str) -> None:
-    assert not {n for n in imported(MODULES[module]) if n.split(".")[0] == "ray"}
+def reached(module: str) -> Iterator[str]:
+    """The module and all of ours that importing it imports, however indirectly."""
+    seen: set[str] = set()
+    todo = {module}
+    while todo:
+        name = todo.pop()
+        seen.add(name)
+        yield name
+        todo |= ours(MODULES[name]) - seen
+
+
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if room_of(m) in ROOMS[: ROOMS.index("cluster")]))
+def test_ray_stays_in_its_room(module: str) -> None:
+    """Also through what a module imports; `import vitq_ray` itself loads nothing (test_api)."""
+    for name in reached(module):
+        if name != "vitq_ray":
+            assert "ray" not in {n.split(".")[0] for n in imported(MODULES[name])}, name
+
+
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if room_of(m) == "commands"))
+def test_commands_leave_ray_to_the_cluster(module: str) -> None:
+    assert "ray" not in {n.split(".")[0] for n in imported(MODULES[module])}
+
+
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if room_of(m) in ROOMS[:-1]))
+def test_only_commands_parse_and_print(module: str) -> None:
+    path = MODULES[module]
+    assert not {n.split(".")[0] for n in imported(path)} & {"argparse", "rich"}
+    calls = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+    assert "print" not in {call.id for call in calls if isinstance(call, ast.Name)}
 
 
 def test_no_script_imports_another() -> None:
-    scripts = sorted((PACKAGE.parent / "scripts").glob("*.py"))
+    scripts = sorted((ROOT / "scripts").glob("*.py"))
     names = {script.stem for script in scripts}
     assert scripts
     for script in scripts:

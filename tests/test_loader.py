@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from tests.test_tables import Member, zip_bytes
-from vitq_ray.config import InputError
+from vitq_ray.base.config import InputError
 from vitq_ray.data.loader import Batch, iter_batches
 from vitq_ray.data.samples import BadImageError, SampleIndex, open_split
 from vitq_ray.data.transforms import EvalTransform

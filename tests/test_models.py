@@ -24,8 +24,8 @@ from timm.models.resnetv2 import ResNetV2
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from vitq_ray.config import InputError
-from vitq_ray.models import (
+from vitq_ray.base.config import InputError
+from vitq_ray.models.load import (
     GOOGLE_MODEL_TYPES,
     Geometry,
     build_model,

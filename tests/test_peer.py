@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from vitq_ray.quant.amax import entropy_amax, percentile_amax
-from vitq_ray.quant.histogram import Histogram
+from vitq_ray.calibration.calibrators import entropy_amax, percentile_amax
+from vitq_ray.calibration.histogram import Histogram
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("modelopt") is None, reason="nvidia-modelopt is not installed"),
@@ -63,7 +63,7 @@ def test_entropy(name: str) -> None:
 def test_mse_is_not_compared() -> None:
     """The peer passes num_bits as a bias on CPU: if this fails, it was mended and can be a peer again."""
     ours, peer = both("normal")
-    from vitq_ray.quant.amax import mse_amax
+    from vitq_ray.calibration.calibrators import mse_amax
 
     with np.errstate(all="ignore"):
         assert not np.isclose(float(peer.compute_amax("mse")), mse_amax([ours]).item(), rtol=0.01)

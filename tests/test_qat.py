@@ -19,10 +19,8 @@ from torch import nn
 
 from tests.conftest import make_project
 from tests.test_qat_loop import CONFIG, TRANSFORM, Setup, calibrated
-from vitq_ray.checkpoint import CalibratedModel
-from vitq_ray.config import InputError
-from vitq_ray.data.samples import open_split
-from vitq_ray.qat import (
+from vitq_ray.base.config import InputError
+from vitq_ray.cluster.qat_group import (
     Follower,
     Plan,
     QatTask,
@@ -34,9 +32,11 @@ from vitq_ray.qat import (
     run_task,
     worker_bytes,
 )
-from vitq_ray.qat_loop import Counts, EpochReport, QatConfig, QatData, Ranks, StepReport, thread_reader
+from vitq_ray.data.samples import open_split
+from vitq_ray.models.checkpoint import CalibratedModel
+from vitq_ray.qat.loop import Counts, EpochReport, QatConfig, QatData, Ranks, StepReport, thread_reader
 from vitq_ray.quant.vit import float_copy
-from vitq_ray.run_folder import read_bad_images, record_bad_images
+from vitq_ray.run.folder import read_bad_images, record_bad_images
 
 GB = 1e9
 PLAN = Plan(1.0, 1)

@@ -16,16 +16,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.conftest import SIZE, Project, make_project
-from vitq_ray import qat_loop
-from vitq_ray.calibrate import apply_setting, collect_statistics
-from vitq_ray.checkpoint import CalibratedModel, Sidecar, load_calibrated, save_calibrated
-from vitq_ray.config import InputError, QuantSetting
+from vitq_ray.base.config import InputError, QuantSetting
+from vitq_ray.calibration.statistics import apply_setting, collect_statistics
 from vitq_ray.data.loader import iter_batches
 from vitq_ray.data.samples import open_split
 from vitq_ray.data.transforms import EvalTransform, TrainTransform
-from vitq_ray.distill import Distillation
-from vitq_ray.models import load_model
-from vitq_ray.qat_loop import (
+from vitq_ray.models.checkpoint import CalibratedModel, Sidecar, load_calibrated, save_calibrated
+from vitq_ray.models.load import load_model
+from vitq_ray.qat import loop as qat_loop
+from vitq_ray.qat.distill import Distillation
+from vitq_ray.qat.loop import (
     Counts,
     DivergedError,
     EpochReport,
@@ -42,8 +42,8 @@ from vitq_ray.qat_loop import (
     thread_reader,
     train_qat,
 )
-from vitq_ray.quant.modes import FUSED_GROUPS
 from vitq_ray.quant.quantizer import State
+from vitq_ray.quant.sites import FUSED_GROUPS
 from vitq_ray.quant.vit import float_copy, learn_amax, quant_blocks, quantize_vit, sites_of
 
 TRANSFORM = EvalTransform(SIZE)

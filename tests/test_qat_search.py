@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from tests.conftest import Project, load_script, make_project
-from vitq_ray import cli
-from vitq_ray.config import InputError
-from vitq_ray.qat_search import Asha, Epoch, QatContest, TrainingRun, config_of, training_runs
-from vitq_ray.search_space import LogUniform, QatSpace, load_space, loguniform, qat_space_of
+from vitq_ray.base.config import InputError
+from vitq_ray.cluster.qat_trials import Asha, Epoch, QatContest, TrainingRun, config_of, training_runs
+from vitq_ray.commands import options as cli
+from vitq_ray.search.space import LogUniform, QatSpace, load_space, loguniform, qat_space_of
 
 tune_calib = load_script("tune_calib")
 SPACE = QatSpace({"lr": loguniform(1e-4, 1e-1), "global_batch": (32, 48)}, num_samples=5, epochs=8)

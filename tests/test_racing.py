@@ -9,8 +9,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from vitq_ray.config import InputError
-from vitq_ray.racing import (
+from vitq_ray.base.config import InputError
+from vitq_ray.measure.racing import (
     Decision,
     Race,
     RaceRules,

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vitq_ray.calibrate import CalibrationStatistics, apply_setting, collect_statistics, setting_amax
-from vitq_ray.config import QuantSetting
+from vitq_ray.base.config import QuantSetting
+from vitq_ray.calibration.statistics import CalibrationStatistics, apply_setting, collect_statistics, setting_amax
 from vitq_ray.data.loader import iter_batches
 from vitq_ray.data.samples import open_split
 from vitq_ray.data.transforms import EvalTransform
-from vitq_ray.models import load_model
-from vitq_ray.quant.modes import MODES
+from vitq_ray.models.load import load_model
+from vitq_ray.quant.sites import MODES
 from vitq_ray.quant.vit import quantize_vit
 
 CALIBRATORS = {

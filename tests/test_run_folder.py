@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from vitq_ray.config import InputError
-from vitq_ray.evaluate import Evaluation
-from vitq_ray.live import LiveRace
-from vitq_ray.racing import Race, RaceRules, chunks_left
-from vitq_ray.run_folder import RunFolder, first_difference, pack, unpack
+from vitq_ray.base.config import InputError
+from vitq_ray.commands.live import LiveRace
+from vitq_ray.measure.evaluation import Evaluation
+from vitq_ray.measure.racing import Race, RaceRules, chunks_left
+from vitq_ray.run.folder import RunFolder, first_difference, pack, unpack
 
 
 def evaluation(correct: int, correct5: int, images: int = 10) -> Evaluation:

@@ -22,7 +22,8 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from tests.test_tables import FOLDER, Member, zip_bytes
-from vitq_ray.config import InputError
+from vitq_ray.base.config import InputError
+from vitq_ray.base.files import resolve
 from vitq_ray.data import samples
 from vitq_ray.data.samples import (
     BadImageError,
@@ -35,7 +36,6 @@ from vitq_ray.data.samples import (
     split_halves,
     split_thirds,
 )
-from vitq_ray.files import resolve
 
 CLOTHING = Path(__file__).resolve().parents[2] / "shared" / "data" / "clothing-zip"
 STORED = Member(b"cat/1.jpg", b"a stored image")

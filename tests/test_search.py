@@ -20,15 +20,16 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from tests.conftest import Project, descendants, load_script, make_project, tiny_vit
-from vitq_ray import cli, search
-from vitq_ray.calibrate import CalibrationStatistics, Scales, apply_setting, collect_statistics
-from vitq_ray.config import InputError, QuantSetting
+from vitq_ray.base.config import InputError, QuantSetting
+from vitq_ray.calibration.statistics import CalibrationStatistics, Scales, apply_setting, collect_statistics
+from vitq_ray.cluster.trials import ImageSet, Resources, require_room, run_trials, share
+from vitq_ray.commands import options as cli
+from vitq_ray.commands import tune as search
+from vitq_ray.commands.tune import Splits
 from vitq_ray.data.transforms import EvalTransform
-from vitq_ray.evaluate import Evaluation, evaluate
+from vitq_ray.measure.evaluation import Evaluation, evaluate
+from vitq_ray.measure.racing import RaceRules
 from vitq_ray.quant.vit import quantize_vit
-from vitq_ray.racing import RaceRules
-from vitq_ray.search import Splits
-from vitq_ray.trials import ImageSet, Resources, require_room, run_trials, share
 
 tune_calib = load_script("tune_calib")
 SETTINGS = {

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from vitq_ray.config import InputError, QuantSetting
-from vitq_ray.search_space import load_space, percentiles
+from vitq_ray.base.config import InputError, QuantSetting
+from vitq_ray.search.space import load_space, percentiles
 
 SPACES = Path(__file__).resolve().parents[1] / "search_spaces"
 
@@ -58,7 +58,7 @@ def test_bundled_space_has_48_distinct_settings() -> None:
         ('SPACE = {"percentile": [101]}', r"mine\.py: percentile: expected a number in \[0, 100\], got 101"),
         ('SPACE = {"num_batches": ["2"]}', r"expected an integer >= 1, got '2'"),
         (
-            "from vitq_ray.search_space import percentiles\nSPACE = {'percentile': percentiles(99, 100, 2)}",
+            "from vitq_ray.search.space import percentiles\nSPACE = {'percentile': percentiles(99, 100, 2)}",
             r"mine\.py: percentiles: expected",
         ),
     ],

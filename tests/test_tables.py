@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from vitq_ray.config import InputError
+from vitq_ray.base.config import InputError
 from vitq_ray.data import tables
 
 SATURATED = 0xFFFFFFFF

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torchvision import transforms as tv
 
-from vitq_ray.config import InputError
+from vitq_ray.base.config import InputError
 from vitq_ray.data.samples import BadImageError
 from vitq_ray.data.transforms import INTERPOLATIONS, EvalTransform, load_rgb, timm_eval_transform, train_transform
 

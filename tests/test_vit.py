@@ -11,12 +11,12 @@ from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from tests.conftest import tiny_vit
-from vitq_ray import config
-from vitq_ray.calibrate import CALIBRATORS
-from vitq_ray.config import InputError
+from vitq_ray.base import config
+from vitq_ray.base.config import InputError
+from vitq_ray.calibration.statistics import CALIBRATORS
 from vitq_ray.quant.fake_quant import fake_quantize
-from vitq_ray.quant.modes import FUSED_GROUPS, MODES, SITES, WEIGHT
 from vitq_ray.quant.quantizer import State
+from vitq_ray.quant.sites import FUSED_GROUPS, MODES, SITES, WEIGHT
 from vitq_ray.quant.vit import (
     apply_amax,
     frozen_weights,

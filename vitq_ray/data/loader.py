@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vitq_ray.config import InputError, require_choice, require_int
+from vitq_ray.base.config import InputError, require_choice, require_int
 from vitq_ray.data.samples import BadImageError, SampleIndex
 from vitq_ray.data.transforms import Transform
 

@@ -23,9 +23,9 @@ import numpy as np
 import numpy.typing as npt
 from pyarrow import NativeFile, fs
 
-from vitq_ray.config import InputError, require_choice
+from vitq_ray.base.config import InputError, require_choice
+from vitq_ray.base.files import one_line, read_bytes, resolve
 from vitq_ray.data import tables
-from vitq_ray.files import one_line, read_bytes, resolve
 
 SPLITS = ("train", "val")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif")

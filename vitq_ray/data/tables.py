@@ -15,7 +15,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from vitq_ray.config import InputError
+from vitq_ray.base.config import InputError
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -26,9 +26,9 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from vitq_ray.config import Config, InputError, require_choice, require_int
+from vitq_ray.base.config import Config, InputError, require_choice, require_int
+from vitq_ray.base.files import one_line
 from vitq_ray.data.samples import BadImageError
-from vitq_ray.files import one_line
 
 # An image of more pixels is refused unread: nothing that is resized to a few hundred pixels needs them.
 MAX_PIXELS = 178_956_970

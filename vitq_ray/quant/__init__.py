@@ -1,1 +1,1 @@
-"""Quantization: histograms, amax, fake quantization, modes and the quantized ViT. Plain PyTorch and NumPy."""
+"""What each site of the model does: sites, modes, plans, fake quantization, the quantized ViT."""

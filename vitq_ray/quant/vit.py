@@ -21,8 +21,9 @@ from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from vitq_ray.config import InputError
-from vitq_ray.quant.modes import (
+from vitq_ray.base.config import InputError
+from vitq_ray.quant.quantizer import Observer, State, TensorQuantizer
+from vitq_ray.quant.sites import (
     FUSED_GROUPS,
     MODES,
     SITES,
@@ -35,7 +36,6 @@ from vitq_ray.quant.modes import (
     weight_amax,
     weight_amax_mse,
 )
-from vitq_ray.quant.quantizer import Observer, State, TensorQuantizer
 
 
 class GemmQuantizers(nn.Module):

@@ -1,0 +1,1 @@
+"""What everything stands on: input errors, frozen configurations, format numbers, files."""

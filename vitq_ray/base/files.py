@@ -1,0 +1,96 @@
+"""Reading from local paths and URIs alike, and writing so that a killed run never leaves half a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pyarrow import fs
+
+from vitq_ray.base.config import InputError
+
+
+def resolve(path: str) -> tuple[fs.FileSystem, str]:
+    """File system and path within it of a local path or a URI such as `s3://bucket/key`."""
+    if "://" not in path:
+        return fs.LocalFileSystem(), str(Path(path).expanduser().absolute())
+    try:
+        return fs.FileSystem.from_uri(path)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: not a readable URI: {one_line(error)}") from None
+
+
+def read_bytes(path: str, what: str) -> bytes:
+    """The whole file. Raises InputError, naming `what` the file was wanted for, where it cannot be read."""
+    filesystem, inner = resolve(path)
+    try:
+        info = filesystem.get_file_info(inner)
+        if info.type == fs.FileType.NotFound:
+            raise InputError(f"{path}: no such file; expected {what}")
+        if info.type == fs.FileType.Directory:
+            raise InputError(f"{path}: is a folder; expected {what}")
+        with filesystem.open_input_stream(inner) as stream:
+            return stream.read()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {one_line(error)}") from None
+
+
+def exists(path: str) -> bool:
+    filesystem, inner = resolve(path)
+    return bool(filesystem.get_file_info(inner).type == fs.FileType.File)
+
+
+def output_folder(path: str, option: str) -> Path:
+    """Make a folder that results will be written to. InputError, naming the option, where that cannot be done."""
+    if "://" in path:
+        raise InputError(f"{option}: {path} is a URI; expected a folder on a local or shared file system")
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{option}: {path}: {error.strerror}; expected a folder that can be written to") from None
+    return folder
+
+
+def output_file(path: str, option: str) -> Path:
+    """As `output_folder`, for the folder of a file that will be written."""
+    file = Path(path)
+    if file.is_dir():
+        raise InputError(f"{option}: {path} is a folder; expected the name of a file")
+    output_folder(str(file.parent) if "://" not in path else path, option)
+    return file
+
+
+def one_line(error: object) -> str:
+    """An error's message without line breaks."""
+    return " ".join(str(error).split())
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Write to a temporary file beside `path`, renamed to it once complete and synced to disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as indented JSON, atomically. NaN is refused: it is not JSON."""
+    with atomic_file(path) as stream:
+        stream.write((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())

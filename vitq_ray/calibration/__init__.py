@@ -1,0 +1,1 @@
+"""From tensors to plans: histograms, the table of calibrators, statistics, settings, scales."""

@@ -1,0 +1,177 @@
+"""Calibrators: from histograms of |x| to amax, the value that the largest integer stands for.
+
+Pure functions over all sites at once. Definitions follow NVIDIA's pytorch-quantization (retired; its successor is
+nvidia-modelopt). Histograms come with bin width w; bin k covers [k·w, (k+1)·w).
+
+`mse` and `entropy` try about 1,900 candidates per histogram. Entropy needs no loop over bins: with running sums of
+counts, of non-empty bins and of c·log c, one candidate costs one logarithm per quantization level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numba
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vitq_ray.base.config import InputError
+from vitq_ray.calibration.histogram import Histogram
+
+FIRST_CANDIDATE = 128  # bin at which the searches of mse and entropy start, at every bit width
+_TIE = 1e-12  # KL divergences closer than this differ by rounding only
+
+Amax = npt.NDArray[np.float64]
+
+
+def max_amax(histograms: Sequence[Histogram]) -> Amax:
+    """The largest |x| seen. Returns (sites,)."""
+    return np.array([h.max for h in histograms], np.float64)
+
+
+def percentile_amax(histograms: Sequence[Histogram], percentiles: Sequence[float]) -> Amax:
+    """Lower edge of the first bin at which the cumulative share of values reaches p/100.
+
+    Args:
+        percentiles: each in [0, 100]; 100 means `max`.
+
+    Returns:
+        (percentiles, sites). The cumulative sums are made once for all percentiles.
+    """
+    wanted = np.asarray(percentiles, np.float64)
+    if not ((wanted >= 0) & (wanted <= 100)).all():
+        raise InputError(f"percentile: expected numbers in [0, 100], got {list(percentiles)!r}")
+    columns = [_percentiles_of(h, wanted) for h in histograms]
+    return np.stack(columns, axis=1) if columns else np.empty((len(wanted), 0))
+
+
+def _percentiles_of(histogram: Histogram, percentiles: npt.NDArray[np.float64]) -> Amax:
+    share = np.cumsum(histogram.counts / histogram.counts.sum())
+    index = np.searchsorted(share, percentiles / 100)
+    # The last bin's share can round to just under 1, in which case nothing "reaches" p.
+    amax = np.minimum(index, len(share) - 1) * histogram.width
+    return np.where(percentiles == 100, histogram.max, amax)
+
+
+def mse_amax(histograms: Sequence[Histogram], bits: int = 8) -> Amax:
+    """Bin centre, from the 129th on, that as amax has the least mean squared quantization error. Returns (sites,).
+
+    The error is that of the bin centres weighted by their counts, quantized with the narrow range
+    [-qmax, qmax]; the first minimum wins.
+    """
+    qmax = 2 ** (bits - 1) - 1
+    return _for_each_site(lambda h: (_mse_kernel(h.counts, qmax) + 0.5) * h.width, histograms)
+
+
+def entropy_amax(histograms: Sequence[Histogram], bits: int = 8) -> Amax:
+    """Upper bin edge that minimizes the KL divergence between the clipped and the quantized histogram.
+
+    For i from 128 to the number of bins: the reference is the first i bins, with the mass of all further bins added
+    to the last; the candidate is those i bins without that mass, merged into 2^(bits-1) levels (bin j goes to level
+    ⌊j·levels/i⌋) and spread back evenly over each level's non-empty bins. The last minimum of KL(reference ‖
+    candidate) wins; amax is edge i. The count of bin 0 is replaced by that of bin 1 first. Returns (sites,).
+    """
+    levels = 2 ** (bits - 1)
+    return _for_each_site(lambda h: entropy_bin(h.counts, levels) * h.width, histograms)
+
+
+def entropy_bin(counts: npt.NDArray[np.int64], levels: int) -> int:
+    """The winning i of `entropy_amax` for one histogram of (bins,) counts."""
+    divergence = entropy_divergences(counts, levels)
+    return int(np.flatnonzero(divergence <= divergence.min() + _TIE)[-1]) + FIRST_CANDIDATE
+
+
+def entropy_divergences(counts: npt.NDArray[np.int64], levels: int) -> npt.NDArray[np.float64]:
+    """KL(reference ‖ candidate) in nats for i = 128 … bins; infinite where only the candidate is 0 in some bin."""
+    smoothed = counts.astype(np.float64)
+    smoothed[0] = smoothed[1]
+    return _divergence_kernel(smoothed, levels)
+
+
+def noise_to_signal(histograms: Sequence[Histogram], amax: Amax, bits: int = 8) -> Amax:
+    """Mean squared quantization error over mean square, of the bin centres weighted by their counts.
+
+    What a setting costs at each site, as far as the statistics tell. `amax` is (sites,); returns (sites,), 1 where
+    amax is 0 and everything becomes 0. The range is symmetric here: [-qmax, qmax].
+    """
+    qmax = 2 ** (bits - 1) - 1
+    rows = zip(histograms, amax, strict=True)
+    return np.array([_noise_kernel(h.counts, a / h.width, qmax) for h, a in rows], np.float64)
+
+
+def _for_each_site(amax_of: Callable[[Histogram], float], histograms: Sequence[Histogram]) -> Amax:
+    # The kernels release the GIL, so threads are enough to use every core this process was given.
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+        return np.array(list(pool.map(amax_of, histograms)), np.float64)
+
+
+@numba.njit(nogil=True, cache=True)
+def _mse_kernel(counts: npt.NDArray[np.int64], qmax: int) -> int:
+    """Index of the best bin centre; in units of the bin width, so centre k is k + 0.5."""
+    filled = np.flatnonzero(counts)
+    centres = filled + 0.5
+    weights = counts[filled].astype(np.float64)
+    best, best_error = FIRST_CANDIDATE, np.inf
+    for candidate in range(FIRST_CANDIDATE, counts.size):
+        amax = candidate + 0.5
+        to_level, to_value = qmax / amax, amax / qmax
+        error = 0.0
+        for j in range(centres.size):
+            level = min(np.rint(centres[j] * to_level), np.float64(qmax))
+            difference = centres[j] - level * to_value
+            error += weights[j] * difference * difference
+        if error < best_error:
+            best, best_error = candidate, error
+    return best
+
+
+@numba.njit(nogil=True, cache=True)
+def _noise_kernel(counts: npt.NDArray[np.int64], amax: float, qmax: int) -> float:
+    """`amax` in units of the bin width; bin k is at k + 0.5."""
+    noise, signal = 0.0, 0.0
+    for k in range(counts.size):
+        centre, weight = k + 0.5, np.float64(counts[k])
+        level = min(np.rint(centre * qmax / amax), np.float64(qmax)) if amax > 0 else 0.0
+        difference = centre - level * amax / qmax
+        noise += weight * difference * difference
+        signal += weight * centre * centre
+    return noise / signal
+
+
+@numba.njit(nogil=True, cache=True)
+def _divergence_kernel(counts: npt.NDArray[np.float64], levels: int) -> npt.NDArray[np.float64]:
+    """With T all counts, S the counts kept, o = T - S the outliers, M and n the mass and non-empty bins of a level:
+
+    KL = Σ_bins r·log r - Σ_levels R·log(M / (n·S)),   r = c/T,   R = M/T; o/T is added to the last r and R.
+    """
+    bins = counts.size
+    mass = np.zeros(bins + 1)
+    filled = np.zeros(bins + 1)
+    c_log_c = np.zeros(bins + 1)
+    for k in range(bins):
+        c = counts[k]
+        mass[k + 1] = mass[k] + c
+        filled[k + 1] = filled[k] + (1.0 if c > 0 else 0.0)
+        c_log_c[k + 1] = c_log_c[k] + (c * np.log(c) if c > 0 else 0.0)
+    total = mass[bins]
+    result = np.full(max(bins - FIRST_CANDIDATE + 1, 1), np.inf)
+    for i in range(FIRST_CANDIDATE, bins + 1):
+        kept, outliers, last = mass[i], total - mass[i], counts[i - 1]
+        if kept == 0 or (last == 0 and outliers > 0):
+            continue
+        reference = c_log_c[i - 1]
+        if last + outliers > 0:
+            reference += (last + outliers) * np.log(last + outliers)
+        cross = 0.0
+        begin = 0
+        for level in range(levels):
+            end = min(i, ((level + 1) * i + levels - 1) // levels)
+            level_mass = mass[end] - mass[begin]
+            if level_mass > 0:
+                weight = level_mass + (outliers if level == levels - 1 else 0.0)
+                cross += weight * np.log(level_mass / ((filled[end] - filled[begin]) * kept))
+            begin = end
+        result[i - FIRST_CANDIDATE] = (reference - cross) / total - np.log(total)
+    return result

@@ -1,0 +1,421 @@
+"""QAT with several workers on Ray Train, and the records of a run.
+
+One worker runs `qat_loop.train_qat` in the calling process: Ray Train's start would cost it 15 to 23 seconds. Several
+run the same function as ranks of a TorchTrainer, with gradients averaged by DDP (gloo on CPUs, nccl on GPUs) and
+images decoded by Ray Data.
+
+    driver: plan resources -> TorchTrainer.fit in a thread; follow steps.jsonl and epochs.jsonl meanwhile
+    rank:   state.pt (if there) -> train_qat -> judge on all of val; rank 0 writes every file
+
+All ranks see the run folder. A worker that dies takes its group with it; Ray Train starts a new one, which goes on
+from `state.pt`. An error of the input would come back every time, so it is left in `failure.json`, for the new
+group to stop at and for the driver to raise.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.metrics import Gauge
+from torch import nn
+
+from vitq_ray.base.config import InputError
+from vitq_ray.base.files import one_line, write_json
+from vitq_ray.cluster.stream import share, stream_batches
+from vitq_ray.data.loader import Batch
+from vitq_ray.data.samples import Ids, SampleIndex
+from vitq_ray.data.transforms import Transform
+from vitq_ray.models.checkpoint import CalibratedModel
+from vitq_ray.qat.loop import (
+    Counts,
+    EpochReport,
+    QatConfig,
+    QatData,
+    QatOutcome,
+    Ranks,
+    Reader,
+    StepReport,
+    epoch_of,
+    epoch_row,
+    read_outcome,
+    sharded_evaluation,
+    subset,
+    train_qat,
+)
+from vitq_ray.quant.vit import frozen_weights, quantizers_off
+from vitq_ray.run.folder import record_bad_images
+
+MAX_FAILURES = 3
+_PROCESS_BYTES = 500_000_000  # a worker process with PyTorch and Ray, before it holds a model
+_COPIES = 5  # of the student's weights: weights, gradients, DDP's buckets, up to two of the optimizer
+_SECONDS_BETWEEN_LOOKS = 0.2
+
+Judgement = dict[str, dict[str, Counts]]
+
+
+# A run --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class QatTask:
+    """A training run and its final judgement, as a value that can be sent to workers.
+
+    `report_ids` are the images of val that the outcome is reported on. `teacher` may be None without distillation.
+    """
+
+    config: QatConfig
+    start: CalibratedModel
+    teacher: nn.Module | None
+    data: QatData
+    report_ids: Ids
+    folder: Path
+    checkpoint_steps: int | None = None
+
+
+def run_task(
+    task: QatTask,
+    read: Reader,
+    ranks: Ranks,
+    on_step: Callable[[StepReport], None],
+    on_epoch: Callable[[EpochReport], bool | None],
+) -> QatOutcome:
+    """Train, judge, and leave the judgement in `judgement.json`: what each rank does, or the only process."""
+    outcome = train_qat(
+        task.config,
+        task.start,
+        task.teacher,
+        task.data,
+        task.folder,
+        read,
+        ranks,
+        task.checkpoint_steps,
+        on_step,
+        on_epoch,
+    )
+    judgement = judge(task, outcome, read, ranks)
+    if ranks.is_first:
+        rows = {name: {part: c.to_dict() for part, c in parts.items()} for name, parts in judgement.items()}
+        write_json(task.folder / "judgement.json", rows)
+    return outcome
+
+
+def judge(task: QatTask, outcome: QatOutcome, read: Reader, ranks: Ranks) -> Judgement:
+    """{float, ptq, qat: {selection, report, val: counts}}, from one pass each over all of val in map order.
+
+    `float` is the teacher, or where there is none the start with its quantizers off.
+    """
+    model = task.start.loaded.model.to(ranks.device)
+    results = {}
+    if task.teacher is not None:
+        results["float"] = _judge_model(task, task.teacher.to(ranks.device), read, ranks)
+    else:
+        with quantizers_off(model):
+            results["float"] = _judge_model(task, model, read, ranks)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    try:
+        with frozen_weights(model):
+            results["ptq"] = _judge_model(task, model, read, ranks)
+        model.load_state_dict(outcome.best_state)
+        with frozen_weights(model):
+            results["qat"] = _judge_model(task, model, read, ranks)
+    finally:
+        model.load_state_dict(before)
+    return results
+
+
+def _judge_model(task: QatTask, model: nn.Module, read: Reader, ranks: Ranks) -> dict[str, Counts]:
+    data = task.data
+    ids = torch.arange(len(data.val)).numpy()
+    evaluation = sharded_evaluation(model, data.val, ids, data.transform, read, ranks)
+    parts = {"selection": subset(evaluation, data.selection_ids), "report": subset(evaluation, task.report_ids)}
+    return {name: Counts.of(part) for name, part in (*parts.items(), ("val", evaluation))}
+
+
+def read_judgement(folder: Path) -> Judgement:
+    """What `run_task` left in its folder."""
+    rows = json.loads((folder / "judgement.json").read_text())
+    return {name: {part: Counts.from_dict(c) for part, c in parts.items()} for name, parts in rows.items()}
+
+
+class Recorder:
+    """Appends every step to steps.jsonl and every epoch to epochs.jsonl, and sets Ray's metrics where Ray runs."""
+
+    def __init__(self, folder: Path, run: str, metrics: bool = True) -> None:
+        self._folder = folder
+        self._gauges = self._make_gauges(run) if metrics else {}
+
+    @staticmethod
+    def _make_gauges(run: str) -> dict[str, Gauge]:
+        names = {
+            "epoch": "epoch of QAT",
+            "step": "step of QAT, over all epochs",
+            "loss": "training loss of the last step",
+            "images_per_second": "training speed of the last step",
+            "selection_top1": "top-1 on the selection images after the last epoch, a fraction",
+        }
+        gauges = {name: Gauge(f"vitq_qat_{name}", text, tag_keys=("run",)) for name, text in names.items()}
+        for gauge in gauges.values():
+            gauge.set_default_tags({"run": run})
+        return gauges
+
+    def step(self, report: StepReport) -> None:
+        self._append("steps.jsonl", vars(report))
+        for name, gauge in self._gauges.items():
+            if name != "selection_top1":
+                gauge.set(float(getattr(report, name)))
+
+    def epoch(self, report: EpochReport) -> None:
+        self._append("epochs.jsonl", epoch_row(report))
+        if self._gauges:
+            self._gauges["selection_top1"].set(report.selection.top1)
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        with open(self._folder / name, "a") as stream:
+            stream.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+class Follower:
+    """Hands on what is appended to steps.jsonl and epochs.jsonl, from where they end now."""
+
+    def __init__(
+        self, folder: Path, on_step: Callable[[StepReport], None], on_epoch: Callable[[EpochReport], object]
+    ) -> None:
+        self._sinks: dict[Path, Callable[[dict[str, Any]], object]] = {
+            folder / "steps.jsonl": lambda row: on_step(StepReport(**row)),
+            folder / "epochs.jsonl": lambda row: on_epoch(epoch_of(row)),
+        }
+        self._read = {path: path.stat().st_size if path.exists() else 0 for path in self._sinks}
+
+    def look(self) -> None:
+        for path, sink in self._sinks.items():
+            if path.exists():
+                with open(path, "rb") as stream:
+                    stream.seek(self._read[path])
+                    lines = stream.read()
+                whole = lines[: lines.rfind(b"\n") + 1]  # the rest is still being written
+                self._read[path] += len(whole)
+                for line in whole.splitlines():
+                    sink(json.loads(line))
+
+
+# Workers ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many ranks, on what, and how often the group may be started again."""
+
+    count: int
+    use_gpu: bool = False
+    max_failures: int = MAX_FAILURES
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each rank gets: CPUs as Ray counts them (a fraction where ranks outnumber CPUs), and threads."""
+
+    cpus: float
+    threads: int
+    warning: str | None = None
+
+
+def plan_workers(workers: Workers, nodes: list[dict[str, float]], bytes_per_worker: int) -> Plan:
+    """Fit the ranks into the nodes' resources. InputError where GPUs or memory are missing; CPUs are shared out."""
+    gpus = sum(math.floor(node.get("GPU", 0)) for node in nodes)
+    if workers.use_gpu and gpus < workers.count:
+        raise InputError(f"--num-workers: {workers.count} workers need a GPU each, the cluster has {gpus}")
+    fit = sum(int(node.get("memory", 0) // bytes_per_worker) for node in nodes)
+    if fit < workers.count:
+        raise InputError(
+            f"--num-workers: {workers.count} workers of about {bytes_per_worker / 1e9:.1f} GB each do not fit into "
+            f"memory; {fit} would"
+        )
+    cpus = [node.get("CPU", 0) for node in nodes]
+    total = sum(math.floor(c) for c in cpus)
+    if total >= workers.count:
+        return Plan(1.0, max(1, total // workers.count))
+    for parts in range(2, 1000):
+        if sum(math.floor(c * parts) for c in cpus) >= workers.count:
+            share_of_cpu = math.floor(10_000 / parts) / 10_000  # Ray counts in ten-thousandths
+            warning = f"{workers.count} workers share {total} CPUs, one thread each: they will be slower than {total}"
+            return Plan(share_of_cpu, 1, warning)
+    raise InputError(f"--num-workers: {workers.count} workers on {total} CPUs; choose fewer")
+
+
+def worker_bytes(task: QatTask) -> int:
+    """Rough memory of one rank, without activations."""
+    student = sum(p.numel() * p.element_size() for p in task.start.loaded.model.parameters())
+    teacher = 0 if task.teacher is None else sum(p.numel() * p.element_size() for p in task.teacher.parameters())
+    return _PROCESS_BYTES + _COPIES * student + teacher
+
+
+def ray_reader(
+    train: tuple[str, ray.ObjectRef[SampleIndex]],
+    val: tuple[str, ray.ObjectRef[SampleIndex]],
+    on_bad_image: str,
+    bad_images: list[tuple[str, str]],
+    max_tasks: int,
+) -> Reader:
+    """Reads with Ray Data. Its tasks reserve no CPU, for the ranks that wait for them may hold all of them."""
+    shared = dict((train, val))
+
+    def read(index: SampleIndex, ids: Ids, transform: Transform, batch_size: int) -> Iterator[Batch]:
+        return stream_batches(
+            index,
+            ids,
+            transform,
+            batch_size,
+            on_bad_image,
+            bad_images,
+            shared=shared[index.source],
+            num_cpus=0,
+            move_up=False,
+            max_tasks=max_tasks,
+        )
+
+    return read
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What every rank is started with."""
+
+    task: ray.ObjectRef
+    train: tuple[str, ray.ObjectRef]
+    val: tuple[str, ray.ObjectRef]
+    on_bad_image: str
+    folder: Path
+    run: str
+    threads: int
+
+
+def run_on_workers(
+    task: QatTask,
+    workers: Workers,
+    on_bad_image: str,
+    on_step: Callable[[StepReport], None],
+    on_epoch: Callable[[EpochReport], object],
+    plan: Plan,
+) -> QatOutcome:
+    """`run_task` on several workers; the callbacks are called here, a moment later. Needs a running Ray.
+
+    Raises:
+        InputError: what a worker found wrong with the input, or a loss that is not finite.
+        RuntimeError: where training failed more often than allowed.
+    """
+    folder = task.folder.absolute()  # a worker has a working directory of its own
+    task = replace(task, folder=folder)
+    (folder / "failure.json").unlink(missing_ok=True)
+    shared = _Shared(
+        task=ray.put(task),
+        train=(task.data.train.source, share(task.data.train)),
+        val=(task.data.val.source, share(task.data.val)),
+        on_bad_image=on_bad_image,
+        folder=folder,
+        run=folder.name,
+        threads=plan.threads,
+    )
+    trainer = TorchTrainer(
+        _rank_main,
+        train_loop_config={"shared": shared},
+        scaling_config=ScalingConfig(
+            num_workers=workers.count, use_gpu=workers.use_gpu, resources_per_worker=_resources(workers, plan)
+        ),
+        torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo"),
+        run_config=RunConfig(
+            name=f"{folder.name}-{uuid.uuid4().hex[:6]}",  # a name used before would resume that run
+            storage_path=str(folder / ".train"),
+            failure_config=FailureConfig(
+                max_failures=workers.max_failures,
+                controller_failure_limit=2,  # type: ignore[call-arg]  # of Train V2; -1, its default, never gives up
+            ),
+        ),
+    )
+    try:
+        error = _fit(trainer, Follower(folder, on_step, on_epoch))
+    finally:
+        shutil.rmtree(folder / ".train", ignore_errors=True)
+    _raise_failure(folder, error)
+    return read_outcome(folder)
+
+
+def _resources(workers: Workers, plan: Plan) -> dict[str, float]:
+    return {"CPU": plan.cpus, "GPU": 1.0} if workers.use_gpu else {"CPU": plan.cpus}
+
+
+def _fit(trainer: TorchTrainer, follower: Follower) -> BaseException | None:
+    """`fit` in a thread, so that Ctrl-C stays ours and progress can be shown; the exception it ended with."""
+    errors: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:  # handed to the main thread
+            errors.append(error)
+
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_SECONDS_BETWEEN_LOOKS)
+        follower.look()
+    follower.look()
+    return errors[0] if errors else None
+
+
+def _raise_failure(folder: Path, error: BaseException | None) -> None:
+    failure = folder / "failure.json"
+    if failure.exists():
+        raise InputError(json.loads(failure.read_text())["message"])
+    if error is not None:
+        raise RuntimeError(f"training failed; the last state is kept in {folder}: {one_line(error)[:500]}") from None
+
+
+def _rank_main(config: dict[str, Any]) -> None:
+    """What a Ray Train worker runs."""
+    shared: _Shared = config["shared"]
+    failure = shared.folder / "failure.json"
+    if failure.exists():  # an earlier group met it, and this one would again
+        return
+    torch.set_num_threads(shared.threads)
+    context = ray.train.get_context()
+    ranks = Ranks(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    task: QatTask = ray.get(shared.task)
+    bad_images: list[tuple[str, str]] = []
+    read = ray_reader(shared.train, shared.val, shared.on_bad_image, bad_images, shared.threads)
+    recorder = Recorder(shared.folder, shared.run) if ranks.is_first else None
+
+    def on_epoch(report: EpochReport) -> None:
+        if recorder is not None:
+            recorder.epoch(report)
+        record_bad_images(shared.folder, bad_images)
+        ray.train.report({**vars(report), "selection": report.selection.top1})  # a barrier, and the Train page
+
+    try:
+        run_task(task, read, ranks, recorder.step if recorder else _ignore, on_epoch)
+    except InputError as error:
+        write_json(failure, {"message": one_line(error)})
+        raise
+    record_bad_images(shared.folder, bad_images)
+
+
+def _ignore(report: StepReport) -> None:
+    pass
+
+
+def ray_nodes() -> list[dict[str, float]]:
+    """Resources of every living node of the cluster."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -1,0 +1,320 @@
+"""QAT in a search: training runs from the best and tied settings, as Ray Tune trials, thinned out by ASHA.
+
+    settings that calibration left ──► starts (calibrated checkpoints)
+    starts × rows of a QatSpace    ──► training runs ──► an epoch's selection accuracy ──► go on or stop
+    every run keeps its state in a folder of its own; trials.jsonl has every epoch
+
+A search that was killed reads the epochs from the log in the order in which they came, which makes the same decisions
+again; runs that were neither stopped nor finished go on from their state.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from torch import nn
+
+from vitq_ray.base.config import InputError
+from vitq_ray.cluster.trials import Resources, fit, require_room
+from vitq_ray.measure.evaluation import NonFiniteLogitsError
+from vitq_ray.models.checkpoint import load_calibrated
+from vitq_ray.qat.distill import Distillation
+from vitq_ray.qat.loop import (
+    DivergedError,
+    EpochReport,
+    QatConfig,
+    QatData,
+    Ranks,
+    read_outcome,
+    thread_reader,
+    train_qat,
+)
+from vitq_ray.run.folder import record_bad_images
+from vitq_ray.search.space import QatSpace
+
+MICRO_BATCH = 32
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """One run of QAT: which start, and what it is trained with."""
+
+    name: str
+    start: str
+    config: QatConfig
+
+
+@dataclass
+class Asha:
+    """Asynchronous successive halving, the stopping variant (Li et al. 2020, arXiv 1810.05934). Pure.
+
+    A run that reaches the milestone grace · reduction^k goes on if its value is among the best 1/reduction of all that
+    have reached it so far. Milestones below `epochs` only: a run that gets there is finished.
+    """
+
+    epochs: int
+    grace: int
+    reduction: int
+    _rungs: dict[int, list[float]] = field(default_factory=dict)
+
+    def stops(self, epoch: int, value: float) -> bool:
+        """Take in a run's value after an epoch (from 1 on); whether it stops there."""
+        if epoch not in self._milestones():
+            return False
+        rung = self._rungs.setdefault(epoch, [])
+        rung.append(value)
+        keep = math.ceil(len(rung) / self.reduction)
+        return value < sorted(rung, reverse=True)[keep - 1]
+
+    def _milestones(self) -> set[int]:
+        milestones, epoch = set(), self.grace
+        while epoch < self.epochs:
+            milestones.add(epoch)
+            epoch *= self.reduction
+        return milestones
+
+
+def training_runs(space: QatSpace, starts: Sequence[str], seed: int) -> list[TrainingRun]:
+    """The runs of a space, starts in turn; names `q00`, `q01`, …"""
+    rows = space.sample(seed)
+    width = len(str(len(rows) - 1))
+    return [
+        TrainingRun(f"q{i:0{max(2, width)}d}", starts[i % len(starts)], config_of(row, space.epochs, seed))
+        for i, row in enumerate(rows)
+    ]
+
+
+def config_of(row: Mapping[str, Any], epochs: int, seed: int) -> QatConfig:
+    """A row of a QatSpace as a configuration; what it leaves out is as published."""
+    values = dict(row)
+    defaults = Distillation()
+    distillation = Distillation(values.pop("temperature", defaults.temperature), values.pop("distill_scale", None))
+    batch = values.setdefault("global_batch", QatConfig().global_batch)
+    micro = MICRO_BATCH if isinstance(batch, int) and batch % MICRO_BATCH == 0 else batch
+    return QatConfig(epochs=epochs, micro_batch=micro, distillation=distillation, seed=seed, **values)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What a run reports: selection counts after an epoch; epoch 0 is its start."""
+
+    name: str
+    epoch: int
+    images: int
+    top1_correct: int
+    loss: float | None
+
+    @property
+    def top1(self) -> float:
+        return self.top1_correct / self.images
+
+
+class QatContest:
+    """All training runs of a search: which go on, which stop, and which epoch of which run is best."""
+
+    def __init__(self, runs: Sequence[TrainingRun], space: QatSpace, append: Callable[..., None]) -> None:
+        self.runs = {run.name: run for run in runs}
+        self._asha = Asha(space.epochs, space.grace_epochs, space.reduction)
+        self._epochs = space.epochs
+        self._append = append
+        self.history: dict[str, list[Epoch]] = {run.name: [] for run in runs}
+        self.stopped: set[str] = set()
+        self.failed: dict[str, str] = {}
+
+    def replay(self, events: Iterable[Mapping[str, Any]]) -> None:
+        """Take in the epochs of a log, in its order."""
+        for event in events:
+            if event["event"] == "qat_epoch" and event["name"] in self.runs:
+                self._take(Epoch(**{f.name: event[f.name] for f in dataclasses.fields(Epoch)}))
+            elif event["event"] == "qat_failed":
+                self.failed[event["name"]] = event["reason"]
+
+    def take(self, epoch: Epoch) -> bool:
+        """Take in an epoch as it is reported; whether the run is to stop."""
+        if epoch.epoch >= len(self.history[epoch.name]):  # else known: reported again after a restart
+            self._append("qat_epoch", **dataclasses.asdict(epoch))
+            self._take(epoch)
+        return epoch.name in self.stopped
+
+    def fail(self, name: str, reason: str) -> None:
+        """A run whose loss is no longer a number goes no further; its earlier epochs count."""
+        self._append("qat_failed", name=name, reason=reason)
+        self.failed[name] = reason
+
+    def _take(self, epoch: Epoch) -> None:
+        self.history[epoch.name].append(epoch)
+        if epoch.epoch and self._asha.stops(epoch.epoch, epoch.top1):
+            self.stopped.add(epoch.name)
+
+    def unfinished(self) -> list[str]:
+        """Runs that have neither stopped nor failed nor come to their last epoch."""
+        done = self.stopped | set(self.failed)
+        return [n for n, h in self.history.items() if n not in done and len(h) <= self._epochs]
+
+    def best(self) -> Epoch:
+        """The epoch with the most correct selection images; on equal counts the earlier epoch, then the earlier run."""
+        epochs = [epoch for history in self.history.values() for epoch in history]
+        return max(epochs, key=lambda e: (e.top1_correct, -e.epoch))
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What every training run reads."""
+
+    runs: Mapping[str, TrainingRun]
+    starts: Mapping[str, str]  # {start: path of its checkpoint}
+    teacher: ray.ObjectRef[nn.Module]
+    data: ray.ObjectRef[QatData]
+    folder: Path
+    threads: int
+    on_bad_image: str
+    use_gpu: bool
+
+
+def _train(config: dict[str, Any], shared: _Shared) -> None:
+    """What a Tune worker runs: one training run, from its start or from where its folder has it."""
+    torch.set_num_threads(shared.threads)
+    run = shared.runs[config["run"]]
+
+    def on_epoch(report: EpochReport) -> None:
+        counts = report.selection
+        epoch = Epoch(run.name, report.epoch, counts.images, counts.top1_correct, report.loss)
+        tune.report(dataclasses.asdict(epoch))
+
+    folder = shared.folder / run.name
+    if (folder / "state.pt").exists():  # what an earlier process may have trained, but not reported
+        for known in read_outcome(folder).epochs:
+            on_epoch(known)
+    bad_images: list[tuple[str, str]] = []
+    try:
+        _train_run(run, shared, bad_images, on_epoch)
+    except (DivergedError, NonFiniteLogitsError) as error:  # it would come to the same point every time
+        record_bad_images(folder, bad_images)
+        tune.report({"name": run.name, "failure": str(error)})
+
+
+def _train_run(
+    run: TrainingRun, shared: _Shared, bad_images: list[tuple[str, str]], on_epoch: Callable[[EpochReport], None]
+) -> None:
+    device = torch.device("cuda" if shared.use_gpu else "cpu")
+    folder = shared.folder / run.name
+
+    def keep_bad_images_too(report: EpochReport) -> None:
+        record_bad_images(folder, bad_images)
+        on_epoch(report)
+
+    train_qat(
+        run.config,
+        load_calibrated(shared.starts[run.start]),
+        copy.deepcopy(ray.get(shared.teacher)),
+        ray.get(shared.data),
+        folder,
+        thread_reader(max(2, shared.threads), shared.on_bad_image, bad_images),
+        Ranks(device=device),
+        on_epoch=keep_bad_images_too,
+    )
+
+
+class _Scheduler(FIFOScheduler):
+    """Lets the contest see every epoch; says CONTINUE or STOP."""
+
+    def __init__(self, contest: QatContest, on_epoch: Callable[[Epoch], None]) -> None:
+        super().__init__()
+        self._contest = contest
+        self._on_epoch = on_epoch
+        self.error: Exception | None = None  # of the contest, such as a full disk: Tune would wrap it
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune saves its parts for its own restore, which is not used here
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        try:
+            return self._take(result)
+        except Exception as error:
+            self.error = error
+            raise
+
+    def _take(self, result: dict[str, Any]) -> str:
+        if result.get("failure"):
+            self._contest.fail(result["name"], result["failure"])
+            return str(TrialScheduler.STOP)
+        epoch = Epoch(**{f.name: result[f.name] for f in dataclasses.fields(Epoch)})
+        stop = self._contest.take(epoch)
+        self._on_epoch(epoch)
+        return TrialScheduler.STOP if stop else TrialScheduler.CONTINUE
+
+
+def run_training(
+    contest: QatContest,
+    starts: Mapping[str, str],
+    teacher: nn.Module,
+    data: QatData,
+    folder: Path,
+    resources: Resources,
+    on_bad_image: str = "error",
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    max_failures: int = 3,
+) -> None:
+    """Train every unfinished run of the contest. States are kept in `folder/<run>`, which all nodes must see.
+
+    Raises InputError where no node can hold a run, or where a run met bad input; OSError such as of a full disk;
+    RuntimeError where a run failed for good.
+    """
+    names = contest.unfinished()
+    if not names:
+        return
+    require_room(resources)
+    for name in names:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    shared = _Shared(
+        runs=contest.runs,
+        starts=starts,
+        teacher=ray.put(copy.deepcopy(teacher).cpu()),
+        data=ray.put(data),
+        folder=folder.absolute(),
+        threads=resources.threads,
+        on_bad_image=on_bad_image,
+        use_gpu=resources.gpus > 0,
+    )
+    need = {"cpu": resources.threads, "gpu": resources.gpus}
+    scheduler = _Scheduler(contest, on_epoch)
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(_train, shared=shared), need),
+        param_space={"run": tune.grid_search(names)},
+        tune_config=tune.TuneConfig(
+            scheduler=scheduler,
+            max_concurrent_trials=resources.in_flight,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str((folder / ".tune").absolute()),
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=max_failures),
+        ),
+    )
+    outcome = fit(tuner, folder / ".tune", lambda: scheduler.error)
+    if outcome.num_errors:
+        raise _cause(outcome.errors[0], len(outcome))
+
+
+def _cause(error: BaseException, count: int) -> Exception:
+    inner = getattr(error, "cause", None)
+    if isinstance(inner, InputError | OSError):
+        return inner
+    return RuntimeError(f"of {count} training runs, one failed: {error}")
+
+
+def _trial_name(trial: Any) -> str:
+    return str(trial.config["run"])

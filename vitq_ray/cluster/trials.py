@@ -1,0 +1,413 @@
+"""Candidates as Ray Tune trials: one step is one chunk of images, on warm, reused workers.
+
+    Referee.next() ──► candidate ──► trial on a worker: take on its scales, evaluate chunk after chunk
+    chunk results ──► Referee.take() ──► CONTINUE or STOP                     (a Tune scheduler that says nothing else)
+
+A worker process builds its model once and keeps it; a trial only changes numbers in it. All that is decided is
+decided by the referee, in the driver; what a lost worker had not reported is evaluated again elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import ray
+import torch
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from torch import Tensor, nn
+
+from vitq_ray.base.config import InputError, QuantSetting
+from vitq_ray.data.loader import Batch
+from vitq_ray.data.transforms import EvalTransform
+from vitq_ray.measure.evaluation import Evaluation, evaluate
+from vitq_ray.measure.racing import RaceRules, chunks_left
+from vitq_ray.quant.vit import apply_amax, frozen_weights
+
+Amax = dict[str, npt.NDArray[np.float32]]
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Decoded images, kept in memory: uint8 (N, S, S, 3), labels (N,), sample ids (N,)."""
+
+    images: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.int64]
+    sample_ids: npt.NDArray[np.int64]
+
+    @staticmethod
+    def of(batches: Sequence[Batch]) -> ImageSet:
+        if not batches:
+            raise InputError("selection: no readable image")
+        columns = ([getattr(b, name).numpy() for b in batches] for name in ("images", "labels", "sample_ids"))
+        return ImageSet(*(np.concatenate(column) for column in columns))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(self, size: int, start: int = 0, end: int | None = None) -> Iterator[Batch]:
+        """Images `start` to `end` in batches of `size`."""
+        end = len(self) if end is None else end
+        for first in range(start, end, size):
+            part = slice(first, min(first + size, end))
+            # Copies: what the object store holds is read-only, and PyTorch wants memory it may write to.
+            arrays = (a[part].copy() for a in (self.images, self.labels, self.sample_ids))
+            yield Batch(*map(torch.from_numpy, arrays))
+
+
+class Referee(Protocol):
+    """Hands out candidates and judges their results; lives in the driver."""
+
+    def next(self) -> str | None:
+        """Name of the next candidate; None where there is none (yet, unless `over`)."""
+
+    @property
+    def over(self) -> bool:
+        """No candidate will follow."""
+
+    def seen(self, name: str) -> int:
+        """Images for which results of the candidate are known."""
+
+    def take(self, name: str, start: int, correct: Bools, correct5: Bools, seconds: float) -> bool:
+        """Take in results for images `start` … of the race's order; whether the candidate is to stop."""
+
+
+class _Witness:
+    """A referee, and its first error, such as a full disk: Tune would wrap it, or take it for a failure of a trial."""
+
+    def __init__(self, referee: Referee) -> None:
+        self._referee = referee
+        self.error: Exception | None = None
+
+    def next(self) -> str | None:
+        with self._remembering():
+            return self._referee.next()
+
+    @property
+    def over(self) -> bool:
+        return self._referee.over
+
+    def seen(self, name: str) -> int:
+        return self._referee.seen(name)
+
+    def take(self, name: str, start: int, correct: Bools, correct5: Bools, seconds: float) -> bool:
+        with self._remembering():
+            return self._referee.take(name, start, correct, correct5, seconds)
+
+    @contextmanager
+    def _remembering(self) -> Iterator[None]:
+        if self.error is not None:  # whatever Tune tries next
+            raise self.error
+        try:
+            yield
+        except Exception as error:
+            self.error = error
+            raise
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one trial takes, and how many run at once (None: as many as fit)."""
+
+    threads: int = 1
+    gpus: float = 0.0
+    in_flight: int | None = None
+
+
+@ray.remote(num_cpus=0)
+class _Desk:
+    """Where trials fetch the setting and the scales of their candidate; who comes too early waits."""
+
+    def __init__(self) -> None:
+        self._scales: dict[str, tuple[QuantSetting, Amax]] = {}
+
+    async def put(self, name: str, setting: QuantSetting, amax: Amax) -> None:
+        self._scales[name] = setting, amax
+
+    async def get(self, name: str) -> tuple[QuantSetting, Amax]:
+        while name not in self._scales:
+            await asyncio.sleep(0.01)
+        return self._scales[name]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all trials read: references into the object store, small enough to travel with each of them."""
+
+    run: str
+    model: ray.ObjectRef[nn.Module]
+    images: ray.ObjectRef[ImageSet]
+    desk: Any
+    rules: RaceRules
+    transform: EvalTransform
+    batch_size: int
+    threads: int
+    use_gpu: bool
+
+    def add(self, name: str, setting: QuantSetting, amax: Mapping[str, Tensor]) -> None:
+        """Make a candidate known to the trials."""
+        arrays = {site: value.detach().cpu().numpy() for site, value in amax.items()}
+        self.desk.put.remote(name, setting, arrays)
+
+
+def share(
+    model: nn.Module,
+    images: ImageSet,
+    rules: RaceRules,
+    transform: EvalTransform,
+    batch_size: int,
+    resources: Resources,
+) -> Shared:
+    """Put model and images into the object store, once. The desk stays on the driver's node: others may be lost."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Shared(
+        run=uuid.uuid4().hex,
+        model=ray.put(copy.deepcopy(model).cpu()),
+        images=ray.put(images),
+        desk=_Desk.options(scheduling_strategy=here).remote(),  # type: ignore[attr-defined]
+        rules=rules,
+        transform=transform,
+        batch_size=batch_size,
+        threads=resources.threads,
+        use_gpu=resources.gpus > 0,
+    )
+
+
+class Worker:
+    """One process: a quantized model that takes on the scales of one candidate after the other."""
+
+    def __init__(self, shared: Shared) -> None:
+        torch.set_num_threads(shared.threads)
+        self.shared = shared
+        self.device = torch.device("cuda" if shared.use_gpu else "cpu")
+        # A copy: what comes from the object store is read-only memory.
+        self.model = copy.deepcopy(ray.get(shared.model)).to(self.device).eval()
+        self.images: ImageSet = ray.get(shared.images)
+        self._frozen = ExitStack()
+
+    def take_on(self, name: str) -> None:
+        """Become a candidate."""
+        setting, amax = ray.get(self.shared.desk.get.remote(name))
+        self._frozen.close()
+        scales = {site: torch.from_numpy(value.copy()) for site, value in amax.items()}
+        apply_amax(self.model, scales, setting.mode, setting.weight_bits, setting.act_bits)
+        self._frozen.enter_context(frozen_weights(self.model))
+
+    def evaluate(self, start: int, end: int) -> Evaluation:
+        """The candidate on images `start` to `end`."""
+        return evaluate(self.model, self.images.batches(self.shared.batch_size, start, end), self._prepare)
+
+    def _prepare(self, images: Tensor) -> Tensor:
+        return self.shared.transform.normalize(images.to(self.device))
+
+
+_worker: Worker | None = None  # of this process; Tune reuses processes, so it outlives a trial
+
+
+def _worker_of(shared: Shared) -> Worker:
+    global _worker
+    if _worker is None or _worker.shared.run != shared.run:
+        _worker = Worker(shared)
+    return _worker
+
+
+class CandidateTrial(tune.Trainable):
+    """One candidate on the images of the race, a chunk a step."""
+
+    def setup(self, config: dict[str, Any], shared: Shared) -> None:  # type: ignore[override]
+        self._worker = _worker_of(shared)
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._begin(new_config)
+        return True
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        self._name = config["candidate"]
+        self._left = list(chunks_left(self._worker.shared.rules, config["seen"]))
+        self._worker.take_on(self._name)
+
+    def step(self) -> dict[str, Any]:
+        clock = time.perf_counter()
+        start, end = self._left.pop(0)
+        evaluation = self._worker.evaluate(start, end)
+        return {
+            "candidate": self._name,
+            "start": start,
+            "images": len(evaluation.correct),
+            "correct": np.packbits(evaluation.correct).tobytes(),
+            "correct5": np.packbits(evaluation.correct5).tobytes(),
+            "seconds": time.perf_counter() - clock,
+            "done": not self._left,
+        }
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing: results are in the driver already, scales at the desk."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Nothing, as above."""
+
+
+def _tell(referee: Referee, result: Mapping[str, Any]) -> bool:
+    correct, correct5 = (
+        np.unpackbits(np.frombuffer(result[key], np.uint8), count=result["images"]).astype(bool)
+        for key in ("correct", "correct5")
+    )
+    return referee.take(result["candidate"], result["start"], correct, correct5, result["seconds"])
+
+
+class _OfReferee:
+    """Tune saves its parts for its own restore, which is not used here; a referee, with its files, is not saved."""
+
+    _referee: Referee
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_referee"}
+
+
+class RacingScheduler(_OfReferee, FIFOScheduler):
+    """Lets the referee see every chunk; trials go on or stop, none is paused."""
+
+    def __init__(self, referee: Referee) -> None:
+        super().__init__()
+        self._referee = referee
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        stop = _tell(self._referee, result)
+        # Where the trial begins again, should its worker die.
+        trial.set_config(trial.config | {"seen": self._referee.seen(result["candidate"])})
+        return TrialScheduler.STOP if stop else TrialScheduler.CONTINUE
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        _tell(self._referee, result)
+
+
+class _Queue(_OfReferee, Searcher):
+    """Tune asks for configurations; the referee has them."""
+
+    def __init__(self, referee: Referee) -> None:
+        super().__init__()
+        self._referee = referee
+
+    def set_search_properties(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    def suggest(self, trial_id: str) -> Any:
+        name = self._referee.next()
+        if name is None:
+            return Searcher.FINISHED if self._referee.over else None
+        return {"candidate": name, "seen": self._referee.seen(name)}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """The scheduler has told the referee."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: trials.jsonl is the record."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing, as above."""
+
+    def get_state(self) -> dict[str, Any]:
+        return {}
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        """Nothing, as above."""
+
+
+def run_trials(shared: Shared, referee: Referee, resources: Resources, folder: Path, max_failures: int = 3) -> None:
+    """Run candidates as Tune trials until the referee has no more.
+
+    `folder` is Tune's while it works, and gone afterwards; on a cluster all nodes must see it.
+
+    Raises InputError where no node can hold one trial, RuntimeError where a trial failed for good, and what the referee
+    raises.
+    """
+    slots = require_room(resources)
+    witness = _Witness(referee)
+    # By default Tune asks a searcher for one trial at a time, and starts the next worker only when the one before it
+    # runs. A worker then takes longer to start than a short trial on a warm one, which Tune prefers: it would start and
+    # drop the other workers for ever.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots)
+    need = {"cpu": resources.threads, "gpu": resources.gpus}
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(CandidateTrial, shared=shared), need),
+        tune_config=tune.TuneConfig(
+            search_alg=_Queue(witness),
+            scheduler=RacingScheduler(witness),
+            num_samples=-1,
+            max_concurrent_trials=resources.in_flight,
+            reuse_actors=True,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(folder.absolute()),
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=max_failures),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+        ),
+    )
+    outcome = fit(tuner, folder, lambda: witness.error)
+    if outcome.num_errors:
+        raise RuntimeError(f"{outcome.num_errors} of {len(outcome)} trials failed; the first: {outcome.errors[0]}")
+
+
+def fit(tuner: tune.Tuner, folder: Path, own_error: Callable[[], Exception | None]) -> tune.ResultGrid:
+    """Run Tune in `folder`, which is gone afterwards: trials.jsonl is the record.
+
+    Where a part of ours raised, `own_error()`, that is raised, and not what Tune makes of it.
+    """
+    try:
+        outcome = tuner.fit()
+    except Exception:
+        if (ours := own_error()) is not None:
+            raise ours from None
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if (ours := own_error()) is not None:  # Tune took it for a failure of a trial
+        raise ours
+    return outcome
+
+
+def _trial_name(trial: Any) -> str:
+    return str(trial.config["candidate"])
+
+
+def require_room(resources: Resources) -> int:
+    """How many trials fit at once. A trial that no node can hold would wait forever: InputError instead."""
+    slots = sum(_slots(node, resources) for node in nodes_for(resources))
+    if not slots:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        have = ", ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes)
+        raise InputError(
+            f"trials: one needs {resources.threads} CPUs and {resources.gpus:g} GPUs, no node has them; found {have}"
+        )
+    return slots if resources.in_flight is None else min(slots, resources.in_flight)
+
+
+def nodes_for(resources: Resources) -> list[dict[str, float]]:
+    """Resources of the living nodes that can hold at least one trial."""
+    nodes: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [node for node in nodes if _slots(node, resources)]
+
+
+def _slots(node: Mapping[str, float], resources: Resources) -> int:
+    by_cpu = node.get("CPU", 0) // resources.threads
+    return int(by_cpu if not resources.gpus else min(by_cpu, node.get("GPU", 0) // resources.gpus))

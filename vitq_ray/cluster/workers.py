@@ -1,0 +1,183 @@
+"""Whole batches on several workers: calibration statistics and evaluation that do not depend on how many there are.
+
+    batches, in order ──► the worker that is free ──► its statistics or results ──► merged, or put in order
+
+A batch is computed whole, by one worker, with a fixed number of threads, and what comes back is integers. So two
+workers, or eight, give bit for bit what one gives. Workers hold no state but the model: one that dies is started
+again, and its batch is computed again.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import ray
+import torch
+from torch import Tensor, nn
+
+from vitq_ray.base.config import InputError
+from vitq_ray.calibration.statistics import CalibrationStatistics, collect_statistics
+from vitq_ray.data.loader import Batch
+from vitq_ray.data.transforms import EvalTransform
+from vitq_ray.measure.evaluation import Evaluation
+
+T = TypeVar("T")
+_QUEUED = 2  # batches handed to a worker at a time: one to compute, one to go on with
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """PyTorch computes with `count` threads for as long as the context lasts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class BatchWorker:
+    """One process with a model of its own."""
+
+    def __init__(self, model: nn.Module, transform: EvalTransform, threads: int, use_gpu: bool) -> None:
+        torch.set_num_threads(threads)
+        self._device = torch.device("cuda" if use_gpu else "cpu")
+        # A copy: what comes from the object store is read-only memory.
+        self._model = copy.deepcopy(model).to(self._device).eval()
+        self._transform = transform
+
+    def _input(self, batch: Batch) -> Tensor:
+        return self._transform.normalize(batch.images.clone().to(self._device))
+
+    def observe(
+        self, index: int, batch: Batch, snapshots: Sequence[int], widths: dict[str, float]
+    ) -> tuple[CalibrationStatistics, Tensor]:
+        """Statistics of one calibration batch, and the float model's logits (B, classes)."""
+        logits: list[Tensor] = []
+        inputs = [(index, self._input(batch))]
+        statistics = collect_statistics(self._model, inputs, snapshots, widths, lambda _, y: logits.append(y.cpu()))
+        return statistics, logits[0]
+
+    def classify(self, batch: Batch) -> tuple[Evaluation, Tensor]:
+        """Which images of a batch are classified correctly, and the logits (B, classes)."""
+        with torch.inference_mode():
+            logits = self._model(self._input(batch)).cpu()
+        return Evaluation.of_logits(logits, batch.labels.clone(), batch.sample_ids.clone()), logits
+
+
+class WorkerPool:
+    """Several `BatchWorker`s; needs a running Ray. Close it, or the workers keep their CPUs."""
+
+    def __init__(
+        self, model: nn.Module, transform: EvalTransform, count: int, threads: int = 1, num_gpus: float = 0.0
+    ) -> None:
+        """Raises InputError where the cluster cannot hold `count` workers at once."""
+        share = min(float(threads), ray.cluster_resources().get("CPU", 0.0) / count)
+        _require_gpus(count * num_gpus)
+        actor = ray.remote(
+            num_cpus=round(share / 2, 3),  # half: Ray Data's readers need CPUs, too
+            num_gpus=num_gpus,
+            max_restarts=3,
+            max_task_retries=3,
+        )(BatchWorker)
+        shared = ray.put(copy.deepcopy(model).cpu())
+        self._workers: list[Any] = [actor.remote(shared, transform, threads, num_gpus > 0) for _ in range(count)]
+
+    def map(self, method: str, items: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        """Results of `method(*item)` in the order of the items; no more than two items a worker are under way."""
+        waiting: deque[ray.ObjectRef[Any]] = deque()
+        load = dict.fromkeys(range(len(self._workers)), 0)
+        owner: dict[ray.ObjectRef[Any], int] = {}
+        try:
+            for item in items:
+                if len(owner) >= _QUEUED * len(self._workers):
+                    _release(owner, load)
+                i = min(load, key=lambda k: load[k])
+                ref = getattr(self._workers[i], method).remote(*item)
+                owner[ref], load[i] = i, load[i] + 1
+                waiting.append(ref)
+                while waiting and waiting[0] not in owner:
+                    yield ray.get(waiting.popleft())
+            while waiting:
+                yield ray.get(waiting.popleft())
+        except ray.exceptions.RayTaskError as error:
+            raise _cause(error) from None
+
+    def close(self) -> None:
+        for worker in self._workers:
+            ray.kill(worker)
+
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _release(owner: dict[ray.ObjectRef[Any], int], load: dict[int, int]) -> None:
+    """Wait until a batch is done; its worker is free for another."""
+    done, _ = ray.wait(list(owner), num_returns=1)
+    for ref in done:
+        load[owner.pop(ref)] -= 1
+
+
+def _require_gpus(needed: float) -> None:
+    have = ray.cluster_resources().get("GPU", 0.0)
+    if needed > have:
+        raise InputError(f"workers: {needed:g} GPUs needed, the cluster has {have:g}")
+
+
+def _cause(error: ray.exceptions.RayTaskError) -> Exception:
+    """What went wrong on the worker, without Ray's account of the way it came here."""
+    cause = error.cause
+    return cause if isinstance(cause, InputError) else error
+
+
+def collect_on(
+    pool: WorkerPool,
+    batches: Iterable[tuple[int, Batch]],
+    snapshots: Sequence[int],
+    first: CalibrationStatistics,
+    on_batch: Callable[[int, Tensor], None] = lambda index, logits: None,
+) -> CalibrationStatistics:
+    """Statistics of all batches, from those of batch 0 (`first`) and the others, which `batches` has.
+
+    `on_batch` sees the index of every batch and the float model's logits, as in `calibrate.collect_statistics`.
+    """
+    widths = ray.put(first.widths())
+    indices: list[int] = []
+
+    def items() -> Iterator[tuple[Any, ...]]:
+        for index, batch in batches:
+            indices.append(index)
+            yield index, batch, tuple(snapshots), widths
+
+    statistics = first
+    for i, (part, logits) in enumerate(pool.map("observe", items())):
+        statistics = statistics.merge(part)
+        on_batch(indices[i], logits)
+    return statistics
+
+
+def evaluate_on(
+    pool: WorkerPool,
+    batches: Iterable[Batch],
+    on_batch: Callable[[Batch, Tensor], None] = lambda batch, logits: None,
+) -> Evaluation:
+    """As `evaluate.evaluate`, batch for batch, on the workers of a pool."""
+    kept: deque[Batch] = deque()
+
+    def items() -> Iterator[tuple[Batch]]:
+        for batch in batches:
+            kept.append(batch)
+            yield (batch,)
+
+    parts = []
+    for part, logits in pool.map("classify", items()):
+        parts.append(part)
+        on_batch(kept.popleft(), logits)
+    return Evaluation.concatenate(parts)

@@ -1,0 +1,142 @@
+"""What a person sees while a search runs: one live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from vitq_ray.measure.evaluation import Evaluation, wilson_interval
+from vitq_ray.measure.racing import Decision, Race, Verdict
+
+_ROWS = 18
+_STYLES = {
+    "racing": "cyan",
+    "waiting": "dim",
+    "beaten": "dim red",
+    "behind": "dim red",
+    "tied": "yellow",
+    "finished": "green",
+}
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f} %"
+
+
+def accuracy(correct: int, images: int) -> str:
+    """Top-1 with its 95 % interval, e.g. `89.51 % (88.89 to 90.10)`."""
+    low, high = wilson_interval(correct, images)
+    return f"{percent(correct / images)} ({100 * low:.2f} to {100 * high:.2f})"
+
+
+def accuracy_of(evaluation: Evaluation) -> str:
+    """As `accuracy`, of an evaluation."""
+    return accuracy(evaluation.top1_correct, evaluation.images)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One candidate as shown."""
+
+    label: str
+    images: int
+    correct: int
+    state: str
+    note: str
+
+
+def rows_of(race: Race, labels: Mapping[str, str]) -> list[Row]:
+    """Finished ones first, then those that race, the waiting ones, those stopped last; best first in each."""
+    rank = {"finished": 0, "racing": 1, "tied": 2, "waiting": 3, "behind": 4, "beaten": 4}
+    rows = [_row(race, name, label) for name, label in labels.items()]
+    return sorted(rows, key=lambda r: (rank[r.state], -r.correct / max(r.images, 1)))
+
+
+def _row(race: Race, name: str, label: str) -> Row:
+    correct = race.correct(name)
+    decision = race.decision(name)
+    state = decision.verdict.value if decision else "racing" if len(correct) else "waiting"
+    return Row(label, len(correct), int(correct.sum()), state, note_of(decision))
+
+
+def note_of(decision: Decision | None) -> str:
+    """Why a candidate was stopped: discordant pairs against its opponent."""
+    if decision is None or decision.verdict is Verdict.FINISHED:
+        return ""
+    return f"{decision.losses}:{decision.wins} against {decision.against}"
+
+
+class LiveRace:
+    """The race as it goes on; a context manager."""
+
+    def __init__(self, race: Race, baseline: Evaluation, console: Console | None = None) -> None:
+        self._race = race
+        self._baseline = baseline
+        self._labels: dict[str, str] = {}
+        self._console = console or Console()
+        self._began = time.monotonic()
+        self._known = 0
+        self._live = Live(get_renderable=self.table, console=self._console, refresh_per_second=2, transient=True)
+
+    def __enter__(self) -> LiveRace:
+        self._began = time.monotonic()
+        self._known = self._race.images_evaluated
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def enter(self, name: str, label: str) -> None:
+        """One more candidate."""
+        self._labels[name] = f"{name} {label}"
+
+    def decided(self, decision: Decision) -> None:
+        """Without a terminal: one line for every decision."""
+        if self._console.is_terminal:
+            return
+        correct = int(self._race.correct(decision.name).sum())
+        done = sum(self._race.decision(name) is not None for name in self._labels)
+        what = f"{decision.verdict.value} {note_of(decision)}".rstrip()
+        print(
+            f"[{done}/{len(self._labels)}] {self._labels[decision.name]}: "
+            f"{accuracy(correct, decision.images)} of {decision.images} images, {what}",
+            flush=True,
+        )
+
+    @property
+    def images_per_second(self) -> float:
+        """Since the race began here, all workers together."""
+        seconds = time.monotonic() - self._began
+        return (self._race.images_evaluated - self._known) / seconds if seconds > 0 else 0.0
+
+    def table(self) -> Table:
+        rows = rows_of(self._race, self._labels)
+        decided = sum(row.state not in ("racing", "waiting") for row in rows)
+        evaluated, budget = self._race.images_evaluated, len(rows) * self._race.rules.images
+        table = Table(
+            title=f"{decided} of {len(rows)} candidates decided · {evaluated:,} of {budget:,} images evaluated · "
+            f"{self.images_per_second:,.0f} images/s",
+            title_justify="left",
+        )
+        for column in ("candidate", "images", "top-1 (95 % interval)", "state", "images won:lost"):
+            table.add_column(column, justify="left" if column in ("candidate", "state") else "right", no_wrap=True)
+        table.add_row("float", str(self._baseline.images), accuracy_of(self._baseline), "", "", style="bold")
+        hidden = max(0, len(rows) - _ROWS)
+        for row in rows[: _ROWS - 1] if hidden else rows:
+            shown = accuracy(row.correct, row.images) if row.images else ""
+            style = _STYLES[row.state]
+            table.add_row(row.label, str(row.images or ""), shown, f"[{style}]{row.state}[/]", row.note)
+        if hidden:
+            table.add_row(f"… {hidden + 1} more …", "", "", "", "", style="dim")
+        return table

@@ -1,0 +1,1 @@
+"""Float Vision Transformers and calibrated checkpoints: geometry, names, strict loading, saving."""

@@ -1,0 +1,264 @@
+"""A race of settings: what is proposed becomes candidates, results become decisions, and all of it is logged.
+
+    proposals ──► candidates, the most promising first ──► race ──► decisions
+    trials.jsonl: every candidate, chunk and decision, written before anything is done with it
+
+The log is the record of truth: a contest that is made again from its log has the same candidates, results and
+decisions, and goes on from there. No Ray, no clock: see `racing`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
+
+from vitq_ray.base.config import InputError, QuantSetting
+from vitq_ray.calibration.statistics import CalibrationStatistics, Scales, predicted_noise
+from vitq_ray.measure.evaluation import Evaluation
+from vitq_ray.measure.racing import Decision, Race, RaceRules, standings
+from vitq_ray.quant.sites import MODES
+from vitq_ray.quant.vit import sites_of
+from vitq_ray.run.folder import RunFolder, pack, unpack
+from vitq_ray.search.proposals import Proposals
+
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One setting of the search; `same_as` names the earlier candidate whose scales it shares, if any.
+
+    `noise` is `predicted_noise` of the setting.
+    """
+
+    name: str
+    setting: QuantSetting
+    noise: float
+    same_as: str | None = None
+
+
+def scale_key(model: nn.Module, amax: Mapping[str, Tensor], setting: QuantSetting) -> str:
+    """Equal for settings that compute the same model: mode, bits, and amax of the sites the mode quantizes."""
+    mode = MODES[setting.mode]
+    digest = hashlib.sha256(f"{setting.mode} {setting.weight_bits} {setting.act_bits}".encode())
+    for key, site, _ in sites_of(model):
+        if mode.quantizes(site):
+            digest.update(amax[key].detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Listeners:
+    """Who else wants to know; each is called after the log was written.
+
+    Attributes:
+        on_candidate: a candidate with scales of its own, and these.
+        on_chunk: name, images of the chunk.
+        on_decision: what the race decided.
+    """
+
+    on_candidate: Callable[[Candidate, Mapping[str, Tensor]], None] = lambda candidate, amax: None
+    on_chunk: Callable[[str, int], None] = lambda name, images: None
+    on_decision: Callable[[Decision], None] = lambda decision: None
+
+
+class Contest:
+    """The referee of `trials.run_trials`, without Ray."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        statistics: CalibrationStatistics,
+        proposals: Proposals,
+        race: Race,
+        folder: RunFolder,
+        listeners: Listeners,
+    ) -> None:
+        """`race` is empty; what the folder's log holds is replayed. InputError where the log does not fit."""
+        self._model = model
+        self._statistics = statistics
+        self._scales = Scales(model, statistics)
+        self._proposals = proposals
+        self._folder = folder
+        self._listeners = listeners
+        self._logged = _Log.of(folder.events())
+        self._first_with: dict[str, str] = {}
+        self._round: list[Candidate] = []
+        self._handed_out: set[str] = set()
+        self._exhausted = False
+        self.race = race
+        self.candidates: dict[str, Candidate] = {}
+        self.correct5: dict[str, Bools] = {}
+        self._fill()
+
+    # What a referee does ------------------------------------------------------------------------------------------
+
+    def next(self) -> str | None:
+        """The next candidate that has not been decided, once; None where there is none, or none yet."""
+        while not self.over:
+            for name in self.race.names:
+                if name not in self._handed_out and self._has_work(name):
+                    self._handed_out.add(name)
+                    return name
+            if not self.race.over:
+                return None
+            self._fill()
+        return None
+
+    def _has_work(self, name: str) -> bool:
+        """Undecided, with images left to see; one that has seen all may still wait for an earlier one."""
+        return self.race.decision(name) is None and self.race.seen(name) < self.race.rules.images
+
+    @property
+    def over(self) -> bool:
+        """Every candidate is decided and no further ones are proposed."""
+        return self._exhausted and self.race.over
+
+    def seen(self, name: str) -> int:
+        return self.race.seen(name)
+
+    def take(self, name: str, start: int, correct: Bools, correct5: Bools, seconds: float) -> bool:
+        """Take in results of a chunk; whether the candidate is decided, so that its trial can stop."""
+        if self.race.record(name, start, correct):
+            self.correct5[name][start : start + len(correct)] = correct5
+            self._folder.append(
+                "chunk",
+                name=name,
+                start=start,
+                images=len(correct),
+                correct=pack(correct),
+                correct5=pack(correct5),
+                seconds=round(seconds, 4),
+            )
+            self._listeners.on_chunk(name, len(correct))
+            self._judge()
+        return self.race.decision(name) is not None
+
+    def _judge(self) -> None:
+        for decision in self.race.judge():
+            if decision.name not in self._logged.decided:
+                self._folder.append("decision", **_decision_fields(decision))
+            self._listeners.on_decision(decision)
+
+    # Candidates ---------------------------------------------------------------------------------------------------
+
+    def _fill(self) -> None:
+        """The next round of proposals as candidates, those with the least predicted noise first."""
+        if self._round:
+            self._proposals.tell({c.setting: self._score(c) for c in self._round})
+        settings = self._proposals.next_round()
+        self._exhausted = not settings
+        made = [(s, amax, self._noise(s, amax)) for s in settings for amax in (self._scales.of(s),)]
+        self._round = [self._enter(*row) for row in sorted(made, key=lambda row: row[2])]
+        self._replay(c.name for c in self._round)
+
+    def _noise(self, setting: QuantSetting, amax: Mapping[str, Tensor]) -> float:
+        return predicted_noise(self._model, self._statistics, setting, amax)
+
+    def _enter(self, setting: QuantSetting, amax: Mapping[str, Tensor], noise: float) -> Candidate:
+        key = scale_key(self._model, amax, setting)
+        candidate = Candidate(f"c{len(self.candidates):03d}", setting, noise, self._first_with.get(key))
+        self._log_candidate(candidate)
+        self.candidates[candidate.name] = candidate
+        if candidate.same_as is None:
+            self._first_with[key] = candidate.name
+            self.race.enter(candidate.name)
+            self.correct5[candidate.name] = np.zeros(self.race.rules.images, bool)
+            self._listeners.on_candidate(candidate, amax)
+        return candidate
+
+    def _log_candidate(self, candidate: Candidate) -> None:
+        logged = self._logged.settings.get(candidate.name)
+        if logged is None:
+            self._folder.append(
+                "candidate",
+                name=candidate.name,
+                setting=candidate.setting.to_dict(),
+                predicted_noise=candidate.noise,
+                same_as=candidate.same_as,
+            )
+        elif logged != candidate.setting.to_dict():
+            raise InputError(
+                f"{self._folder.log}: candidate {candidate.name} is {QuantSetting.from_dict(logged).label!r}, "
+                f"but {candidate.setting.label!r} is proposed now; this run cannot be resumed"
+            )
+
+    def _score(self, candidate: Candidate) -> float:
+        """By how much its accuracy exceeds the first candidate's, on the images it has seen; a fraction."""
+        correct = self.race.correct(candidate.same_as or candidate.name)
+        first = self.race.correct(self.race.names[0])[: len(correct)]
+        return float(correct.mean() - first.mean())
+
+    # The log ------------------------------------------------------------------------------------------------------
+
+    def _replay(self, names: Iterable[str]) -> None:
+        """Take in what the log has of these candidates."""
+        for name in names:
+            for chunk in self._logged.chunks.get(name, ()):
+                correct, correct5 = (unpack(chunk[key], chunk["images"]) for key in ("correct", "correct5"))
+                self.race.record(name, chunk["start"], correct)
+                self.correct5[name][chunk["start"] :][: len(correct)] = correct5
+        self._judge()
+
+    # The outcome --------------------------------------------------------------------------------------------------
+
+    def evaluations(self, labels: npt.NDArray[np.int64], sample_ids: npt.NDArray[np.int64]) -> dict[str, Evaluation]:
+        """{candidate with scales of its own: its results that count}; both arrays in the order of the race."""
+        result = {}
+        for name in self.race.names:
+            correct = self.race.correct(name)
+            n = len(correct)
+            result[name] = Evaluation(sample_ids[:n], labels[:n], correct, self.correct5[name][:n])
+        return result
+
+    def outcome(self) -> dict[str, str]:
+        """{candidate: best, tied, behind or beaten}, those that share scales included."""
+        standing = standings(self.race)
+        return {c.name: standing[c.same_as or c.name] for c in self.candidates.values()}
+
+
+@dataclass(frozen=True)
+class _Log:
+    """What trials.jsonl holds of a contest."""
+
+    settings: dict[str, dict[str, Any]]
+    chunks: dict[str, list[dict[str, Any]]]
+    decided: frozenset[str]
+
+    @staticmethod
+    def of(events: Iterable[Mapping[str, Any]]) -> _Log:
+        settings: dict[str, dict[str, Any]] = {}
+        chunks: dict[str, list[dict[str, Any]]] = {}
+        decided = set()
+        for event in events:
+            if event["event"] == "candidate":
+                settings[event["name"]] = event["setting"]
+            elif event["event"] == "chunk":
+                chunks.setdefault(event["name"], []).append(dict(event))
+            elif event["event"] == "decision":
+                decided.add(event["name"])
+        return _Log(settings, chunks, frozenset(decided))
+
+
+def _decision_fields(decision: Decision) -> dict[str, Any]:
+    return {
+        "name": decision.name,
+        "verdict": decision.verdict.value,
+        "images": decision.images,
+        "against": decision.against,
+        "wins": decision.wins,
+        "losses": decision.losses,
+        "evidence": round(decision.evidence, 4),
+    }
+
+
+def race_rules(images: int, chunk: int | None, batch_size: int, alpha: float, tie_margin: float) -> RaceRules:
+    """Rules with about 25 looks, a whole number of batches each, unless `chunk` says otherwise."""
+    batches = -(-images // (25 * batch_size))
+    return RaceRules(images, min(images, chunk or batches * batch_size), alpha, tie_margin)

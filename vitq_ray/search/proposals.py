@@ -1,0 +1,100 @@
+"""Which settings of a space to try: all of them, random ones, or what Optuna suggests. No Ray.
+
+A source proposes settings in rounds and is told how each did before it proposes the next. What it proposes is a
+function of space, seed and what it was told, so a search that is resumed is proposed the same settings again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import optuna
+
+from vitq_ray.base.config import InputError, QuantSetting
+from vitq_ray.search.space import SearchSpace, setting_of
+
+SEARCH_ALGORITHMS = ("grid", "random", "optuna")
+DEFAULT_SAMPLES = 64
+_ROUND = 8  # settings that Optuna proposes at once
+
+
+class Proposals(Protocol):
+    """A source of settings."""
+
+    def next_round(self) -> list[QuantSetting]:
+        """Settings that were not proposed before; empty when there are no more."""
+
+    def tell(self, scores: Mapping[QuantSetting, float]) -> None:
+        """How the settings of the last round did: larger is better."""
+
+
+class ListProposals:
+    """One round, known beforehand."""
+
+    def __init__(self, settings: Sequence[QuantSetting]) -> None:
+        self._settings = list(settings)
+
+    def next_round(self) -> list[QuantSetting]:
+        settings, self._settings = self._settings, []
+        return settings
+
+    def tell(self, scores: Mapping[QuantSetting, float]) -> None:
+        """Nothing to learn for."""
+
+
+class OptunaProposals:
+    """Optuna's TPE sampler (Bergstra et al., 2011): rounds of 8, each from the scores of all before it."""
+
+    def __init__(self, space: SearchSpace, defaults: QuantSetting, count: int, seed: int) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=2 * _ROUND)
+        self._study = optuna.create_study(direction="maximize", sampler=sampler)
+        self._values = space.values(defaults)
+        self._left = count
+        self._scores: dict[QuantSetting, float] = {}
+        self._asked: list[tuple[optuna.Trial, QuantSetting]] = []
+
+    def next_round(self) -> list[QuantSetting]:
+        fresh: dict[QuantSetting, None] = {}
+        wanted = min(_ROUND, self._left)
+        for _ in range(20 * wanted):
+            if len(fresh) == wanted:
+                break
+            trial = self._study.ask()
+            setting = self._suggest(trial)
+            if setting in self._scores:  # known: Optuna learns from it once more, nothing is run
+                self._study.tell(trial, self._scores[setting])
+                continue
+            self._asked.append((trial, setting))
+            fresh.setdefault(setting)
+        self._left -= len(fresh)
+        return list(fresh)
+
+    def _suggest(self, trial: optuna.Trial) -> QuantSetting:
+        row: dict[str, Any] = {}
+        for field, values in self._values.items():
+            row[field] = values[trial.suggest_int(field, 0, len(values) - 1)] if len(values) > 1 else values[0]
+        return setting_of(row)
+
+    def tell(self, scores: Mapping[QuantSetting, float]) -> None:
+        self._scores |= scores
+        for trial, setting in self._asked:
+            self._study.tell(trial, self._scores[setting])
+        self._asked = []
+
+
+def proposals(
+    algorithm: str, space: SearchSpace, defaults: QuantSetting, num_samples: int | None, seed: int
+) -> Proposals:
+    """The source that `--search-alg` and `--num-samples` ask for."""
+    if algorithm == "grid":
+        if num_samples is not None:
+            raise InputError(
+                "--num-samples: a grid tries every setting; expected --search-alg random or optuna with it"
+            )
+        return ListProposals(space.grid(defaults))
+    count = num_samples or DEFAULT_SAMPLES
+    if algorithm == "random":
+        return ListProposals(space.sample(defaults, count, seed))
+    return OptunaProposals(space, defaults, count, seed)

@@ -1,0 +1,220 @@
+"""A search space: a Python file that defines `SPACE`, what to try for each field of a setting.
+
+    SPACE = {
+        "mode": ("ft1", "ft2"),
+        "calibrator": ("max", "mse", "entropy", "percentile"),
+        "percentile": percentiles(99, 99.9999, 5),      # for the percentile calibrator
+        "num_batches": (2, 8, 32),
+    }
+
+The fields are those of `QuantSetting`: also `weight_bits`, `act_bits`, `weights` (`max`, `mse`) and, for tensors with
+a calibrator of their own, `attention_probabilities`, `gelu_output`, `gemm_outputs` (`None`, `max`, `mse`, `entropy`,
+`percentile 99.9`).
+A file may also define `QAT`: what to train the best settings with (`QatSpace`), where calibration alone misses the
+target. Ranges are written `loguniform(low, high)`.
+
+Fields that the file leaves out have the values of the command line. Its docstring gives the command, the cost and the
+result that was measured with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import runpy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vitq_ray.base.config import Config, InputError, QuantSetting, require_int
+
+FIELDS = tuple(field.name for field in dataclasses.fields(QuantSetting))
+
+
+def percentiles(low: float, high: float, count: int) -> tuple[float, ...]:
+    """`count` percentiles whose distances from 100 are spread evenly on a log scale, from `low` to `high`."""
+    if not (0 <= low < high < 100 and count >= 2):
+        raise InputError(f"percentiles: expected 0 <= low < high < 100 and count >= 2, got {low}, {high}, {count}")
+    ratio = ((100 - high) / (100 - low)) ** (1 / (count - 1))
+    return tuple(round(100 - (100 - low) * ratio**i, 10) for i in range(count))
+
+
+@dataclass(frozen=True)
+class LogUniform:
+    """Numbers from `low` to `high` whose logarithm is uniform."""
+
+    low: float
+    high: float
+
+    def draw(self, rng: np.random.Generator) -> float:
+        """One number, to four significant digits."""
+        return float(f"{math.exp(rng.uniform(math.log(self.low), math.log(self.high))):.4g}")
+
+
+def loguniform(low: float, high: float) -> LogUniform:
+    """A range for `QAT`."""
+    if not 0 < low < high < math.inf:
+        raise InputError(f"loguniform: expected 0 < low < high, got {low}, {high}")
+    return LogUniform(low, high)
+
+
+# What QAT tries: fields of `qat_loop.QatConfig`, and scale and temperature of its distillation.
+QAT_FIELDS = (
+    "lr",
+    "global_batch",
+    "distill_scale",
+    "temperature",
+    "learn_amax",
+    "optimizer",
+    "schedule",
+    "augment",
+    "dropout",
+)
+
+
+@dataclass(frozen=True)
+class QatSpace(Config):
+    """What QAT tries, and how.
+
+    Attributes:
+        choices: {field of QAT_FIELDS: values, or a range}.
+        num_samples: training runs; they start from the best and tied settings in turn.
+        starts: how many of those settings at most.
+        epochs: length of a run that is not stopped.
+        grace_epochs, reduction: ASHA (Li et al. 2020): of the runs that come to epoch grace · reduction^k, all but the
+            best 1/reduction so far stop.
+    """
+
+    choices: Mapping[str, Any]
+    num_samples: int = 8
+    starts: int = 3
+    epochs: int = 8
+    grace_epochs: int = 1
+    reduction: int = 2
+
+    def __post_init__(self) -> None:
+        for name, low in (("num_samples", 1), ("starts", 1), ("epochs", 1), ("grace_epochs", 1), ("reduction", 2)):
+            require_int(f"QAT {name}", getattr(self, name), low)
+
+    def sample(self, seed: int) -> list[dict[str, Any]]:
+        """`num_samples` rows {field: value}; a function of the seed."""
+        rng = np.random.default_rng(seed)
+        return [{name: _draw(values, rng) for name, values in self.choices.items()} for _ in range(self.num_samples)]
+
+
+def _draw(values: Any, rng: np.random.Generator) -> Any:
+    return values.draw(rng) if isinstance(values, LogUniform) else values[int(rng.integers(len(values)))]
+
+
+def qat_space_of(values: Any) -> QatSpace:
+    """Check what a file defines as QAT."""
+    if not isinstance(values, Mapping):
+        raise InputError(f"QAT is {type(values).__name__}, expected a dictionary")
+    plan = {f.name for f in dataclasses.fields(QatSpace)} - {"choices"}
+    known = (*QAT_FIELDS, *sorted(plan))
+    choices: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in known:
+            raise InputError(f"QAT has the key {name!r}; the keys are {', '.join(known)}")
+        if name in QAT_FIELDS:
+            choices[name] = value if isinstance(value, LogUniform) else _checked_values(f"QAT[{name!r}]", value)
+    return QatSpace(choices, **{name: values[name] for name in values if name in plan})
+
+
+def _checked_values(name: str, values: Any) -> tuple[Any, ...]:
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence) or not values:
+        raise InputError(f"{name} is {values!r}, expected a list of values")
+    return tuple(values)
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """What to try: {field of QuantSetting: values}, and then perhaps with QAT."""
+
+    name: str
+    choices: Mapping[str, tuple[Any, ...]]
+    qat: QatSpace | None = None
+
+    def grid(self, defaults: QuantSetting) -> list[QuantSetting]:
+        """Every distinct setting, in the order of the file; `defaults` fill the fields that it leaves out."""
+        rows = itertools.product(*self.values(defaults).values())
+        return list(dict.fromkeys(setting_of(dict(zip(FIELDS, row, strict=True))) for row in rows))
+
+    def values(self, defaults: QuantSetting) -> dict[str, tuple[Any, ...]]:
+        """{field: what to try}, all fields; `defaults` fill those that the file leaves out."""
+        return {field: self.choices.get(field, (getattr(defaults, field),)) for field in FIELDS}
+
+    def size(self, defaults: QuantSetting) -> int:
+        """Combinations of the values; settings that are the same count more than once."""
+        return math.prod(len(values) for values in self.values(defaults).values())
+
+    def sample(self, defaults: QuantSetting, count: int, seed: int) -> list[QuantSetting]:
+        """Up to `count` distinct random settings; fewer only where the space has hardly more."""
+        rng = np.random.default_rng(seed)
+        values = self.values(defaults)
+        found: dict[QuantSetting, None] = {}
+        for _ in range(50 * count):
+            row = {field: choices[int(rng.integers(len(choices)))] for field, choices in values.items()}
+            found.setdefault(setting_of(row))
+            if len(found) == count:
+                break
+        return list(found)
+
+
+def setting_of(row: dict[str, Any]) -> QuantSetting:
+    """Only the percentile calibrator has a percentile; the others collapse to one setting."""
+    if row["calibrator"] != "percentile":
+        row = row | {"percentile": None}
+    return QuantSetting.from_dict(row)
+
+
+def load_space(path: str) -> SearchSpace:
+    """Run a search space file. InputError, naming the file, for whatever is wrong with it."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; expected a search space (a Python file that defines SPACE)")
+    try:
+        defined = runpy.run_path(path)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{path}: {_place(error, path)}{type(error).__name__}: {error}") from error
+    return space_of(defined.get("SPACE"), path, defined.get("QAT"))
+
+
+def space_of(space: Any, path: str, qat: Any = None) -> SearchSpace:
+    """Check what a file defines as SPACE and QAT."""
+    if not isinstance(space, Mapping):
+        raise InputError(f"{path}: SPACE is {type(space).__name__}, expected a dictionary of field: values")
+    for field in space:
+        if field not in FIELDS:
+            raise InputError(f"{path}: SPACE has the key {field!r}; the keys are {', '.join(FIELDS)}")
+    try:
+        choices = {field: _checked_values(f"SPACE[{field!r}]", values) for field, values in space.items()}
+        checked = SearchSpace(Path(path).stem, choices, None if qat is None else qat_space_of(qat))
+        _check_values(checked)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return checked
+
+
+def _check_values(space: SearchSpace) -> None:
+    """Every value on its own, in an otherwise good setting; a grid can be too large to build."""
+    for field, values in space.choices.items():
+        for value in values:
+            row = QuantSetting().to_dict() | {field: value}
+            setting_of(row | ({"calibrator": "percentile"} if field == "percentile" else {}))
+
+
+def _place(error: BaseException, path: str) -> str:
+    """`line N: ` of the user's file, where the error happened there."""
+    if isinstance(error, SyntaxError):
+        return f"line {error.lineno}: "
+    trace, line = error.__traceback__, None
+    while trace is not None:
+        line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == path else line
+        trace = trace.tb_next
+    return "" if line is None else f"line {line}: "
