@@ -36,7 +36,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from vitq_ray.base.config import InputError, require_int
 from vitq_ray.base.files import atomic_file
-from vitq_ray.models.load import google_arrays
+from vitq_ray.models.google import google_arrays
 
 SOURCE = Path("/usr/share/datasets/fashion-mnist")
 SAMPLE = Path(__file__).resolve().parents[1] / "vitq_ray" / "sample"

@@ -30,7 +30,8 @@ from vitq_ray.data.samples import SampleIndex, open_split
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.measure.evaluation import Evaluation, evaluate, sanity_problem
 from vitq_ray.models.checkpoint import Sidecar, is_calibrated, load_calibrated
-from vitq_ray.models.load import LoadedModel, load_model, named_geometry
+from vitq_ray.models.geometry import named_geometry
+from vitq_ray.models.load import LoadedModel, load_model
 from vitq_ray.quant.vit import frozen_weights
 
 OnBatch = Callable[[Batch, Tensor], None]

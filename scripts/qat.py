@@ -55,7 +55,8 @@ from vitq_ray.data.samples import Ids, calibration_ids, open_split, require_imag
 from vitq_ray.data.transforms import AUGMENTATIONS
 from vitq_ray.measure.evaluation import wilson_interval
 from vitq_ray.models.checkpoint import CalibratedModel, Sidecar, is_calibrated, load_calibrated, save_calibrated
-from vitq_ray.models.load import load_model, weights_fingerprint
+from vitq_ray.models.load import load_model
+from vitq_ray.models.weights import weights_fingerprint
 from vitq_ray.qat.distill import DEFAULT_TEMPERATURE, Distillation
 from vitq_ray.qat.loop import (
     OPTIMIZERS,

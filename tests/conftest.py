@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from vitq_ray.cluster.start import cluster
 from vitq_ray.data.transforms import EvalTransform
-from vitq_ray.models.load import google_arrays
+from vitq_ray.models.google import google_arrays
 from vitq_ray.quant.vit import quantize_vit
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

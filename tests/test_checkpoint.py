@@ -14,7 +14,9 @@ from tests.conftest import tiny_vit
 from vitq_ray.base.config import InputError, QuantSetting
 from vitq_ray.calibration.statistics import apply_setting, collect_statistics
 from vitq_ray.models.checkpoint import Sidecar, is_calibrated, load_calibrated, save_calibrated
-from vitq_ray.models.load import geometry_of, google_arrays, weights_fingerprint
+from vitq_ray.models.geometry import geometry_of
+from vitq_ray.models.google import google_arrays
+from vitq_ray.models.weights import weights_fingerprint
 from vitq_ray.quant.sites import MODES
 from vitq_ray.quant.vit import quantize_vit, sites_of
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vitq_ray.base.config import InputError
 from vitq_ray.models.fastertransformer import from_fastertransformer, is_fastertransformer, to_fastertransformer
-from vitq_ray.models.load import Geometry, build_model
+from vitq_ray.models.geometry import Geometry, build_model
 
 PLAIN = Geometry("x", 8, 32, 2, 4, 48, img_size=16, num_classes=5)
 HYBRID = Geometry("x", 8, 32, 1, 4, 48, img_size=16, num_classes=5, hybrid_stages=(2, 1), hybrid_widths=(32, 128, 256))

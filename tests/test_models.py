@@ -25,18 +25,11 @@ from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_
 from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
-from vitq_ray.models.load import (
-    GOOGLE_MODEL_TYPES,
-    Geometry,
-    build_model,
-    geometry_of,
-    google_arrays,
-    load_model,
-    named_geometry,
-    read_state,
-    require_supported,
-    weights_fingerprint,
-)
+from vitq_ray.models.geometry import GOOGLE_MODEL_TYPES, Geometry, build_model, geometry_of, named_geometry
+from vitq_ray.models.google import google_arrays
+from vitq_ray.models.load import load_model
+from vitq_ray.models.weights import read_state, weights_fingerprint
+from vitq_ray.quant.vit import require_supported
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference" / "public"
 Arrays = dict[str, np.ndarray]

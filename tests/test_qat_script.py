@@ -18,7 +18,7 @@ import torch
 from tests.conftest import Project, load_script, make_project, tiny_vit
 from vitq_ray.base.config import InputError
 from vitq_ray.commands import options as cli
-from vitq_ray.models.load import google_arrays
+from vitq_ray.models.google import google_arrays
 
 calib, evaluate, qat = load_script("calib"), load_script("evaluate"), load_script("qat")
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "qat.py"

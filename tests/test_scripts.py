@@ -13,7 +13,7 @@ import torch
 
 from tests.conftest import Project, encode_png, load_script, tiny_vit, write_zip_split
 from vitq_ray.commands import options as cli
-from vitq_ray.models.load import google_arrays
+from vitq_ray.models.google import google_arrays
 
 calib, evaluate = load_script("calib"), load_script("evaluate")
 

@@ -24,7 +24,8 @@ import torch
 from vitq_ray.base.config import CALIBRATORS, MAX_BITS, MIN_BITS, MODES, InputError, QuantSetting
 from vitq_ray.base.files import one_line
 from vitq_ray.data.transforms import EvalTransform
-from vitq_ray.models.load import AUTO, LoadedModel
+from vitq_ray.models.geometry import AUTO
+from vitq_ray.models.load import LoadedModel
 
 T = TypeVar("T")
 

@@ -51,7 +51,8 @@ from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.measure.evaluation import Evaluation, evaluate, sanity_problem
 from vitq_ray.measure.racing import Decision, Race, Verdict
 from vitq_ray.models.checkpoint import Sidecar, load_calibrated, save_calibrated
-from vitq_ray.models.load import LoadedModel, load_model, weights_fingerprint
+from vitq_ray.models.load import LoadedModel, load_model
+from vitq_ray.models.weights import weights_fingerprint
 from vitq_ray.qat.loop import TEACHER_LOGITS, QatData, read_outcome, steps_per_epoch
 from vitq_ray.quant.vit import float_copy, frozen_weights, quantize_vit, quantizers_off
 from vitq_ray.run.folder import RunFolder, first_difference, pack, read_bad_images, record_bad_images, unpack

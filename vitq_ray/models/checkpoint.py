@@ -21,15 +21,9 @@ from torch import Tensor
 from vitq_ray.base.config import Config, InputError, QuantSetting
 from vitq_ray.base.files import atomic_file, exists, read_bytes, write_json
 from vitq_ray.models.fastertransformer import from_fastertransformer, is_fastertransformer, to_fastertransformer
-from vitq_ray.models.load import (
-    Channels,
-    Geometry,
-    LoadedModel,
-    build_model,
-    named_geometry,
-    read_state,
-    weights_fingerprint,
-)
+from vitq_ray.models.geometry import Geometry, build_model, named_geometry
+from vitq_ray.models.load import Channels, LoadedModel
+from vitq_ray.models.weights import read_state, weights_fingerprint
 from vitq_ray.quant.sites import MODES, WEIGHT
 from vitq_ray.quant.vit import apply_amax, quant_blocks, quantize_vit, sites_of
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vitq_ray.base.config import InputError
-from vitq_ray.models.load import Geometry
+from vitq_ray.models.geometry import Geometry
 from vitq_ray.quant.sites import LAYER_PREFIX
 
 OTHER_PREFIX = "timm."

@@ -42,7 +42,7 @@ from vitq_ray.data.samples import Ids, SampleIndex
 from vitq_ray.data.transforms import AUGMENTATIONS, EvalTransform, TrainTransform, Transform
 from vitq_ray.measure.evaluation import Evaluation
 from vitq_ray.models.checkpoint import CalibratedModel
-from vitq_ray.models.load import weights_fingerprint
+from vitq_ray.models.weights import weights_fingerprint
 from vitq_ray.qat.distill import Distillation, image_losses
 from vitq_ray.quant.fake_quant import integer_range
 from vitq_ray.quant.vit import frozen_weights, learn_amax, quant_blocks
