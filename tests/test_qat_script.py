@@ -18,6 +18,7 @@ import torch
 from tests.conftest import Project, load_script, make_project, tiny_vit
 from vitq_ray.base.config import InputError
 from vitq_ray.commands import options as cli
+from vitq_ray.commands import train
 from vitq_ray.models.google import google_arrays
 
 calib, evaluate, qat = load_script("calib"), load_script("evaluate"), load_script("qat")
@@ -91,10 +92,10 @@ def test_old_options_parse_with_a_google_name() -> None:
         "--train --name vit --pretrained_dir X_calib.pth --data-path D --model_type ViT-B_16 --quant-mode ft2 "
         "--img_size 384 --distill --teacher X.npz --output O --batch-size 32 --num-epochs 5 --qat-lr 1e-4"
     )
-    args, given = qat.parse(old.split())
+    args, given = train.parse(old.split())
     assert (args.model_type, args.img_size, args.qat_lr, args.distill) == ("ViT-B_16", 384, 1e-4, True)
     assert given["teacher"] == "X.npz"
-    assert qat.make_config(args).global_batch == 32
+    assert train.make_config(args).global_batch == 32
 
 
 def start_process(folder: Path, project: Project, *argv: str) -> subprocess.Popen[str]:
@@ -225,11 +226,11 @@ def test_the_splits_of_a_search_are_taken_over(project: Project, tmp_path: Path)
     fingerprint = result(best)["data_fingerprint"]
     splits = {"selection": list(range(60)), "report": list(range(60, 150))}
     (tmp_path / "search" / "run.json").write_text(json.dumps({"splits": splits, "data_fingerprint": fingerprint}))
-    found = qat.search_splits(str(best / "vit_calib.pth"), fingerprint)
+    found = train.search_splits(str(best / "vit_calib.pth"), fingerprint)
     assert found is not None
     assert [ids.tolist() for ids in found] == [splits["selection"], splits["report"]]
-    assert qat.search_splits(str(best / "vit_calib.pth"), "other data") is None
-    assert qat.search_splits(str(tmp_path / "search" / "vit_calib.pth"), fingerprint) is None
+    assert train.search_splits(str(best / "vit_calib.pth"), "other data") is None
+    assert train.search_splits(str(tmp_path / "search" / "vit_calib.pth"), fingerprint) is None
     options = ("--pretrained_dir", best / "vit_calib.pth", "--data-path", project.folder, "--num-epochs", "1")
     assert run(qat, *options, "--batch-size", 8, "--no-dashboard", "--output", tmp_path / "o") == 0
     assert result(tmp_path / "o")["images"] == 90
@@ -250,7 +251,7 @@ def test_a_trained_checkpoint_keeps_the_halves_it_was_selected_by(
 
 
 def test_a_given_option_is_known_from_a_default() -> None:
-    _, given = qat.parse(["--qat-lr", "1e-4", "--no-distill"])
+    _, given = train.parse(["--qat-lr", "1e-4", "--no-distill"])
     assert given == {"qat_lr": 1e-4, "distill": False}
     with pytest.raises(InputError, match="unrecognized arguments: --lr"):
-        qat.parse(["--lr", "1"])
+        train.parse(["--lr", "1"])

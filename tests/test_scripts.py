@@ -302,7 +302,7 @@ def test_interrupt(project: Project, monkeypatch: pytest.MonkeyPatch, capsys: py
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate, "load", interrupted)
+    monkeypatch.setattr("vitq_ray.commands.evaluate.load", interrupted)
     assert run(evaluate, *project.options) == 130
     assert "interrupted" in capsys.readouterr().err
 

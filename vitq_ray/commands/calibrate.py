@@ -1,0 +1,268 @@
+"""Calibrate one INT8 setting, evaluate it on all of val, and write the calibrated checkpoint.
+
+    python scripts/calib.py                                          # the bundled sample
+    python scripts/calib.py --pretrained_dir ViT-B_16.npz --data-path /data/imagenet --model_type ViT-B_16 \\
+        --img_size 384 --num-calib-batch 20 --calib-batchsz 8 --quant-mode ft2 --calibrator percentile \\
+        --percentile 99.99 --calib-output-path runs/vit
+
+Writes `<name>_calib.pth`, its sidecar `<name>_calib.json`, and `result.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitq_ray.base.config import InputError, QuantSetting
+from vitq_ray.base.files import output_folder, write_json
+from vitq_ray.calibration.statistics import CalibrationStatistics, apply_setting, collect_statistics, degenerate_sites
+from vitq_ray.cluster.start import cluster
+from vitq_ray.cluster.workers import WorkerPool, collect_on, evaluate_on, torch_threads
+from vitq_ray.commands import options as cli
+from vitq_ray.data.loader import Batch, iter_batches
+from vitq_ray.data.samples import SampleIndex, calibration_ids, has_split, open_split, require_images
+from vitq_ray.data.transforms import EvalTransform
+from vitq_ray.measure.evaluation import Evaluation, evaluate, sanity_problem
+from vitq_ray.models.checkpoint import Sidecar, save_calibrated
+from vitq_ray.models.load import LoadedModel, load_model
+from vitq_ray.quant.quantizer import State
+from vitq_ray.quant.sites import WEIGHT
+from vitq_ray.quant.vit import frozen_weights, quant_blocks, quantize_vit, sites_of
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = cli.Parser(__doc__ or "")
+    cli.add_model_options(parser)
+    cli.add_setting_options(parser)
+    cli.add_worker_options(parser)
+    parser.add("--calib-batchsz", type=cli.number(int, 1), default=8, help="images per calibration batch")
+    parser.add("--calib-split", choices=("train", "val"), help="images to calibrate on; default: train if there")
+    parser.add("--calib-order", choices=("shuffled", "map"), default="shuffled", help="which images of the split")
+    parser.add("--batch-size", type=cli.number(int, 1), default=64, help="images per evaluation batch")
+    parser.add("--calib-output-path", default="runs/calib", help="folder for checkpoint and results")
+    parser.add("--calib", action="store_true", help="accepted for the old toolkit's command lines")
+    parser.add("--name", help="name of the experiment, kept in result.json")
+    return parser.parse_args(argv)
+
+
+@dataclass
+class Job:
+    """What a run works with, made by `prepare`."""
+
+    args: argparse.Namespace
+    setting: QuantSetting
+    loaded: LoadedModel
+    model: nn.Module
+    transform: EvalTransform
+    device: torch.device
+    calib: SampleIndex
+    calib_split: str
+    val: SampleIndex
+    bad_images: list[tuple[str, str]]
+
+    def to_input(self, images: Tensor) -> Tensor:
+        """uint8 (B, S, S, 3) -> float32 (B, 3, S, S) on the model's device."""
+        return self.transform.normalize(images.to(self.device))
+
+    def batches(self, index: SampleIndex, ids: Any, size: int) -> Iterator[Batch]:
+        args = self.args
+        return iter_batches(index, ids, self.transform, size, args.decode_threads, args.on_bad_image, self.bad_images)
+
+
+def prepare(args: argparse.Namespace) -> Job:
+    """Check every option, open every file and make the output folder before a second is spent computing."""
+    cli.apply_sample_defaults(args)
+    setting, device = cli.setting_from(args), cli.device_from(args)
+    split = args.calib_split or ("train" if has_split(args.data_path, "train") else "val")
+    loaded = load_model(args.model_type, args.pretrained_dir, args.img_size)
+    classes = loaded.geometry.num_classes
+    val = open_split(args.data_path, "val", classes)
+    calib = val if split == "val" else open_split(args.data_path, split, classes)
+    require_images(len(calib), args.num_calib_batch * args.calib_batchsz)
+    output_folder(args.calib_output_path, "--calib-output-path")
+    model = quantize_vit(loaded.model).to(device)
+    return Job(args, setting, loaded, model, cli.eval_transform(loaded, args.crop_pct), device, calib, split, val, [])
+
+
+def calibrate(job: Job) -> tuple[CalibrationStatistics, Evaluation, list[int]]:
+    """One float pass: statistics, how well the float model did on these images, and which images they were."""
+    args = job.args
+    # Every image of the split in order, so that others move up where a broken one is skipped.
+    ids = calibration_ids(len(job.calib), len(job.calib), args.calib_order, args.seed)
+    batches = itertools.islice(job.batches(job.calib, ids, args.calib_batchsz), args.num_calib_batch)
+    seen: list[tuple[Tensor, Tensor]] = []  # labels and sample ids of every batch
+    judged: list[Evaluation] = []
+
+    def full() -> Iterator[tuple[int, Batch]]:
+        for index, batch in enumerate(cli.track(batches, args.num_calib_batch, "calibrate")):
+            if len(batch.labels) == args.calib_batchsz:
+                seen.append((batch.labels, batch.sample_ids))
+                yield index, batch
+
+    def judge(index: int, logits: Tensor) -> None:
+        judged.append(Evaluation.of_logits(logits, *seen[index]))
+
+    statistics = collect(job, full(), judge)
+    used = [int(i) for _, ids in seen for i in ids]
+    if len(seen) < args.num_calib_batch:
+        raise InputError(
+            f"calibration: {args.num_calib_batch} batches of {args.calib_batchsz} asked for, the readable images of "
+            f"{job.calib_split} make {len(seen)}"
+        )
+    return statistics, Evaluation.concatenate(judged), used
+
+
+def collect(
+    job: Job, batches: Iterator[tuple[int, Batch]], on_batch: Callable[[int, Tensor], None]
+) -> CalibrationStatistics:
+    """Statistics of the batches: collected here, or on workers, to which batch 0 tells the bin widths."""
+    args, snapshots = job.args, [job.args.num_calib_batch]
+
+    def inputs() -> Iterator[tuple[int, Tensor]]:
+        return ((index, job.to_input(batch.images)) for index, batch in batches)
+
+    if args.num_workers is None:
+        return collect_statistics(job.model, inputs(), snapshots, on_batch=on_batch)
+    with torch_threads(args.threads_per_worker):
+        statistics = collect_statistics(job.model, itertools.islice(inputs(), 1), snapshots, on_batch=on_batch)
+    with pool(job) as workers:
+        return collect_on(workers, batches, snapshots, statistics, on_batch)
+
+
+def evaluate_all(job: Job) -> Evaluation:
+    """All of val in map order."""
+    size = job.args.batch_size
+    batches = cli.track(job.batches(job.val, range(len(job.val)), size), -(-len(job.val) // size), "evaluate")
+    with frozen_weights(job.model):
+        if job.args.num_workers is None:
+            return evaluate(job.model, batches, job.to_input)
+        with pool(job) as workers:
+            return evaluate_on(workers, batches)
+
+
+def pool(job: Job) -> WorkerPool:
+    """Workers with the model as it is now; Ray is running."""
+    args = job.args
+    return WorkerPool(job.model, job.transform, args.num_workers, args.threads_per_worker, 1.0 if args.use_gpu else 0.0)
+
+
+def print_summary(model: nn.Module) -> None:
+    """Every quantizer: site, bits, axis, amax, on or off; then the share of all weights that are quantized."""
+    print(f"{'site':<70} {'bits':>4} {'axis':>10} {'amax':>23}  state")
+    for key, _, quantizer in sites_of(model):
+        axis = "per tensor" if quantizer.axis is None else f"axis {quantizer.axis}"
+        low, high = quantizer.amax.min().item(), quantizer.amax.max().item()
+        amax = f"{high:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
+        state = "on" if quantizer.state is State.QUANTIZE else "off"
+        print(f"{key:<70} {quantizer.bits:>4} {axis:>10} {amax:>23}  {state}")
+    on = [q.state is State.QUANTIZE for _, _, q in sites_of(model)]
+    print(f"quantizers: {sum(on)} of {len(on)} on; {quantized_weight_share(model):.2%} of all weights quantized")
+
+
+def quantized_weight_share(model: nn.Module) -> float:
+    """Quantized parameters over all parameters, a fraction."""
+    states = {key: q.state for key, site, q in sites_of(model) if site.family == WEIGHT}
+    weights = [w for block in quant_blocks(model) for w in block.weights().values()]
+    quantized = sum(w.numel() for w, state in zip(weights, states.values(), strict=True) if state is State.QUANTIZE)
+    return quantized / sum(parameter.numel() for parameter in model.parameters())
+
+
+def result_of(job: Job, evaluation: Evaluation, on_calib: Evaluation, used: list[int]) -> dict[str, Any]:
+    args = job.args
+    return {
+        **evaluation.summary(),
+        "setting": job.setting.to_dict(),
+        "model_type": args.model_type,
+        "img_size": job.loaded.geometry.img_size,
+        "name": args.name,
+        "seed": args.seed,
+        "calibration": {
+            "split": job.calib_split,
+            "order": args.calib_order,
+            "batches": args.num_calib_batch,
+            "batch_size": args.calib_batchsz,
+            "sample_ids": used,
+            "images_also_evaluated": len(used) if job.calib_split == "val" else 0,
+            "float_top1": on_calib.top1,
+            "data_fingerprint": job.calib.fingerprint,
+        },
+        "bad_images": cli.bad_image_rows(job.bad_images),
+        "options": vars(args),
+        "weights_fingerprint": job.loaded.fingerprint,
+        "data_fingerprint": job.val.fingerprint,
+        "versions": cli.versions(),
+    }
+
+
+def sidecar_of(job: Job, result: dict[str, Any]) -> Sidecar:
+    keys = ("images", "top1_correct", "top5_correct", "top1", "top5")
+    loaded = job.loaded
+    return Sidecar(
+        setting=job.setting,
+        geometry=loaded.geometry,
+        mean=loaded.mean,
+        std=loaded.std,
+        interpolation=loaded.interpolation,
+        weights_fingerprint=loaded.fingerprint,
+        data_fingerprint=job.val.fingerprint,
+        seed=job.args.seed,
+        crop_pct=job.args.crop_pct,
+        calibration={k: v for k, v in result["calibration"].items() if k != "sample_ids"},
+        accuracy={key: result[key] for key in keys},
+        versions=result["versions"],
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    watch = cli.Stopwatch()
+    args = parse(argv)
+    with watch.stage("load"):
+        job = prepare(args)
+    with nullcontext() if args.num_workers is None else cluster(args.ray_address, dashboard=False):
+        run(job, watch)
+
+
+def run(job: Job, watch: cli.Stopwatch) -> None:
+    """Calibrate, evaluate, save, report."""
+    args = job.args
+    with watch.stage("calibrate"):
+        statistics, on_calib, used = calibrate(job)
+    if problem := sanity_problem(on_calib, job.loaded.geometry.num_classes):
+        cli.warn(f"{problem} (measured on the calibration images)")
+    with watch.stage("scales"):
+        amax = apply_setting(job.model, statistics, job.setting)
+    print_summary(job.model)
+    for site in degenerate_sites(amax):
+        cli.warn(f"{site}: amax is 0, this tensor quantizes to zeros")
+    with watch.stage("evaluate"):
+        evaluation = evaluate_all(job)
+    if evaluation.images == 0:
+        raise InputError(f"{args.data_path}: no readable image in val")
+    result = result_of(job, evaluation, on_calib, used)
+    result["degenerate_sites"] = degenerate_sites(amax)
+    folder = Path(args.calib_output_path)
+    with watch.stage("save"):
+        path = save_calibrated(folder, cli.checkpoint_name(args), job.model, sidecar_of(job, result))
+    write_json(folder / "result.json", {**result, "seconds": watch.seconds})
+    report(job, evaluation, path, watch)
+
+
+def report(job: Job, evaluation: Evaluation, path: Path, watch: cli.Stopwatch) -> None:
+    low, high = evaluation.summary()["top1_interval95"]
+    print(
+        f"{job.setting.label}: top-1 {evaluation.top1:.2%} (95 % interval {low:.2%} to {high:.2%}), "
+        f"top-5 {evaluation.top5:.2%} of {evaluation.images} images"
+    )
+    if job.calib_split == "val":
+        cli.warn("calibration images came from val and are among the images evaluated")
+    cli.warn_of_bad_images(job.bad_images)
+    print(f"wrote {path}, {path.with_suffix('.json').name} and result.json")
+    print("seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in watch.seconds.items()))
