@@ -43,14 +43,14 @@ def test_every_image_counts_the_last_partial_batch_included() -> None:
     ids = np.arange(13)
     np.testing.assert_array_equal(result.sample_ids, ids)
     np.testing.assert_array_equal(result.correct, ids % 3 == ids % 8)
-    np.testing.assert_array_equal(result.correct5, (ids % 8 - ids % 3) % 8 < 5)
+    np.testing.assert_array_equal(result.results["correct5"], (ids % 8 - ids % 3) % 8 < 5)
     assert (result.images, result.top1_correct) == (13, int((ids % 3 == ids % 8).sum()))
 
 
 def test_a_label_at_place_six_is_not_in_the_top_five() -> None:
     logits = torch.arange(8.0).flip(0).repeat(3, 1)
     result = Evaluation.of_logits(logits, torch.tensor([4, 5, 0]), torch.arange(3))
-    assert result.correct5.tolist() == [True, False, True]
+    assert result.results["correct5"].tolist() == [True, False, True]
 
 
 def test_batching_does_not_matter() -> None:
@@ -86,7 +86,7 @@ def test_wilson_interval_against_published_values() -> None:
 def evaluation(correct: int, images: int, classes: int = 10) -> Evaluation:
     right = np.arange(images) < correct
     labels = np.arange(images) % classes
-    return Evaluation(np.arange(images), labels, right, right)
+    return Evaluation(np.arange(images), labels, {"correct": right, "correct5": right})
 
 
 @pytest.mark.parametrize(
@@ -118,4 +118,4 @@ def test_two_classes_seen_of_a_thousand() -> None:
 def test_majority_share_is_chance_where_all_classes_are_there() -> None:
     labels = np.array([0] * 90 + list(range(10)))
     right = np.arange(100) < 91
-    assert sanity_problem(Evaluation(np.arange(100), labels, right, right), 10) is not None
+    assert sanity_problem(Evaluation(np.arange(100), labels, {"correct": right, "correct5": right}), 10) is not None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +28,19 @@ from vitq_ray.cluster.qat_group import (
     QatTask,
     Recorder,
     Workers,
+    judge,
     plan_workers,
     read_judgement,
     run_on_workers,
     run_task,
     worker_bytes,
 )
-from vitq_ray.data.samples import open_split
+from vitq_ray.data.loader import Batch, iter_batches
+from vitq_ray.data.samples import SampleIndex, open_split
+from vitq_ray.measure.evaluation import Counts
 from vitq_ray.models.checkpoint import CalibratedModel
-from vitq_ray.qat.loop import Counts, EpochReport, QatConfig, QatData, Ranks, StepReport, thread_reader
+from vitq_ray.models.load import load_model
+from vitq_ray.qat.loop import EpochReport, QatConfig, QatData, QatOutcome, Ranks, StepReport, thread_reader
 from vitq_ray.quant.vit import float_copy
 from vitq_ray.run.folder import read_bad_images, record_bad_images
 
@@ -206,7 +212,7 @@ def test_what_is_recorded_can_be_followed(tmp_path: Path) -> None:
     follower = Follower(tmp_path, steps.append, epochs.append)
     follower.look()
     recorder.step(step_report(2))
-    report = EpochReport(1, 2, 0.5, Counts(10, 5, 9), True)
+    report = EpochReport(1, 2, 0.5, Counts(10, {"top1_correct": 5, "top5_correct": 9}), True)
     recorder.epoch(report)
     with open(tmp_path / "steps.jsonl", "a") as stream:
         stream.write('{"half')
@@ -220,7 +226,7 @@ def test_what_is_recorded_can_be_followed(tmp_path: Path) -> None:
 def test_metrics_are_set(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, "run")
     recorder.step(step_report(1))
-    recorder.epoch(EpochReport(1, 2, 0.5, Counts(10, 5, 9), True))
+    recorder.epoch(EpochReport(1, 2, 0.5, Counts(10, {"top1_correct": 5, "top5_correct": 9}), True))
 
 
 def test_bad_images_of_several_ranks_are_listed_once(tmp_path: Path) -> None:
@@ -235,12 +241,39 @@ def test_bad_images_of_several_ranks_are_listed_once(tmp_path: Path) -> None:
     assert sorted(read_bad_images(tmp_path)) == [("a", "broken"), *((f"b{i}", "broken") for i in range(3))]
 
 
+def test_judgement_reads_every_image_once_and_counts_as_models_alone_do(setup: Setup, tmp_path: Path) -> None:
+    start, data = setup.start, setup.data
+    other = float_copy(start.loaded.model).state_dict()
+    trained = {k: v if k.endswith("._amax") else v * 0.7 for k, v in other.items()}
+    read: list[int] = []
+    threads = thread_reader()
+
+    def counting(index: SampleIndex, ids: Any, transform: Any, batch_size: int) -> Iterator[Batch]:
+        read.extend(ids.tolist())
+        return threads(index, ids, transform, batch_size)
+
+    judgement = judge(task_of(setup, tmp_path, CONFIG), QatOutcome((), 0, trained), counting, Ranks())
+    assert read == list(range(150))
+    model = load_model("auto", str(Path(data.val.source).parent / "vit.npz")).model
+    alone = copy.deepcopy(start.loaded.model)
+    alone.load_state_dict(trained)
+    models = {"float": model.eval(), "ptq": start.loaded.model.eval(), "qat": alone.eval()}
+    images = torch.cat([b.images for b in iter_batches(data.val, range(150), TRANSFORM, 50)])
+    labels = torch.from_numpy(data.val.labels.astype(np.int64))
+    assert len({judgement[name]["val"].top1_correct for name in models}) == 3
+    for name, one in models.items():
+        with torch.inference_mode():
+            hits = one(TRANSFORM.normalize(images)).argmax(1) == labels
+        assert judgement[name]["val"].top1_correct == int(hits.sum())
+        assert judgement[name]["report"].top1_correct == int(hits[1::2].sum())
+
+
 def test_judgement_leaves_the_start_as_it_was(setup: Setup, tmp_path: Path) -> None:
     before = {k: v.clone() for k, v in setup.start.loaded.model.state_dict().items()}
     task = task_of(setup, tmp_path, dataclasses.replace(CONFIG, epochs=1, distillation=None), teacher=None)
     run_task(task, thread_reader(), Ranks(), lambda report: None, lambda report: None)
     judgement = read_judgement(tmp_path)
-    assert judgement["float"]["val"] == Counts(150, 150, 150)
+    assert judgement["float"]["val"] == Counts(150, {"top1_correct": 150, "top5_correct": 150})
     for parts in judgement.values():
         assert parts["selection"].top1_correct + parts["report"].top1_correct == parts["val"].top1_correct
     assert all(torch.equal(before[k], v) for k, v in setup.start.loaded.model.state_dict().items())

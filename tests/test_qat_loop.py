@@ -21,12 +21,12 @@ from vitq_ray.calibration.statistics import apply_setting, collect_statistics
 from vitq_ray.data.loader import iter_batches
 from vitq_ray.data.samples import open_split
 from vitq_ray.data.transforms import EvalTransform, TrainTransform
+from vitq_ray.measure.evaluation import Counts
 from vitq_ray.models.checkpoint import CalibratedModel, Sidecar, load_calibrated, save_calibrated
 from vitq_ray.models.load import load_model
 from vitq_ray.qat import loop as qat_loop
 from vitq_ray.qat.distill import Distillation
 from vitq_ray.qat.loop import (
-    Counts,
     DivergedError,
     EpochReport,
     QatConfig,
@@ -38,7 +38,6 @@ from vitq_ray.qat.loop import (
     epoch_order,
     rank_ids,
     sharded_evaluation,
-    subset,
     thread_reader,
     train_qat,
 )
@@ -417,6 +416,7 @@ def test_sharded_evaluation_adds_up(world: int, setup: Setup, monkeypatch: pytes
     alone = sharded_evaluation(*arguments, Ranks())
     assert total[0].tolist() == [1] * 150
     assert total[1].tolist() == alone.correct.astype(int).tolist()
-    half = subset(alone, np.arange(0, 150, 2))
+    assert total[2].tolist() == alone.results["correct5"].astype(int).tolist()
+    half = alone.subset(np.arange(0, 150, 2))
     assert Counts.of(half).images == 75
     assert half.sample_ids.tolist() == list(range(0, 150, 2))

@@ -13,12 +13,12 @@ from vitq_ray.base.config import InputError
 from vitq_ray.commands.live import LiveRace
 from vitq_ray.measure.evaluation import Evaluation
 from vitq_ray.measure.racing import Race, RaceRules, chunks_left
-from vitq_ray.run.folder import RunFolder, first_difference, pack, unpack
+from vitq_ray.run.folder import RunFolder, first_difference
 
 
 def evaluation(correct: int, correct5: int, images: int = 10) -> Evaluation:
     ids = np.arange(images)
-    return Evaluation(ids + 100, ids % 3, ids < correct, ids < correct5)
+    return Evaluation(ids + 100, ids % 3, {"correct": ids < correct, "correct5": ids < correct5})
 
 
 def test_events_are_appended_line_by_line(tmp_path: Path) -> None:
@@ -51,12 +51,6 @@ def test_half_a_line_is_cut_off_and_a_bad_one_named(tmp_path: Path) -> None:
         stream.write(b"nonsense\n")
     with pytest.raises(InputError, match=r"trials\.jsonl: line 3: not an event: b'nonsense'"):
         folder.events()
-
-
-@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 200])
-def test_packed_results(count: int) -> None:
-    values = np.random.default_rng(count).random(count) < 0.5
-    assert np.array_equal(unpack(pack(values), count), values)
 
 
 def test_the_first_difference_is_named() -> None:

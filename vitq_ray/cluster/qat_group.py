@@ -14,6 +14,7 @@ group to stop at and for the driver to raise.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -24,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import ray.train
 import ray.train.torch
@@ -39,9 +41,9 @@ from vitq_ray.cluster.stream import share, stream_batches
 from vitq_ray.data.loader import Batch
 from vitq_ray.data.samples import Ids, SampleIndex
 from vitq_ray.data.transforms import Transform
+from vitq_ray.measure.evaluation import Counts, Evaluation
 from vitq_ray.models.checkpoint import CalibratedModel
 from vitq_ray.qat.loop import (
-    Counts,
     EpochReport,
     QatConfig,
     QatData,
@@ -52,11 +54,10 @@ from vitq_ray.qat.loop import (
     epoch_of,
     epoch_row,
     read_outcome,
-    sharded_evaluation,
-    subset,
+    sharded_variants,
     train_qat,
 )
-from vitq_ray.quant.vit import frozen_weights, quantizers_off
+from vitq_ray.quant.vit import float_copy, frozen_weights
 from vitq_ray.run.folder import record_bad_images
 
 MAX_FAILURES = 3
@@ -114,35 +115,28 @@ def run_task(
 
 
 def judge(task: QatTask, outcome: QatOutcome, read: Reader, ranks: Ranks) -> Judgement:
-    """{float, ptq, qat: {selection, report, val: counts}}, from one pass each over all of val in map order.
+    """{float, ptq, qat: {selection, report, val: counts}}, from one pass over all of val in map order.
 
     `float` is the teacher, or where there is none the start with its quantizers off.
     """
-    model = task.start.loaded.model.to(ranks.device)
-    results = {}
-    if task.teacher is not None:
-        results["float"] = _judge_model(task, task.teacher.to(ranks.device), read, ranks)
-    else:
-        with quantizers_off(model):
-            results["float"] = _judge_model(task, model, read, ranks)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    try:
-        with frozen_weights(model):
-            results["ptq"] = _judge_model(task, model, read, ranks)
-        model.load_state_dict(outcome.best_state)
-        with frozen_weights(model):
-            results["qat"] = _judge_model(task, model, read, ranks)
-    finally:
-        model.load_state_dict(before)
-    return results
+    data, model = task.data, task.start.loaded.model.to(ranks.device)
+    teacher = float_copy(model) if task.teacher is None else task.teacher.to(ranks.device)
+    trained = copy.deepcopy(model)
+    trained.load_state_dict(outcome.best_state)
+    variants = {"float": teacher, "ptq": model, "qat": trained}
+    ids = np.arange(len(data.val))
+    with frozen_weights(model), frozen_weights(trained):
+        results = sharded_variants(variants, data.val, ids, data.transform, read, ranks)
+    return {name: _parts(task, evaluation) for name, evaluation in results.items()}
 
 
-def _judge_model(task: QatTask, model: nn.Module, read: Reader, ranks: Ranks) -> dict[str, Counts]:
-    data = task.data
-    ids = torch.arange(len(data.val)).numpy()
-    evaluation = sharded_evaluation(model, data.val, ids, data.transform, read, ranks)
-    parts = {"selection": subset(evaluation, data.selection_ids), "report": subset(evaluation, task.report_ids)}
-    return {name: Counts.of(part) for name, part in (*parts.items(), ("val", evaluation))}
+def _parts(task: QatTask, evaluation: Evaluation) -> dict[str, Counts]:
+    parts = {
+        "selection": evaluation.subset(task.data.selection_ids),
+        "report": evaluation.subset(task.report_ids),
+        "val": evaluation,
+    }
+    return {name: Counts.of(part) for name, part in parts.items()}
 
 
 def read_judgement(folder: Path) -> Judgement:

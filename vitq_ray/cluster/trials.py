@@ -251,7 +251,7 @@ class CandidateTrial(tune.Trainable):
             "start": start,
             "images": len(evaluation.correct),
             "correct": np.packbits(evaluation.correct).tobytes(),
-            "correct5": np.packbits(evaluation.correct5).tobytes(),
+            "correct5": np.packbits(evaluation.results["correct5"]).tobytes(),
             "seconds": time.perf_counter() - clock,
             "done": not self._left,
         }

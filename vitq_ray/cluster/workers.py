@@ -23,7 +23,7 @@ from vitq_ray.base.config import InputError
 from vitq_ray.calibration.statistics import CalibrationStatistics, collect_statistics
 from vitq_ray.data.loader import Batch
 from vitq_ray.data.transforms import EvalTransform
-from vitq_ray.measure.evaluation import Evaluation
+from vitq_ray.measure.evaluation import Evaluation, evaluate
 
 T = TypeVar("T")
 _QUEUED = 2  # batches handed to a worker at a time: one to compute, one to go on with
@@ -50,23 +50,24 @@ class BatchWorker:
         self._model = copy.deepcopy(model).to(self._device).eval()
         self._transform = transform
 
-    def _input(self, batch: Batch) -> Tensor:
-        return self._transform.normalize(batch.images.clone().to(self._device))
+    def _input(self, images: Tensor) -> Tensor:
+        return self._transform.normalize(images.clone().to(self._device))
 
     def observe(
         self, index: int, batch: Batch, snapshots: Sequence[int], widths: dict[str, float]
     ) -> tuple[CalibrationStatistics, Tensor]:
         """Statistics of one calibration batch, and the float model's logits (B, classes)."""
         logits: list[Tensor] = []
-        inputs = [(index, self._input(batch))]
+        inputs = [(index, self._input(batch.images))]
         statistics = collect_statistics(self._model, inputs, snapshots, widths, lambda _, y: logits.append(y.cpu()))
         return statistics, logits[0]
 
     def classify(self, batch: Batch) -> tuple[Evaluation, Tensor]:
         """Which images of a batch are classified correctly, and the logits (B, classes)."""
-        with torch.inference_mode():
-            logits = self._model(self._input(batch)).cpu()
-        return Evaluation.of_logits(logits, batch.labels.clone(), batch.sample_ids.clone()), logits
+        logits: list[Tensor] = []
+        ours = Batch(batch.images, batch.labels.clone(), batch.sample_ids.clone())
+        evaluation = evaluate(self._model, [ours], self._input, lambda _, y: logits.append(y.cpu()))
+        return evaluation, logits[0]
 
 
 class WorkerPool:

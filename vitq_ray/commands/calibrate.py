@@ -202,8 +202,7 @@ def result_of(job: Job, evaluation: Evaluation, on_calib: Evaluation, used: list
     }
 
 
-def sidecar_of(job: Job, result: dict[str, Any]) -> Sidecar:
-    keys = ("images", "top1_correct", "top5_correct", "top1", "top5")
+def sidecar_of(job: Job, evaluation: Evaluation, result: dict[str, Any]) -> Sidecar:
     loaded = job.loaded
     return Sidecar(
         setting=job.setting,
@@ -216,7 +215,7 @@ def sidecar_of(job: Job, result: dict[str, Any]) -> Sidecar:
         seed=job.args.seed,
         crop_pct=job.args.crop_pct,
         calibration={k: v for k, v in result["calibration"].items() if k != "sample_ids"},
-        accuracy={key: result[key] for key in keys},
+        accuracy=evaluation.accuracy(),
         versions=result["versions"],
     )
 
@@ -250,7 +249,7 @@ def run(job: Job, watch: cli.Stopwatch) -> None:
     result["degenerate_sites"] = degenerate_sites(amax)
     folder = Path(args.calib_output_path)
     with watch.stage("save"):
-        path = save_calibrated(folder, cli.checkpoint_name(args), job.model, sidecar_of(job, result))
+        path = save_calibrated(folder, cli.checkpoint_name(args), job.model, sidecar_of(job, evaluation, result))
     write_json(folder / "result.json", {**result, "seconds": watch.seconds})
     report(job, evaluation, path, watch)
 

@@ -53,7 +53,7 @@ from vitq_ray.commands.progress import TrainingProgress
 from vitq_ray.data.loader import iter_batches
 from vitq_ray.data.samples import Ids, calibration_ids, open_split, require_images, split_halves
 from vitq_ray.data.transforms import AUGMENTATIONS
-from vitq_ray.measure.evaluation import wilson_interval
+from vitq_ray.measure.evaluation import Counts, wilson_interval
 from vitq_ray.models.checkpoint import CalibratedModel, Sidecar, is_calibrated, load_calibrated, save_calibrated
 from vitq_ray.models.load import load_model
 from vitq_ray.models.weights import weights_fingerprint
@@ -62,7 +62,6 @@ from vitq_ray.qat.loop import (
     OPTIMIZERS,
     SCHEDULES,
     TEACHER_LOGITS,
-    Counts,
     EpochReport,
     QatConfig,
     QatData,
@@ -415,7 +414,6 @@ def save(job: Job, outcome: QatOutcome, judgement: Judgement) -> Path:
     model.load_state_dict(outcome.best_state)
     weights = {k: v for k, v in model.state_dict().items() if not k.endswith("._amax")}
     counts = judgement["qat"]["val"]
-    accuracy = counts.to_dict() | {"top1": counts.top1, "top5": counts.top5_correct / counts.images}
     qat = {"config": job.task.config.to_dict(), "best_epoch": outcome.best_epoch}
     seed = {} if job.split_source == "search" else {"split_seed": job.args.split_seed}
     sidecar = dataclasses.replace(
@@ -424,7 +422,7 @@ def save(job: Job, outcome: QatOutcome, judgement: Judgement) -> Path:
         data_fingerprint=job.task.data.val.fingerprint,
         seed=job.args.seed,
         calibration={**start.sidecar.calibration, **seed, "qat": qat},
-        accuracy=accuracy,
+        accuracy=counts.accuracy(),
         versions=cli.versions(),
     )
     return save_calibrated(job.folder, cli.checkpoint_name(job.args), model, sidecar, suffix="qat")
@@ -433,8 +431,8 @@ def save(job: Job, outcome: QatOutcome, judgement: Judgement) -> Path:
 def result_of(job: Job, outcome: QatOutcome, judgement: Judgement) -> dict[str, Any]:
     """result.json: the counts at its top are those of QAT on the report images."""
     return {
-        **summary(judgement["qat"]["report"]),
-        **{name: {part: summary(c) for part, c in parts.items()} for name, parts in judgement.items()},
+        **judgement["qat"]["report"].summary(),
+        **{name: {part: c.summary() for part, c in parts.items()} for name, parts in judgement.items()},
         "best_epoch": outcome.best_epoch,
         "epochs": [epoch_row(report) for report in outcome.epochs],
         "setting": job.task.start.sidecar.setting.to_dict(),
@@ -444,15 +442,6 @@ def result_of(job: Job, outcome: QatOutcome, judgement: Judgement) -> dict[str, 
         "options": vars(job.args),
         "versions": cli.versions(),
         "seconds": job.watch.seconds,
-    }
-
-
-def summary(counts: Counts) -> dict[str, Any]:
-    return {
-        **counts.to_dict(),
-        "top1": counts.top1,
-        "top5": counts.top5_correct / counts.images,
-        "top1_interval95": list(wilson_interval(counts.top1_correct, counts.images)),
     }
 
 

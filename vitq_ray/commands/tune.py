@@ -17,7 +17,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -48,14 +48,15 @@ from vitq_ray.data.samples import (
     split_thirds,
 )
 from vitq_ray.data.transforms import EvalTransform
-from vitq_ray.measure.evaluation import Evaluation, evaluate, sanity_problem
+from vitq_ray.measure.evaluation import Evaluation, evaluate, evaluate_variants, sanity_problem
+from vitq_ray.measure.metrics import pack_text, unpack_text
 from vitq_ray.measure.racing import Decision, Race, Verdict
 from vitq_ray.models.checkpoint import Sidecar, load_calibrated, save_calibrated
 from vitq_ray.models.load import LoadedModel, load_model
 from vitq_ray.models.weights import weights_fingerprint
 from vitq_ray.qat.loop import TEACHER_LOGITS, QatData, read_outcome, steps_per_epoch
 from vitq_ray.quant.vit import float_copy, frozen_weights, quantize_vit, quantizers_off
-from vitq_ray.run.folder import RunFolder, first_difference, pack, read_bad_images, record_bad_images, unpack
+from vitq_ray.run.folder import RunFolder, first_difference, read_bad_images, record_bad_images
 from vitq_ray.search.contest import Candidate, Contest, Listeners, race_rules
 from vitq_ray.search.proposals import ListProposals, Proposals, proposals
 from vitq_ray.search.space import QatSpace, SearchSpace, load_space
@@ -354,8 +355,7 @@ def selection(search: Search, folder: RunFolder) -> tuple[ImageSet, Evaluation]:
     with quantizers_off(search.model):
         baseline = evaluate(search.model, batches(), search.to_input)
     images = ImageSet.of(kept)
-    columns = {"correct": pack(baseline.correct), "correct5": pack(baseline.correct5)}
-    folder.append("float", sample_ids=baseline.sample_ids.tolist(), **columns)
+    folder.append("float", sample_ids=baseline.sample_ids.tolist(), **pack_text(baseline.results))
     return images, baseline
 
 
@@ -363,8 +363,7 @@ def _float_from(event: Mapping[str, Any], images: ImageSet) -> Evaluation:
     """The float model's results as logged; the same images must have been readable then as now."""
     if event["sample_ids"] != images.sample_ids.tolist():
         raise InputError("selection: other images can be read now than when the run was begun")
-    correct, correct5 = (unpack(event[key], len(images)) for key in ("correct", "correct5"))
-    return Evaluation(images.sample_ids, images.labels, correct, correct5)
+    return Evaluation(images.sample_ids, images.labels, unpack_text(event, len(images)))
 
 
 def race(
@@ -420,17 +419,17 @@ def report(search: Search, statistics: CalibrationStatistics, winner: Candidate)
     """(winner, float model) on the report images; the model has the winner's scales afterwards."""
     ids, size = search.splits.report, search.args.batch_size
     batches = cli.track(search.stream(search.val, ids, size), -(-len(ids) // size), "report")
-    of_winner, of_float = [], []
     apply_setting(search.model, statistics, winner.setting)
-    with torch.inference_mode(), frozen_weights(search.model):
-        for batch in batches:
-            x = search.to_input(batch.images)
-            of_winner.append(Evaluation.of_logits(search.model(x), batch.labels, batch.sample_ids))
-            with quantizers_off(search.model):
-                of_float.append(Evaluation.of_logits(search.model(x), batch.labels, batch.sample_ids))
-    if not of_winner:
+
+    def float_logits(x: Tensor) -> Tensor:
+        with quantizers_off(search.model):
+            return cast(Tensor, search.model(x))
+
+    with frozen_weights(search.model):
+        results = evaluate_variants({"winner": search.model, "float": float_logits}, batches, search.to_input)
+    if not results["winner"].images:
         raise InputError("report: no readable image")
-    return Evaluation.concatenate(of_winner), Evaluation.concatenate(of_float)
+    return results["winner"], results["float"]
 
 
 def sidecar_of(search: Search, setting: QuantSetting, accuracy: dict[str, Any]) -> Sidecar:

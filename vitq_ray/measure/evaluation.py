@@ -1,13 +1,13 @@
-"""Evaluation: batches of images -> which images were classified correctly, as counts and one by one.
+"""Evaluation: batches of images -> what every image came to, one by one and summed up.
 
 Counts stay integers; every image counts, the last partial batch included. Per-image results are what lets two
-settings be compared on the same images.
+settings be compared on the same images; which results there are is the table of `metrics`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
 from vitq_ray.data.loader import Batch
+from vitq_ray.measure.metrics import METRICS, Results, measure, no_results, total_of
 
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
@@ -29,24 +30,74 @@ class NonFiniteLogitsError(InputError):
 
 
 @dataclass(frozen=True)
+class Counts:
+    """An evaluation without its images: how many they were, and every metric summed over them.
+
+    Attributes:
+        images: how many.
+        totals: {name of a sum in the table of metrics: the sum}, as far as it was measured.
+    """
+
+    images: int
+    totals: Mapping[str, int | float]
+
+    @staticmethod
+    def of(evaluation: Evaluation) -> Counts:
+        return Counts(evaluation.images, {METRICS[name].total: total_of(v) for name, v in evaluation.results.items()})
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Counts:
+        """From what `to_dict` wrote, or from a summary; InputError where a number is missing."""
+        try:
+            totals = {metric.total: values[metric.total] for metric in METRICS.values() if metric.total in values}
+            return Counts(values["images"], {"top1_correct": values["top1_correct"], **totals})
+        except KeyError as error:
+            raise InputError(f"counts: {error} is missing; found {', '.join(values)}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"images": self.images, **self.totals}
+
+    @property
+    def top1_correct(self) -> int:
+        return int(self.totals["top1_correct"])
+
+    @property
+    def top1(self) -> float:
+        """Fraction in [0, 1]; 0 images have no accuracy and raise."""
+        return self.top1_correct / self.images
+
+    def accuracy(self) -> dict[str, Any]:
+        """Counts and means of every metric."""
+        means = {m.mean: self.totals[m.total] / self.images for m in METRICS.values() if m.total in self.totals}
+        return {**self.to_dict(), **means}
+
+    def summary(self) -> dict[str, Any]:
+        """As `accuracy`, with the 95 % interval of top-1: the one form of counts in result files."""
+        return {**self.accuracy(), "top1_interval95": list(wilson_interval(self.top1_correct, self.images))}
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Per-image results, (images,) each, in the order in which the images were seen.
 
     Attributes:
         sample_ids: position of the image in its split.
         labels: class of the image.
-        correct: the class with the largest logit is the label.
-        correct5: the label is among the five largest logits.
+        results: {metric: its value for every image}; `correct` is always there, see `metrics.METRICS`.
     """
 
     sample_ids: Ints
     labels: Ints
-    correct: Bools
-    correct5: Bools
+    results: Results
 
     @property
     def images(self) -> int:
         return len(self.correct)
+
+    @property
+    def correct(self) -> Bools:
+        """The class with the largest logit is the label."""
+        return self.results["correct"]
 
     @property
     def top1_correct(self) -> int:
@@ -54,7 +105,7 @@ class Evaluation:
 
     @property
     def top5_correct(self) -> int:
-        return int(self.correct5.sum())
+        return int(self.results["correct5"].sum())
 
     @property
     def top1(self) -> float:
@@ -65,56 +116,91 @@ class Evaluation:
     def top5(self) -> float:
         return self.top5_correct / self.images
 
+    def accuracy(self) -> dict[str, Any]:
+        """As `Counts.accuracy`."""
+        return Counts.of(self).accuracy()
+
     def summary(self) -> dict[str, Any]:
-        """Counts, fractions and the 95 % interval of top-1, for result files."""
-        return {
-            "images": self.images,
-            "top1_correct": self.top1_correct,
-            "top5_correct": self.top5_correct,
-            "top1": self.top1,
-            "top5": self.top5,
-            "top1_interval95": list(wilson_interval(self.top1_correct, self.images)),
-        }
+        """As `Counts.summary`."""
+        return Counts.of(self).summary()
+
+    def prefix(self, images: int) -> Evaluation:
+        """The first images."""
+        return self._select(slice(images))
+
+    def subset(self, ids: npt.ArrayLike) -> Evaluation:
+        """The results of some of the images, in the order they have here; ids that are not here are left out."""
+        return self._select(np.isin(self.sample_ids, ids))
+
+    def _select(self, chosen: slice | Bools) -> Evaluation:
+        results = {name: values[chosen] for name, values in self.results.items()}
+        return Evaluation(self.sample_ids[chosen], self.labels[chosen], results)
 
     @staticmethod
     def of_logits(logits: Tensor, labels: Tensor, sample_ids: Tensor) -> Evaluation:
         """Judge logits (B, classes) by labels (B,). With fewer than five classes, top-5 is top-`classes`."""
         if not torch.isfinite(logits).all():
             raise NonFiniteLogitsError("the model produced NaN or infinite logits")
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu()
-        hits = best == labels[:, None].cpu()
-        return Evaluation(sample_ids.cpu().numpy(), labels.cpu().numpy(), hits[:, 0].numpy(), hits.any(dim=1).numpy())
+        return Evaluation(sample_ids.cpu().numpy(), labels.cpu().numpy(), measure(logits, labels))
 
     @staticmethod
     def concatenate(parts: Sequence[Evaluation]) -> Evaluation:
-        """All results after each other; (0,) arrays where there are no parts."""
-        empty = Evaluation(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, bool), np.empty(0, bool))
-        parts = parts or [empty]
-        fields = ("sample_ids", "labels", "correct", "correct5")
-        return Evaluation(*(np.concatenate([getattr(part, field) for part in parts]) for field in fields))
+        """All results after each other, of the metrics that all parts have; (0,) arrays where there are no parts."""
+        parts = parts or [Evaluation(np.empty(0, np.int64), np.empty(0, np.int64), no_results())]
+        names = [name for name in parts[0].results if all(name in part.results for part in parts)]
+        return Evaluation(
+            np.concatenate([part.sample_ids for part in parts]),
+            np.concatenate([part.labels for part in parts]),
+            {name: np.concatenate([part.results[name] for part in parts]) for name in names},
+        )
 
 
 def evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
-    prepare: Callable[[Tensor], Tensor],
+    to_input: Callable[[Tensor], Tensor],
     on_batch: Callable[[Batch, Tensor], None] = lambda batch, logits: None,
 ) -> Evaluation:
     """Classify every image of `batches`.
 
     Args:
         model: (B, 3, S, S) float32 -> (B, classes) logits.
-        prepare: uint8 images (B, S, S, 3) -> what the model takes, on the model's device.
+        to_input: uint8 images (B, S, S, 3) -> what the model takes, on the model's device.
         on_batch: sees every batch and its logits, for progress or for keeping them.
     """
     model.eval()
-    parts = []
+
+    def on_variant(name: str, batch: Batch, logits: Tensor) -> None:
+        on_batch(batch, logits)
+
+    return evaluate_variants({"model": model}, batches, to_input, on_variant)["model"]
+
+
+def evaluate_variants(
+    variants: Mapping[str, Callable[[Tensor], Tensor]],
+    batches: Iterable[Batch],
+    to_input: Callable[[Tensor], Tensor],
+    on_batch: Callable[[str, Batch, Tensor], None] = lambda name, batch, logits: None,
+) -> dict[str, Evaluation]:
+    """Classify every image with several models in one pass over the images: the only evaluation loop there is.
+
+    Args:
+        variants: {name: what makes logits (B, classes) of a batch's images}; all in evaluation mode.
+        to_input, on_batch: as in `evaluate`; `on_batch` is also told which variant.
+
+    Batches without images, which a reader may give where all were broken, are passed over.
+    """
+    parts: dict[str, list[Evaluation]] = {name: [] for name in variants}
     with torch.inference_mode():
         for batch in batches:
-            logits = model(prepare(batch.images))
-            parts.append(Evaluation.of_logits(logits, batch.labels, batch.sample_ids))
-            on_batch(batch, logits)
-    return Evaluation.concatenate(parts)
+            if len(batch.labels) == 0:
+                continue
+            images = to_input(batch.images)
+            for name, logits_of in variants.items():
+                logits = logits_of(images)
+                parts[name].append(Evaluation.of_logits(logits, batch.labels, batch.sample_ids))
+                on_batch(name, batch, logits)
+    return {name: Evaluation.concatenate(rows) for name, rows in parts.items()}
 
 
 def wilson_interval(correct: int, images: int, confidence: float = 0.95) -> tuple[float, float]:

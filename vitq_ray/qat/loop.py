@@ -40,7 +40,8 @@ from vitq_ray.base.files import atomic_file
 from vitq_ray.data.loader import Batch, iter_batches
 from vitq_ray.data.samples import Ids, SampleIndex
 from vitq_ray.data.transforms import AUGMENTATIONS, EvalTransform, TrainTransform, Transform
-from vitq_ray.measure.evaluation import Evaluation
+from vitq_ray.measure.evaluation import Counts, Evaluation, evaluate_variants
+from vitq_ray.measure.metrics import METRICS
 from vitq_ray.models.checkpoint import CalibratedModel
 from vitq_ray.models.weights import weights_fingerprint
 from vitq_ray.qat.distill import Distillation, image_losses
@@ -118,24 +119,6 @@ class QatData:
     val: SampleIndex
     selection_ids: Ids
     transform: EvalTransform
-
-
-@dataclass(frozen=True)
-class Counts(Config):
-    """An evaluation as integers."""
-
-    images: int
-    top1_correct: int
-    top5_correct: int
-
-    @staticmethod
-    def of(evaluation: Evaluation) -> Counts:
-        return Counts(evaluation.images, evaluation.top1_correct, evaluation.top5_correct)
-
-    @property
-    def top1(self) -> float:
-        """Fraction in [0, 1]."""
-        return self.top1_correct / self.images
 
 
 @dataclass(frozen=True)
@@ -409,44 +392,51 @@ def require_same(stored: Mapping[str, Any], given: Mapping[str, Any], where: str
 def sharded_evaluation(
     model: nn.Module, index: SampleIndex, ids: Ids, transform: EvalTransform, read: Reader, ranks: Ranks
 ) -> Evaluation:
+    """As `sharded_variants`, of one model."""
+    return sharded_variants({"model": model}, index, ids, transform, read, ranks)["model"]
+
+
+def sharded_variants(
+    variants: Mapping[str, nn.Module],
+    index: SampleIndex,
+    ids: Ids,
+    transform: EvalTransform,
+    read: Reader,
+    ranks: Ranks,
+) -> dict[str, Evaluation]:
     """Classify images with all ranks: micro-batch i goes to rank i mod world, so the counts are those of one rank.
 
-    `model` is in the state to be evaluated in. Every rank returns the results of all images that could be read, in
-    the order of `ids`, which must be distinct.
+    The models are in the states to be evaluated in; every image is read once for all of them. Every rank returns the
+    results of all images that could be read, in the order of `ids`, which must be distinct.
     """
     ids = np.asarray(ids, np.int64)
     starts = range(ranks.rank * EVAL_BATCH, len(ids), EVAL_BATCH * ranks.world)
     mine = [ids[start : start + EVAL_BATCH] for start in starts]
-    place = {int(sample_id): i for i, sample_id in enumerate(ids)}
-    table = torch.zeros(3, len(ids), dtype=torch.int64)  # seen, correct, correct5
-    model.eval()
+    for model in variants.values():
+        model.eval()
     # One stream of ids; only the last micro-batch of all can be smaller, and its rank sees it last.
     batches = read(index, np.concatenate(mine), transform, EVAL_BATCH) if mine else iter(())
-    with torch.inference_mode():
-        for batch in batches:
-            if len(batch.labels):
-                logits = model(transform.normalize(batch.images.to(ranks.device)))
-                part = Evaluation.of_logits(logits.float(), batch.labels, batch.sample_ids)
-                columns = [place[int(i)] for i in part.sample_ids]
-                table[0, columns] = 1
-                table[1, columns] = torch.from_numpy(part.correct.astype(np.int64))
-                table[2, columns] = torch.from_numpy(part.correct5.astype(np.int64))
-    seen, correct, correct5 = ranks.sum(table).numpy().astype(bool)
-    if not seen.any():
+    parts = evaluate_variants(variants, batches, lambda images: transform.normalize(images.to(ranks.device)))
+    return {name: _gather(part, index, ids, ranks) for name, part in parts.items()}
+
+
+def _gather(part: Evaluation, index: SampleIndex, ids: Ids, ranks: Ranks) -> Evaluation:
+    """The results of all ranks, from those of this one."""
+    place = {int(sample_id): i for i, sample_id in enumerate(ids)}
+    columns = [place[int(i)] for i in part.sample_ids]
+    # Each image is another rank's zero: the sums are exact, those of bool and float32 alike.
+    table = torch.zeros(1 + len(METRICS), len(ids), dtype=torch.float64)
+    table[0, columns] = 1
+    for row, name in enumerate(METRICS, start=1):
+        table[row, columns] = torch.from_numpy(part.results[name].astype(np.float64))
+    seen, *values = ranks.sum(table).numpy()
+    found = seen.astype(bool)
+    if not found.any():
         raise InputError(f"{index.source}: none of the {len(ids)} images could be read")
-    kept = ids[seen]
-    return Evaluation(kept, index.labels[kept].astype(np.int64), correct[seen], correct5[seen])
-
-
-def subset(evaluation: Evaluation, ids: Ids) -> Evaluation:
-    """The results of some of the images."""
-    wanted = np.isin(evaluation.sample_ids, ids)
-    return Evaluation(
-        evaluation.sample_ids[wanted],
-        evaluation.labels[wanted],
-        evaluation.correct[wanted],
-        evaluation.correct5[wanted],
-    )
+    kept = ids[found]
+    metrics = zip(METRICS.items(), values, strict=True)
+    results = {name: column[found].astype(metric.dtype) for (name, metric), column in metrics}
+    return Evaluation(kept, index.labels[kept].astype(np.int64), results)
 
 
 # Teacher ------------------------------------------------------------------------------------------------------------

@@ -3,20 +3,19 @@
 run.json          all options, fingerprints, versions, splits
 statistics.npz    the histograms
 trials.jsonl      one line per event, appended and synced: the record of truth that survives a kill
-correct.parquet   which images each candidate classified correctly
+correct.parquet   what every image came to with each candidate: classified correctly, …
 result.json       the outcome
 best/             the winner: setting.json, calibrated checkpoint and sidecar
 qat/              of a search that trains: a folder for every training run
 bad_images.jsonl  with `--on-bad-image skip`: what was skipped; training runs have one of their own
 
 A search is resumed by replaying trials.jsonl. Its events: `float` (results of the float model), `candidate` (name,
-setting, predicted noise), `chunk` (results of a candidate on images `start` … of the race's order; bits packed, in
-base64), `decision`, `resumed`, `winner`.
+setting, predicted noise), `chunk` (results of a candidate on images `start` … of the race's order; every metric of
+`measure.metrics` packed, in base64), `decision`, `resumed`, `winner`.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import time
@@ -26,15 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vitq_ray.base.config import InputError
 from vitq_ray.base.files import atomic_file, write_json
 from vitq_ray.measure.evaluation import Evaluation
-
-Bools = npt.NDArray[np.bool_]
 
 
 class RunFolder:
@@ -119,23 +115,14 @@ class RunFolder:
             os.truncate(self.log, whole)
 
     def write_correct(self, evaluations: Mapping[str, Evaluation]) -> None:
-        """correct.parquet: one row per candidate and image, sorted by candidate as given."""
+        """correct.parquet: one row per candidate and image, sorted by candidate as given; a column for every metric,
+        null where a candidate lacks it."""
         tables = [_table(name, evaluation) for name, evaluation in evaluations.items()]
         with atomic_file(self.path / "correct.parquet") as stream:
-            pq.write_table(pa.concat_tables(tables), stream, compression="zstd")
+            pq.write_table(pa.concat_tables(tables, promote_options="default"), stream, compression="zstd")
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         write_json(self.path / "result.json", result)
-
-
-def pack(values: Bools) -> str:
-    """(n,) bool as text for a line of JSON."""
-    return base64.b64encode(np.packbits(values).tobytes()).decode()
-
-
-def unpack(text: str, count: int) -> Bools:
-    """The inverse of `pack`."""
-    return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), count=count).astype(bool)
 
 
 def _table(name: str, evaluation: Evaluation) -> pa.Table:
@@ -144,8 +131,7 @@ def _table(name: str, evaluation: Evaluation) -> pa.Table:
         {
             "candidate": pa.DictionaryArray.from_arrays(indices, [name]).cast(pa.string()),
             "sample_id": evaluation.sample_ids,
-            "correct": evaluation.correct,
-            "correct5": evaluation.correct5,
+            **evaluation.results,
         }
     )
 

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from vitq_ray.base.config import InputError, QuantSetting
 from vitq_ray.calibration.statistics import CalibrationStatistics, Scales, predicted_noise
 from vitq_ray.measure.evaluation import Evaluation
+from vitq_ray.measure.metrics import pack_text, unpack_text
 from vitq_ray.measure.racing import Decision, Race, RaceRules, standings
 from vitq_ray.quant.sites import MODES
 from vitq_ray.quant.vit import sites_of
-from vitq_ray.run.folder import RunFolder, pack, unpack
+from vitq_ray.run.folder import RunFolder
 from vitq_ray.search.proposals import Proposals
 
 Bools = npt.NDArray[np.bool_]
@@ -132,8 +133,7 @@ class Contest:
                 name=name,
                 start=start,
                 images=len(correct),
-                correct=pack(correct),
-                correct5=pack(correct5),
+                **pack_text({"correct": correct, "correct5": correct5}),
                 seconds=round(seconds, 4),
             )
             self._listeners.on_chunk(name, len(correct))
@@ -201,9 +201,9 @@ class Contest:
         """Take in what the log has of these candidates."""
         for name in names:
             for chunk in self._logged.chunks.get(name, ()):
-                correct, correct5 = (unpack(chunk[key], chunk["images"]) for key in ("correct", "correct5"))
-                self.race.record(name, chunk["start"], correct)
-                self.correct5[name][chunk["start"] :][: len(correct)] = correct5
+                results = unpack_text(chunk, chunk["images"])
+                self.race.record(name, chunk["start"], results["correct"])
+                self.correct5[name][chunk["start"] :][: chunk["images"]] = results["correct5"]
         self._judge()
 
     # The outcome --------------------------------------------------------------------------------------------------
@@ -214,7 +214,9 @@ class Contest:
         for name in self.race.names:
             correct = self.race.correct(name)
             n = len(correct)
-            result[name] = Evaluation(sample_ids[:n], labels[:n], correct, self.correct5[name][:n])
+            result[name] = Evaluation(
+                sample_ids[:n], labels[:n], {"correct": correct, "correct5": self.correct5[name][:n]}
+            )
         return result
 
     def outcome(self) -> dict[str, str]:

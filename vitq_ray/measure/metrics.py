@@ -1,0 +1,112 @@
+"""What is measured of every image: one table, which evaluation, logs, tables and summaries read.
+
+    logits (B, K), labels (B,)  ──► one value per image and metric  ──► total and mean in summaries
+
+A further metric is one row of `METRICS` and its function. Evaluations, results that workers send, events of a log, the
+columns of a table and the summaries of result files then have it, too. What was written before has not: readers take
+the metrics that are there.
+
+Legend: B images, K classes.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+Column = npt.NDArray[Any]
+Results = Mapping[str, Column]  # {metric: (images,) values}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One result per image.
+
+    Attributes:
+        of: logits (B, K) and labels (B,) on the same device -> (B,) values.
+        dtype: of the values when they are kept.
+        total: name of their sum in summaries, an integer for bool.
+        mean: name of their mean in summaries.
+    """
+
+    of: Callable[[Tensor, Tensor], Tensor]
+    dtype: npt.DTypeLike
+    total: str
+    mean: str
+
+
+def _hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B, 5) bool: whether the label is at each of the first five places; fewer places with fewer classes."""
+    places: Tensor = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    return places == labels[:, None]
+
+
+def _is_first(logits: Tensor, labels: Tensor) -> Tensor:
+    return _hits(logits, labels)[:, 0]
+
+
+def _is_among_five(logits: Tensor, labels: Tensor) -> Tensor:
+    return _hits(logits, labels).any(dim=1)
+
+
+METRICS: dict[str, Metric] = {
+    "correct": Metric(_is_first, np.bool_, total="top1_correct", mean="top1"),
+    "correct5": Metric(_is_among_five, np.bool_, total="top5_correct", mean="top5"),
+}
+
+
+def measure(logits: Tensor, labels: Tensor) -> Results:
+    """Every metric of a batch; `labels` may be on another device."""
+    labels = labels.to(logits.device)
+    return {name: metric.of(logits, labels).cpu().numpy().astype(metric.dtype) for name, metric in METRICS.items()}
+
+
+def no_results(images: int = 0) -> dict[str, Column]:
+    """A column of zeros for every metric."""
+    return {name: np.zeros(images, metric.dtype) for name, metric in METRICS.items()}
+
+
+def total_of(values: Column) -> int | float:
+    """The sum: of bool an exact integer, of others in float64."""
+    return int(values.sum()) if values.dtype == np.bool_ else float(values.sum(dtype=np.float64))
+
+
+# Packed, for sending and for logs -----------------------------------------------------------------------------------
+
+
+def pack(results: Results) -> dict[str, bytes]:
+    """{metric: bytes}: eight images a byte for bool, little-endian numbers for others."""
+    return {name: _pack(values) for name, values in results.items()}
+
+
+def unpack(packed: Mapping[str, bytes], images: int) -> dict[str, Column]:
+    """The inverse of `pack`, for `images` images; of what is in `packed`, the metrics of the table."""
+    return {name: _unpack(packed[name], metric.dtype, images) for name, metric in METRICS.items() if name in packed}
+
+
+def pack_text(results: Results) -> dict[str, str]:
+    """As `pack`, in base64, for an event of a log."""
+    return {name: base64.b64encode(data).decode() for name, data in pack(results).items()}
+
+
+def unpack_text(event: Mapping[str, Any], images: int) -> dict[str, Column]:
+    """The inverse of `pack_text`; an event may hold other entries, too."""
+    return unpack({name: base64.b64decode(event[name]) for name in METRICS if name in event}, images)
+
+
+def _pack(values: Column) -> bytes:
+    if values.dtype == np.bool_:
+        return np.packbits(values).tobytes()
+    return values.astype(values.dtype.newbyteorder("<")).tobytes()
+
+
+def _unpack(data: bytes, dtype: npt.DTypeLike, images: int) -> Column:
+    if np.dtype(dtype) == np.bool_:
+        return np.unpackbits(np.frombuffer(data, np.uint8), count=images).astype(bool)
+    return np.frombuffer(data, np.dtype(dtype).newbyteorder("<"), images).astype(dtype)
