@@ -228,7 +228,7 @@ def test_the_splits_of_a_search_are_taken_over(project: Project, tmp_path: Path)
     (tmp_path / "search" / "run.json").write_text(json.dumps({"splits": splits, "data_fingerprint": fingerprint}))
     found = train.search_splits(str(best / "vit_calib.pth"), fingerprint)
     assert found is not None
-    assert [ids.tolist() for ids in found] == [splits["selection"], splits["report"]]
+    assert [found.selection.tolist(), found.report.tolist()] == [splits["selection"], splits["report"]]
     assert train.search_splits(str(best / "vit_calib.pth"), "other data") is None
     assert train.search_splits(str(tmp_path / "search" / "vit_calib.pth"), fingerprint) is None
     options = ("--pretrained_dir", best / "vit_calib.pth", "--data-path", project.folder, "--num-epochs", "1")

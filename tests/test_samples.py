@@ -9,7 +9,7 @@ import tempfile
 import tracemalloc
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -28,13 +28,8 @@ from vitq_ray.data import samples
 from vitq_ray.data.samples import (
     BadImageError,
     SampleIndex,
-    calibration_ids,
-    class_balanced_order,
     has_split,
     open_split,
-    random_order,
-    split_halves,
-    split_thirds,
 )
 
 CLOTHING = Path(__file__).resolve().parents[2] / "shared" / "data" / "clothing-zip"
@@ -517,117 +512,3 @@ def test_fingerprint_of_folders(tmp_path: Path) -> None:
     assert one == two
     (tmp_path / "two/train/b/1.png").write_bytes(b"another size")
     assert open_split(str(tmp_path / "two"), "train").fingerprint != one
-
-
-# Splits -------------------------------------------------------------------------------------------------------------
-
-fingerprints = st.text("0123456789abcdef", min_size=64, max_size=64)
-label_lists = st.lists(st.integers(0, 6), min_size=2, max_size=60)
-seeds = st.integers(0, 2**31)
-
-
-def counts(labels: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    return np.bincount(labels[ids], minlength=labels.max() + 1)
-
-
-@given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 9), st.sampled_from(["shuffled", "map"]), seeds)
-def test_calibration_ids(small: int, more: int, left: int, order: str, seed: int) -> None:
-    size = small + more + left
-    first, both = (calibration_ids(size, n, order, seed) for n in (small, small + more))
-    assert both[:small].tolist() == first.tolist()
-    assert len(set(both.tolist())) == small + more
-    assert both.min() >= 0
-    assert both.max() < size
-    if order == "map":
-        assert both.tolist() == list(range(small + more))
-
-
-def test_calibration_ids_shuffle_by_seed() -> None:
-    one, same, other = (calibration_ids(1000, 100, "shuffled", seed).tolist() for seed in (1, 1, 2))
-    assert one == same
-    assert one != other
-    assert one != sorted(one)
-    with pytest.raises(InputError, match=r"^calibration: needs 81 images \(batches x batch size\), the split has 80$"):
-        calibration_ids(80, 81, "shuffled", 0)
-    with pytest.raises(InputError, match=r"^calibration order: 'sorted' is not one of shuffled, map$"):
-        calibration_ids(80, 8, "sorted", 0)
-
-
-@given(label_lists, fingerprints, seeds)
-def test_halves(label_list: list[int], fingerprint: str, seed: int) -> None:
-    labels = np.array(label_list)
-    selection, report = split_halves(labels, fingerprint, seed)
-    assert sorted([*selection, *report]) == list(range(len(labels)))
-    assert selection.tolist() == sorted(selection)
-    assert report.tolist() == sorted(report)
-    assert abs(counts(labels, selection) - counts(labels, report)).max() <= 1
-    assert abs(len(selection) - len(report)) <= 1
-
-
-@given(label_lists.filter(lambda labels: len(labels) >= 4), fingerprints, seeds, st.data())
-def test_thirds(label_list: list[int], fingerprint: str, seed: int, data: st.DataObject) -> None:
-    labels = np.array(label_list)
-    count = data.draw(st.integers(1, len(labels) - 2))
-    calibration, selection, report = split_thirds(labels, fingerprint, seed, count)
-    assert len(calibration) == count
-    assert sorted([*calibration, *selection, *report]) == list(range(len(labels)))
-    assert_balanced(labels, calibration)
-    assert abs(counts(labels, selection) - counts(labels, report)).max() <= 1
-    assert abs(len(selection) - len(report)) <= 1
-
-
-@pytest.mark.parametrize(
-    "split",
-    [
-        lambda labels, fingerprint, seed: split_halves(labels, fingerprint, seed),
-        lambda labels, fingerprint, seed: split_thirds(labels, fingerprint, seed, 10),
-    ],
-    ids=["halves", "thirds"],
-)
-def test_splits_follow_from_content_and_seed_alone(split: Callable[..., tuple[np.ndarray, ...]]) -> None:
-    labels = np.arange(100) % 7
-    results = [split(labels, fp * 64, seed) for fp, seed in (("a", 1), ("a", 1), ("b", 1), ("a", 2))]
-    as_lists = [[ids.tolist() for ids in result] for result in results]
-    assert as_lists[0] == as_lists[1]
-    assert as_lists[2] != as_lists[0]
-    assert as_lists[3] != as_lists[0]
-
-
-def test_thirds_leave_two_images() -> None:
-    with pytest.raises(InputError, match=r"^calibration: needs 9 of the 10 images of val; none would be left"):
-        split_thirds(np.zeros(10, int), "a" * 64, 0, 9)
-
-
-def assert_balanced(labels: np.ndarray, ids: np.ndarray) -> None:
-    """No class has two more than another, unless that other has no more to give."""
-    taken, there = counts(labels, ids), np.bincount(labels)
-    assert np.all((taken >= taken.max() - 1) | (taken == there))
-
-
-@given(label_lists, st.integers(0, 2**31), st.data())
-def test_class_balanced_order(label_list: list[int], seed: int, data: st.DataObject) -> None:
-    labels = np.array(label_list)
-    ids = np.array(data.draw(st.lists(st.integers(0, len(labels) - 1), unique=True, min_size=1)))
-    order = class_balanced_order(labels, ids, seed)
-    assert sorted(order) == sorted(ids)
-    own = labels[ids]  # what each class has to give is counted over ids, not over the split
-    for n in range(1, len(order) + 1):
-        taken, there = counts(labels, order[:n]), np.bincount(own, minlength=labels.max() + 1)
-        assert np.all((taken >= taken.max() - 1) | (taken == there))
-    assert order.tolist() == class_balanced_order(labels, ids, seed).tolist()
-
-
-def test_orders_are_random() -> None:
-    """Every image comes first about equally often, within four standard deviations."""
-    labels, ids = np.array([0, 0, 0, 1, 1, 1]), np.array([0, 1, 2, 3, 4, 5])
-    runs = 1800
-    for order in (lambda seed: class_balanced_order(labels, ids, seed), lambda seed: random_order(ids, seed)):
-        first = Counter(int(order(seed)[0]) for seed in range(runs))
-        assert all(abs(first[i] - runs / 6) < 4 * (runs * 5 / 36) ** 0.5 for i in range(6))
-
-
-@given(st.lists(st.integers(0, 10**6), unique=True), seeds)
-def test_random_order_is_a_permutation(ids: list[int], seed: int) -> None:
-    order = random_order(ids, seed)
-    assert sorted(order.tolist()) == sorted(ids)
-    assert order.tolist() == random_order(ids, seed).tolist()

@@ -25,7 +25,7 @@ from vitq_ray.calibration.statistics import CalibrationStatistics, Scales, apply
 from vitq_ray.cluster.trials import ImageSet, Resources, require_room, run_trials, share
 from vitq_ray.commands import options as cli
 from vitq_ray.commands import tune as search
-from vitq_ray.commands.tune import Splits
+from vitq_ray.data.splits import Splits
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.measure.evaluation import Evaluation, evaluate
 from vitq_ray.measure.racing import RaceRules

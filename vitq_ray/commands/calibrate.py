@@ -28,7 +28,8 @@ from vitq_ray.cluster.start import cluster
 from vitq_ray.cluster.workers import WorkerPool, collect_on, evaluate_on, torch_threads
 from vitq_ray.commands import options as cli
 from vitq_ray.data.loader import Batch, iter_batches
-from vitq_ray.data.samples import SampleIndex, calibration_ids, has_split, open_split, require_images
+from vitq_ray.data.samples import SampleIndex, open_split
+from vitq_ray.data.splits import calibration_ids, default_calib_split, require_images
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.measure.evaluation import Evaluation, evaluate, sanity_problem
 from vitq_ray.models.checkpoint import Sidecar, save_calibrated
@@ -81,7 +82,7 @@ def prepare(args: argparse.Namespace) -> Job:
     """Check every option, open every file and make the output folder before a second is spent computing."""
     cli.apply_sample_defaults(args)
     setting, device = cli.setting_from(args), cli.device_from(args)
-    split = args.calib_split or ("train" if has_split(args.data_path, "train") else "val")
+    split = args.calib_split or default_calib_split(args.data_path)
     loaded = load_model(args.model_type, args.pretrained_dir, args.img_size)
     classes = loaded.geometry.num_classes
     val = open_split(args.data_path, "val", classes)

@@ -51,7 +51,8 @@ from vitq_ray.cluster.start import cluster
 from vitq_ray.commands import options as cli
 from vitq_ray.commands.progress import TrainingProgress
 from vitq_ray.data.loader import iter_batches
-from vitq_ray.data.samples import Ids, calibration_ids, open_split, require_images, split_halves
+from vitq_ray.data.samples import Ids, open_split
+from vitq_ray.data.splits import Splits, calibration_ids, make_splits, require_images
 from vitq_ray.data.transforms import AUGMENTATIONS
 from vitq_ray.measure.evaluation import Counts, wilson_interval
 from vitq_ray.models.checkpoint import CalibratedModel, Sidecar, is_calibrated, load_calibrated, save_calibrated
@@ -283,12 +284,10 @@ def make_data(args: argparse.Namespace, given: dict[str, Any], start: Calibrated
     of_search = search_splits(args.pretrained_dir, val.fingerprint)
     if of_search is None and val.fingerprint == start.sidecar.data_fingerprint:
         keep_split_seed(args, given, start.sidecar)
-    selection, report = of_search or split_halves(val.labels, val.fingerprint, args.split_seed)
-    if min(len(selection), len(report)) == 0:
-        raise InputError(f"val: {len(val)} images cannot be halved into selection and report")
+    splits = of_search or make_splits("train", train, val, args.split_seed)
     transform = cli.eval_transform(start.loaded, start.sidecar.crop_pct)
-    data = QatData(train, np.arange(len(train)), val, selection, transform)
-    return data, report, "search" if of_search else f"split seed {args.split_seed}"
+    data = QatData(train, np.arange(len(train)), val, splits.selection, transform)
+    return data, splits.report, "search" if of_search else f"split seed {args.split_seed}"
 
 
 def keep_split_seed(args: argparse.Namespace, given: dict[str, Any], sidecar: Sidecar) -> None:
@@ -304,8 +303,8 @@ def keep_split_seed(args: argparse.Namespace, given: dict[str, Any], sidecar: Si
     args.split_seed = seed
 
 
-def search_splits(checkpoint: str, fingerprint: str) -> tuple[Ids, Ids] | None:
-    """Selection and report images of the search whose `best/` this checkpoint lies in, if it was on this val."""
+def search_splits(checkpoint: str, fingerprint: str) -> Splits | None:
+    """The splits of the search whose `best/` this checkpoint lies in, if it was on this val."""
     run = f"{checkpoint.rpartition('/')[0].rpartition('/')[0]}/run.json"
     if "/best/" not in f"/{checkpoint}" or "://" in checkpoint or not exists(run):
         return None
@@ -313,7 +312,7 @@ def search_splits(checkpoint: str, fingerprint: str) -> tuple[Ids, Ids] | None:
     splits = description.get("splits")
     if splits is None or description.get("data_fingerprint") != fingerprint:
         return None
-    return np.array(splits["selection"], np.int64), np.array(splits["report"], np.int64)
+    return Splits.from_dict(splits)
 
 
 def make_teacher(args: argparse.Namespace, start: CalibratedModel) -> nn.Module | None:

@@ -35,18 +35,8 @@ from vitq_ray.cluster.workers import WorkerPool, collect_on, torch_threads
 from vitq_ray.commands import live
 from vitq_ray.commands import options as cli
 from vitq_ray.data.loader import Batch
-from vitq_ray.data.samples import (
-    Ids,
-    SampleIndex,
-    calibration_ids,
-    class_balanced_order,
-    has_split,
-    open_split,
-    random_order,
-    require_images,
-    split_halves,
-    split_thirds,
-)
+from vitq_ray.data.samples import Ids, SampleIndex, open_split
+from vitq_ray.data.splits import Splits, default_calib_split, make_splits, race_order
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.measure.evaluation import Evaluation, evaluate, evaluate_variants, sanity_problem
 from vitq_ray.measure.metrics import pack_text, unpack_text
@@ -67,19 +57,6 @@ FREE_OPTIONS = frozenset(
     {"output", "resume", "ray_address", "dashboard", "max_trials_in_flight", "num_workers", "object_store_memory"}
     | {"decode_threads"}  # of runs that an earlier version began
 )
-
-
-@dataclass(frozen=True)
-class Splits:
-    """Sample ids: what is calibrated on (in `calib_split`), selected on and reported on (both in val).
-
-    `selection` is in the order of the race, one uniformly random permutation of a class-balanced set.
-    """
-
-    calib_split: str
-    calibration: Ids
-    selection: Ids
-    report: Ids
 
 
 @dataclass
@@ -140,12 +117,12 @@ def prepare(args: argparse.Namespace) -> Search:
     loaded = load_model(args.model_type, args.pretrained_dir, args.img_size)
     classes = loaded.geometry.num_classes
     val = open_split(args.data_path, "val", classes)
-    split = "train" if has_split(args.data_path, "train") else "val"
+    split = default_calib_split(args.data_path)
     calib = open_split(args.data_path, "train", classes) if split == "train" else val
     fixed = None if args.from_run is None else settings_of_run(Path(args.from_run))
     counts = space.values(defaults)["num_batches"] if fixed is None else [s.num_batches for s in fixed]
     needed = max(counts) * args.calib_batchsz
-    splits = make_splits(args, split, calib, val, needed)
+    splits = search_splits(args, split, calib, val, needed)
     gpus = args.gpus_per_trial if args.gpus_per_trial is not None else 1.0 if args.use_gpu else 0.0
     resources = Resources(args.threads_per_trial, gpus, args.max_trials_in_flight)
     model = quantize_vit(loaded.model).to(device).eval()
@@ -197,26 +174,17 @@ def _require_trainable(search: Search, space: QatSpace) -> None:
         raise InputError(f"{search.args.search_space}: QAT: {error}") from None
 
 
-def make_splits(
+def search_splits(
     args: argparse.Namespace, calib_split: str, calib: SampleIndex, val: SampleIndex, needed: int
 ) -> Splits:
     """The three splits: functions of the data and `--split-seed` alone."""
-    if calib_split == "train":
-        require_images(len(calib), needed)
-        spare = max(32, needed // 8) if args.on_bad_image == "skip" else 0  # others move up where images are broken
-        count = min(len(calib), needed + spare)
-        calibration = calibration_ids(len(calib), count, "shuffled", args.split_seed)
-        selection, report = split_halves(val.labels, val.fingerprint, args.split_seed)
-    else:
-        calibration, selection, report = split_thirds(val.labels, val.fingerprint, args.split_seed, needed)
-        calibration = class_balanced_order(val.labels, calibration, args.split_seed)
-    if args.select_images is not None and args.select_images > len(selection):
-        raise InputError(f"--select-images: {args.select_images} asked for, the selection half has {len(selection)}")
-    if min(len(selection), len(report)) == 0:
-        raise InputError(f"val: {len(val)} images cannot be halved into selection and report")
+    spare = max(32, needed // 8) if args.on_bad_image == "skip" else 0  # others move up where images are broken
+    splits = make_splits(calib_split, calib, val, args.split_seed, needed, spare)
+    half = splits.selection
+    if args.select_images is not None and args.select_images > len(half):
+        raise InputError(f"--select-images: {args.select_images} asked for, the selection half has {len(half)}")
     count = args.select_images or MOST_SELECTION_IMAGES
-    chosen = class_balanced_order(val.labels, selection, args.split_seed)[:count]
-    return Splits(calib_split, calibration, random_order(np.sort(chosen), args.split_seed), report)
+    return replace(splits, selection=race_order(val.labels, half, count, args.split_seed))
 
 
 def _require_memory(search: Search) -> None:
@@ -249,7 +217,7 @@ def object_store_bytes(search: Search) -> int:
 
 def describe(search: Search) -> dict[str, Any]:
     """run.json: everything that decides the outcome, as JSON has it."""
-    args, splits = search.args, search.splits
+    args = search.args
     description = {
         "options": vars(args),
         "search_space": {
@@ -257,11 +225,7 @@ def describe(search: Search) -> dict[str, Any]:
             "choices": dict(search.space.choices),
             "qat": None if search.space.qat is None else search.space.qat.to_dict(),
         },
-        "splits": {
-            "calibration": {"split": splits.calib_split, "sample_ids": splits.calibration.tolist()},
-            "selection": splits.selection.tolist(),
-            "report": splits.report.tolist(),
-        },
+        "splits": search.splits.to_dict(),
         "weights_fingerprint": search.loaded.fingerprint,
         "data_fingerprint": search.val.fingerprint,
         "calibration_fingerprint": search.calib.fingerprint,
