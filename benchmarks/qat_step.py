@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from vitq_ray.base.config import QuantSetting
 from vitq_ray.calibration.statistics import apply_setting, collect_statistics
 from vitq_ray.models.load import load_model
-from vitq_ray.qat.distill import image_losses
-from vitq_ray.qat.loop import QatConfig, add_dropout, make_optimizer
+from vitq_ray.qat.loss import image_losses
+from vitq_ray.qat.recipe import QatConfig
+from vitq_ray.qat.student import add_dropout, make_optimizer
 from vitq_ray.quant.vit import float_copy, learn_amax, quantize_vit
 
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from vitq_ray.base.config import InputError
-from vitq_ray.qat.distill import Distillation, image_losses
+from vitq_ray.qat.loss import image_losses
+from vitq_ray.qat.recipe import Distillation
 
 B, K = 5, 7
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import json
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +24,17 @@ from torch import nn
 from tests.conftest import make_project
 from tests.test_qat_loop import CONFIG, TRANSFORM, Setup, calibrated
 from vitq_ray.base.config import InputError
-from vitq_ray.cluster.qat_group import (
-    Follower,
-    Plan,
-    QatTask,
-    Recorder,
-    Workers,
-    judge,
-    plan_workers,
-    read_judgement,
-    run_on_workers,
-    run_task,
-    worker_bytes,
-)
+from vitq_ray.cluster.qat_group import Plan, QatMetrics, Workers, plan_workers, run_on_workers, worker_bytes
 from vitq_ray.data.loader import Batch, iter_batches
 from vitq_ray.data.samples import SampleIndex, open_split
 from vitq_ray.measure.evaluation import Counts
 from vitq_ray.models.checkpoint import CalibratedModel
 from vitq_ray.models.load import load_model
-from vitq_ray.qat.loop import EpochReport, QatConfig, QatData, QatOutcome, Ranks, StepReport, thread_reader
+from vitq_ray.qat.loop import DivergedError
+from vitq_ray.qat.ranks import QatData, Ranks, thread_reader
+from vitq_ray.qat.recipe import QatConfig
+from vitq_ray.qat.state import EpochReport, QatOutcome, StepReport
+from vitq_ray.qat.task import Follower, QatTask, Recorder, judge, read_judgement, run_task
 from vitq_ray.quant.vit import float_copy
 from vitq_ray.run.folder import read_bad_images, record_bad_images
 
@@ -154,7 +148,7 @@ def test_a_killed_worker_does_not_end_training(setup: Setup, tmp_path: Path) -> 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_diverging_loss_is_one_clear_error_and_not_tried_again(setup: Setup, tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, lr=1e38, augment="none")
-    with pytest.raises(InputError, match=r"not finite at step 2 \(epoch 1\) with learning rate 1e\+38"):
+    with pytest.raises(DivergedError, match=r"not finite at step 2 \(epoch 1\) with learning rate 1e\+38"):
         losses_on_workers(task_of(setup, tmp_path / "run", config), 2, max_failures=0)
     assert (tmp_path / "run" / "state.pt").exists()
 
@@ -205,7 +199,7 @@ def step_report(step: int) -> StepReport:
 
 
 def test_what_is_recorded_can_be_followed(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path, "run", metrics=False)
+    recorder = Recorder(tmp_path)
     recorder.step(step_report(1))
     steps: list[StepReport] = []
     epochs: list[EpochReport] = []
@@ -224,7 +218,7 @@ def test_what_is_recorded_can_be_followed(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_metrics_are_set(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path, "run")
+    recorder = Recorder(tmp_path, QatMetrics("run"))
     recorder.step(step_report(1))
     recorder.epoch(EpochReport(1, 2, 0.5, Counts(10, {"top1_correct": 5, "top5_correct": 9}), True))
 
@@ -266,6 +260,61 @@ def test_judgement_reads_every_image_once_and_counts_as_models_alone_do(setup: S
             hits = one(TRANSFORM.normalize(images)).argmax(1) == labels
         assert judgement[name]["val"].top1_correct == int(hits.sum())
         assert judgement[name]["report"].top1_correct == int(hits[1::2].sum())
+
+
+def test_records_say_their_format_once(tmp_path: Path) -> None:
+    for number in (1, 2):
+        Recorder(tmp_path).step(step_report(number))  # a second one goes on in the same file
+    first, *rows = map(json.loads, (tmp_path / "steps.jsonl").read_text().splitlines())
+    assert first == {"format": 2, "vitq_ray": metadata.version("vitq_ray")}
+    assert [row["step"] for row in rows] == [1, 2]
+
+
+def test_a_judged_run_is_not_judged_again(setup: Setup, tmp_path: Path) -> None:
+    """Neither images nor the teacher are looked at: nothing of either would change."""
+    task = task_of(setup, tmp_path, dataclasses.replace(CONFIG, epochs=1, augment="none"))
+    nothing = lambda report: None  # noqa: E731
+    outcome = run_task(task, thread_reader(), Ranks(), nothing, nothing)
+    judgement = (tmp_path / "judgement.json").read_bytes()
+    (tmp_path / "teacher_logits.npy").unlink()
+
+    def no_reader(index: Any, ids: Any, transform: Any, batch_size: int) -> Any:
+        raise AssertionError("an image is read")
+
+    again = run_task(task, no_reader, Ranks(), nothing, nothing)
+    assert again.epochs == outcome.epochs
+    assert (tmp_path / "judgement.json").read_bytes() == judgement
+    assert not (tmp_path / "teacher_logits.npy").exists()
+    other = dataclasses.replace(task, config=dataclasses.replace(task.config, lr=0.1))
+    with pytest.raises(InputError, match=r"was started with lr 0.05, now it is 0.1"):
+        run_task(other, no_reader, Ranks(), nothing, nothing)
+
+
+def test_a_trained_run_needs_no_table_of_its_teacher(setup: Setup, tmp_path: Path) -> None:
+    """Killed after its last epoch, before its judgement: val is judged, train is not read again."""
+    task = task_of(setup, tmp_path, dataclasses.replace(CONFIG, epochs=1, augment="none"))
+    nothing = lambda report: None  # noqa: E731
+    run_task(task, thread_reader(), Ranks(), nothing, nothing)
+    judgement = read_judgement(tmp_path)
+    (tmp_path / "judgement.json").unlink()
+    (tmp_path / "teacher_logits.npy").unlink()
+
+    def only_val(index: Any, ids: Any, transform: Any, batch_size: int) -> Any:
+        assert index is setup.data.val
+        return thread_reader()(index, ids, transform, batch_size)
+
+    run_task(task, only_val, Ranks(), nothing, nothing)
+    assert read_judgement(tmp_path) == judgement
+    assert not (tmp_path / "teacher_logits.npy").exists()
+
+
+def test_a_judgement_of_a_newer_version_is_refused(tmp_path: Path) -> None:
+    counts = {"images": 4, "top1_correct": 2, "top5_correct": 3}
+    (tmp_path / "judgement.json").write_text(json.dumps({"qat": {"val": counts}}))  # format 1
+    assert read_judgement(tmp_path) == {"qat": {"val": Counts(4, {"top1_correct": 2, "top5_correct": 3})}}
+    (tmp_path / "judgement.json").write_text(json.dumps({"format": 9, "vitq_ray": "7.0"}))
+    with pytest.raises(InputError, match=r"judgement.json: written by vitq_ray 7.0 in format 9; .* up to 2"):
+        read_judgement(tmp_path)
 
 
 def test_judgement_leaves_the_start_as_it_was(setup: Setup, tmp_path: Path) -> None:

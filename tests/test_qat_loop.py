@@ -21,26 +21,15 @@ from vitq_ray.calibration.statistics import apply_setting, collect_statistics
 from vitq_ray.data.loader import iter_batches
 from vitq_ray.data.samples import open_split
 from vitq_ray.data.transforms import EvalTransform, TrainTransform
-from vitq_ray.measure.evaluation import Counts
+from vitq_ray.measure.evaluation import Counts, NonFiniteLogitsError
 from vitq_ray.models.checkpoint import CalibratedModel, Sidecar, load_calibrated, save_calibrated
 from vitq_ray.models.load import load_model
 from vitq_ray.qat import loop as qat_loop
-from vitq_ray.qat.distill import Distillation
-from vitq_ray.qat.loop import (
-    DivergedError,
-    EpochReport,
-    QatConfig,
-    QatData,
-    QatOutcome,
-    Ranks,
-    SeededDropout,
-    StepReport,
-    epoch_order,
-    rank_ids,
-    sharded_evaluation,
-    thread_reader,
-    train_qat,
-)
+from vitq_ray.qat.loop import DivergedError, train_qat
+from vitq_ray.qat.ranks import QatData, Ranks, epoch_order, rank_ids, sharded_evaluation, thread_reader
+from vitq_ray.qat.recipe import RECIPE_OPTIONS, Distillation, QatConfig, recipe_of
+from vitq_ray.qat.state import EpochReport, QatOutcome, StepReport
+from vitq_ray.qat.student import SeededDropout
 from vitq_ray.quant.quantizer import State
 from vitq_ray.quant.sites import FUSED_GROUPS
 from vitq_ray.quant.vit import float_copy, learn_amax, quant_blocks, quantize_vit, sites_of
@@ -150,6 +139,41 @@ def test_too_large_a_batch_is_refused(setup: Setup, tmp_path: Path) -> None:
 def test_impossible_configurations(values: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         QatConfig(**values)
+
+
+def test_every_field_of_a_recipe_is_a_row_and_is_checked() -> None:
+    names = {f.name for f in dataclasses.fields(QatConfig)} - {"distillation"}
+    assert {row.field for row in RECIPE_OPTIONS if not row.of_distillation} == names
+    assert {row.field for row in RECIPE_OPTIONS if row.of_distillation} == {"temperature", "scale"}
+    for row in RECIPE_OPTIONS:
+        with pytest.raises(InputError, match=rf"^{row.label}: .*'wrong'"):
+            recipe_of({row.name: "wrong"})
+        row.check(row.default)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "limits"),
+    [
+        ("lr", float("nan"), "> 0"),
+        ("lr", float("inf"), "> 0"),
+        ("momentum", 1.0, r"in \[0, 1\)"),
+        ("weight_decay", -0.1, ">= 0"),
+        ("max_grad_norm", 0, "> 0"),
+        ("temperature", 0.0, "> 0"),
+        ("distill_scale", -1, ">= 0"),
+    ],
+)
+def test_numbers_outside_their_limits(name: str, value: float, limits: str) -> None:
+    with pytest.raises(InputError, match=rf"expected a number {limits}, got {value}"):
+        recipe_of({name: value})
+
+
+def test_a_recipe_by_names() -> None:
+    config = recipe_of({"lr": 0.2, "temperature": 2.0, "distill_scale": 5.0})
+    assert config == QatConfig(lr=0.2, distillation=Distillation(2.0, 5.0))
+    assert recipe_of({"temperature": 2.0}, distill=False) == QatConfig(distillation=None)
+    with pytest.raises(InputError, match="unknown option 'learning_rate'; the options are epochs, lr, "):
+        recipe_of({"learning_rate": 1})
 
 
 def test_the_defaults_are_the_published_recipe() -> None:
@@ -287,13 +311,12 @@ def test_stored_teacher_logits_change_nothing(setup: Setup, tmp_path: Path, monk
     config = dataclasses.replace(CONFIG, augment="none")
     _, stored = run(setup, tmp_path / "stored", config)
     assert (tmp_path / "stored" / "teacher_logits.npy").exists()
-    monkeypatch.setattr(qat_loop, "stored_teacher", lambda *_: None)
-    real = qat_loop._make_teacher
+    real = qat_loop.make_teacher
 
     def always_run(config: QatConfig, *rest: Any) -> Any:
         return real(dataclasses.replace(config, augment="light"), *rest)
 
-    monkeypatch.setattr(qat_loop, "_make_teacher", always_run)
+    monkeypatch.setattr(qat_loop, "make_teacher", always_run)
     _, running = run(setup, tmp_path / "running", config)
     assert running.losses == pytest.approx(stored.losses, rel=1e-4)
 
@@ -395,6 +418,24 @@ def test_a_diverging_loss_names_step_and_rate_and_keeps_the_state(setup: Setup, 
     assert json.loads(state["progress"])["step"] == 2
     assert all(torch.isfinite(value).all() for value in state["model"].values())
     run(setup, tmp_path, CONFIG, checkpoint_steps=2)  # and it can go on from there
+
+
+def test_logits_that_are_no_numbers_after_an_epoch_are_divergence(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluation, calls = qat_loop.sharded_evaluation, []
+
+    def broken(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) > 1:  # the first is that of the start
+            raise NonFiniteLogitsError("the model produced NaN or infinite logits")
+        return evaluation(*arguments)
+
+    monkeypatch.setattr(qat_loop, "sharded_evaluation", broken)
+    with pytest.raises(DivergedError, match=r"infinite logits, after epoch 1 with learning rate 0.05"):
+        run(setup, tmp_path, CONFIG)
+    with pytest.raises(NonFiniteLogitsError):
+        run(setup, tmp_path / "from the start", CONFIG)
 
 
 # Evaluation ---------------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ import pytest
 
 from tests.conftest import Project, load_script, make_project
 from vitq_ray.base.config import InputError
-from vitq_ray.cluster.qat_trials import Asha, Epoch, QatContest, TrainingRun, config_of, training_runs
 from vitq_ray.commands import options as cli
+from vitq_ray.search.asha import Asha, Epoch, QatContest, TrainingRun, config_of, training_runs
 from vitq_ray.search.space import LogUniform, QatSpace, load_space, loguniform, qat_space_of
 
 tune_calib = load_script("tune_calib")
@@ -66,6 +66,8 @@ def test_a_row_becomes_a_configuration() -> None:
         ({"lr": 0.1}, r"QAT\['lr'\] is 0.1, expected a list of values"),
         ({"epochs": 0}, "QAT epochs: expected an integer >= 1, got 0"),
         ([], "QAT is list, expected a dictionary"),
+        ({"lr": (0.1, -1)}, "learning rate: expected a number > 0, got -1"),
+        ({"augment": ("heavy",)}, "augmentation: 'heavy' is not one of none, light, toolkit"),
     ],
 )
 def test_bad_spaces(values: Any, message: str) -> None:

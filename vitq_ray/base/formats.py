@@ -6,6 +6,7 @@ Older formats load; a newer one is refused with a line that says which version w
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import metadata
 from typing import Any
 
 from vitq_ray.base.config import InputError
@@ -17,7 +18,14 @@ FORMATS: dict[str, int] = {
     "statistics": 2,  # statistics.npz
     "sidecar": 2,  # <name>_calib.json, <name>_qat.json
     "training state": 1,  # state.pt
+    "judgement": 2,  # judgement.json
+    "steps": 2,  # steps.jsonl and epochs.jsonl, in their first line
 }
+
+
+def stamp(kind: str) -> dict[str, Any]:
+    """What a file of this kind says of itself: its format and the version that writes it."""
+    return {"format": FORMATS[kind], "vitq_ray": metadata.version("vitq_ray")}
 
 
 def require_format(kind: str, where: str, values: Mapping[str, Any]) -> int:

@@ -1,6 +1,6 @@
-"""QAT with several workers on Ray Train, and the records of a run.
+"""QAT with several workers on Ray Train.
 
-One worker runs `qat_loop.train_qat` in the calling process: Ray Train's start would cost it 15 to 23 seconds. Several
+One worker runs `qat.task.run_task` in the calling process: Ray Train's start would cost it 15 to 23 seconds. Several
 run the same function as ranks of a TorchTrainer, with gradients averaged by DDP (gloo on CPUs, nccl on GPUs) and
 images decoded by Ray Data.
 
@@ -8,13 +8,12 @@ images decoded by Ray Data.
     rank:   state.pt (if there) -> train_qat -> judge on all of val; rank 0 writes every file
 
 All ranks see the run folder. A worker that dies takes its group with it; Ray Train starts a new one, which goes on
-from `state.pt`. An error of the input would come back every time, so it is left in `failure.json`, for the new
-group to stop at and for the driver to raise.
+from `state.pt`. An error of the input, or a loss that is no number, would come back: it is left in `failure.json`, for
+the new group to stop at and for the driver to raise.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import shutil
@@ -25,7 +24,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import ray.train
 import ray.train.torch
@@ -33,7 +31,6 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.metrics import Gauge
-from torch import nn
 
 from vitq_ray.base.config import InputError
 from vitq_ray.base.files import one_line, write_json
@@ -41,23 +38,10 @@ from vitq_ray.cluster.stream import share, stream_batches
 from vitq_ray.data.loader import Batch
 from vitq_ray.data.samples import Ids, SampleIndex
 from vitq_ray.data.transforms import Transform
-from vitq_ray.measure.evaluation import Counts, Evaluation
-from vitq_ray.models.checkpoint import CalibratedModel
-from vitq_ray.qat.loop import (
-    EpochReport,
-    QatConfig,
-    QatData,
-    QatOutcome,
-    Ranks,
-    Reader,
-    StepReport,
-    epoch_of,
-    epoch_row,
-    read_outcome,
-    sharded_variants,
-    train_qat,
-)
-from vitq_ray.quant.vit import float_copy, frozen_weights
+from vitq_ray.qat.loop import DivergedError
+from vitq_ray.qat.ranks import Ranks, Reader
+from vitq_ray.qat.state import EpochReport, QatOutcome, StepReport, read_outcome
+from vitq_ray.qat.task import Follower, QatTask, Recorder, run_task
 from vitq_ray.run.folder import record_bad_images
 
 MAX_FAILURES = 3
@@ -65,95 +49,11 @@ _PROCESS_BYTES = 500_000_000  # a worker process with PyTorch and Ray, before it
 _COPIES = 5  # of the student's weights: weights, gradients, DDP's buckets, up to two of the optimizer
 _SECONDS_BETWEEN_LOOKS = 0.2
 
-Judgement = dict[str, dict[str, Counts]]
 
+class QatMetrics:
+    """Ray's metrics of a training run."""
 
-# A run --------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class QatTask:
-    """A training run and its final judgement, as a value that can be sent to workers.
-
-    `report_ids` are the images of val that the outcome is reported on. `teacher` may be None without distillation.
-    """
-
-    config: QatConfig
-    start: CalibratedModel
-    teacher: nn.Module | None
-    data: QatData
-    report_ids: Ids
-    folder: Path
-    checkpoint_steps: int | None = None
-
-
-def run_task(
-    task: QatTask,
-    read: Reader,
-    ranks: Ranks,
-    on_step: Callable[[StepReport], None],
-    on_epoch: Callable[[EpochReport], bool | None],
-) -> QatOutcome:
-    """Train, judge, and leave the judgement in `judgement.json`: what each rank does, or the only process."""
-    outcome = train_qat(
-        task.config,
-        task.start,
-        task.teacher,
-        task.data,
-        task.folder,
-        read,
-        ranks,
-        task.checkpoint_steps,
-        on_step,
-        on_epoch,
-    )
-    judgement = judge(task, outcome, read, ranks)
-    if ranks.is_first:
-        rows = {name: {part: c.to_dict() for part, c in parts.items()} for name, parts in judgement.items()}
-        write_json(task.folder / "judgement.json", rows)
-    return outcome
-
-
-def judge(task: QatTask, outcome: QatOutcome, read: Reader, ranks: Ranks) -> Judgement:
-    """{float, ptq, qat: {selection, report, val: counts}}, from one pass over all of val in map order.
-
-    `float` is the teacher, or where there is none the start with its quantizers off.
-    """
-    data, model = task.data, task.start.loaded.model.to(ranks.device)
-    teacher = float_copy(model) if task.teacher is None else task.teacher.to(ranks.device)
-    trained = copy.deepcopy(model)
-    trained.load_state_dict(outcome.best_state)
-    variants = {"float": teacher, "ptq": model, "qat": trained}
-    ids = np.arange(len(data.val))
-    with frozen_weights(model), frozen_weights(trained):
-        results = sharded_variants(variants, data.val, ids, data.transform, read, ranks)
-    return {name: _parts(task, evaluation) for name, evaluation in results.items()}
-
-
-def _parts(task: QatTask, evaluation: Evaluation) -> dict[str, Counts]:
-    parts = {
-        "selection": evaluation.subset(task.data.selection_ids),
-        "report": evaluation.subset(task.report_ids),
-        "val": evaluation,
-    }
-    return {name: Counts.of(part) for name, part in parts.items()}
-
-
-def read_judgement(folder: Path) -> Judgement:
-    """What `run_task` left in its folder."""
-    rows = json.loads((folder / "judgement.json").read_text())
-    return {name: {part: Counts.from_dict(c) for part, c in parts.items()} for name, parts in rows.items()}
-
-
-class Recorder:
-    """Appends every step to steps.jsonl and every epoch to epochs.jsonl, and sets Ray's metrics where Ray runs."""
-
-    def __init__(self, folder: Path, run: str, metrics: bool = True) -> None:
-        self._folder = folder
-        self._gauges = self._make_gauges(run) if metrics else {}
-
-    @staticmethod
-    def _make_gauges(run: str) -> dict[str, Gauge]:
+    def __init__(self, run: str) -> None:
         names = {
             "epoch": "epoch of QAT",
             "step": "step of QAT, over all epochs",
@@ -161,49 +61,17 @@ class Recorder:
             "images_per_second": "training speed of the last step",
             "selection_top1": "top-1 on the selection images after the last epoch, a fraction",
         }
-        gauges = {name: Gauge(f"vitq_qat_{name}", text, tag_keys=("run",)) for name, text in names.items()}
-        for gauge in gauges.values():
+        self._gauges = {name: Gauge(f"vitq_qat_{name}", text, tag_keys=("run",)) for name, text in names.items()}
+        for gauge in self._gauges.values():
             gauge.set_default_tags({"run": run})
-        return gauges
 
     def step(self, report: StepReport) -> None:
-        self._append("steps.jsonl", vars(report))
         for name, gauge in self._gauges.items():
             if name != "selection_top1":
                 gauge.set(float(getattr(report, name)))
 
     def epoch(self, report: EpochReport) -> None:
-        self._append("epochs.jsonl", epoch_row(report))
-        if self._gauges:
-            self._gauges["selection_top1"].set(report.selection.top1)
-
-    def _append(self, name: str, row: dict[str, Any]) -> None:
-        with open(self._folder / name, "a") as stream:
-            stream.write(json.dumps(row, allow_nan=False) + "\n")
-
-
-class Follower:
-    """Hands on what is appended to steps.jsonl and epochs.jsonl, from where they end now."""
-
-    def __init__(
-        self, folder: Path, on_step: Callable[[StepReport], None], on_epoch: Callable[[EpochReport], object]
-    ) -> None:
-        self._sinks: dict[Path, Callable[[dict[str, Any]], object]] = {
-            folder / "steps.jsonl": lambda row: on_step(StepReport(**row)),
-            folder / "epochs.jsonl": lambda row: on_epoch(epoch_of(row)),
-        }
-        self._read = {path: path.stat().st_size if path.exists() else 0 for path in self._sinks}
-
-    def look(self) -> None:
-        for path, sink in self._sinks.items():
-            if path.exists():
-                with open(path, "rb") as stream:
-                    stream.seek(self._read[path])
-                    lines = stream.read()
-                whole = lines[: lines.rfind(b"\n") + 1]  # the rest is still being written
-                self._read[path] += len(whole)
-                for line in whole.splitlines():
-                    sink(json.loads(line))
+        self._gauges["selection_top1"].set(report.selection.top1)
 
 
 # Workers ------------------------------------------------------------------------------------------------------------
@@ -231,11 +99,11 @@ def plan_workers(workers: Workers, nodes: list[dict[str, float]], bytes_per_work
     """Fit the ranks into the nodes' resources. InputError where GPUs or memory are missing; CPUs are shared out."""
     gpus = sum(math.floor(node.get("GPU", 0)) for node in nodes)
     if workers.use_gpu and gpus < workers.count:
-        raise InputError(f"--num-workers: {workers.count} workers need a GPU each, the cluster has {gpus}")
+        raise InputError(f"workers: {workers.count} workers need a GPU each, the cluster has {gpus}")
     fit = sum(int(node.get("memory", 0) // bytes_per_worker) for node in nodes)
     if fit < workers.count:
         raise InputError(
-            f"--num-workers: {workers.count} workers of about {bytes_per_worker / 1e9:.1f} GB each do not fit into "
+            f"workers: {workers.count} workers of about {bytes_per_worker / 1e9:.1f} GB each do not fit into "
             f"memory; {fit} would"
         )
     cpus = [node.get("CPU", 0) for node in nodes]
@@ -247,7 +115,7 @@ def plan_workers(workers: Workers, nodes: list[dict[str, float]], bytes_per_work
             share_of_cpu = math.floor(10_000 / parts) / 10_000  # Ray counts in ten-thousandths
             warning = f"{workers.count} workers share {total} CPUs, one thread each: they will be slower than {total}"
             return Plan(share_of_cpu, 1, warning)
-    raise InputError(f"--num-workers: {workers.count} workers on {total} CPUs; choose fewer")
+    raise InputError(f"workers: {workers.count} workers on {total} CPUs; choose fewer")
 
 
 def worker_bytes(task: QatTask) -> int:
@@ -308,7 +176,8 @@ def run_on_workers(
     """`run_task` on several workers; the callbacks are called here, a moment later. Needs a running Ray.
 
     Raises:
-        InputError: what a worker found wrong with the input, or a loss that is not finite.
+        InputError: what a worker found wrong with the input.
+        DivergedError: a loss that is not finite.
         RuntimeError: where training failed more often than allowed.
     """
     folder = task.folder.absolute()  # a worker has a working directory of its own
@@ -373,7 +242,8 @@ def _fit(trainer: TorchTrainer, follower: Follower) -> BaseException | None:
 def _raise_failure(folder: Path, error: BaseException | None) -> None:
     failure = folder / "failure.json"
     if failure.exists():
-        raise InputError(json.loads(failure.read_text())["message"])
+        values = json.loads(failure.read_text())
+        raise (DivergedError if values["diverged"] else InputError)(values["message"])
     if error is not None:
         raise RuntimeError(f"training failed; the last state is kept in {folder}: {one_line(error)[:500]}") from None
 
@@ -390,7 +260,7 @@ def _rank_main(config: dict[str, Any]) -> None:
     task: QatTask = ray.get(shared.task)
     bad_images: list[tuple[str, str]] = []
     read = ray_reader(shared.train, shared.val, shared.on_bad_image, bad_images, shared.threads)
-    recorder = Recorder(shared.folder, shared.run) if ranks.is_first else None
+    recorder = Recorder(shared.folder, QatMetrics(shared.run)) if ranks.is_first else None
 
     def on_epoch(report: EpochReport) -> None:
         if recorder is not None:
@@ -400,8 +270,8 @@ def _rank_main(config: dict[str, Any]) -> None:
 
     try:
         run_task(task, read, ranks, recorder.step if recorder else _ignore, on_epoch)
-    except InputError as error:
-        write_json(failure, {"message": one_line(error)})
+    except (InputError, DivergedError) as error:
+        write_json(failure, {"message": one_line(error), "diverged": isinstance(error, DivergedError)})
         raise
     record_bad_images(shared.folder, bad_images)
 

@@ -26,6 +26,8 @@ from vitq_ray.base.files import one_line
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.models.geometry import AUTO
 from vitq_ray.models.load import LoadedModel
+from vitq_ray.qat.loop import DivergedError
+from vitq_ray.qat.recipe import RECIPE_OPTIONS, RecipeOption
 
 T = TypeVar("T")
 
@@ -68,6 +70,40 @@ def number(kind: type[int] | type[float], low: float, high: float | None = None)
         return value
 
     return parse
+
+
+def add_recipe_options(parser: Parser) -> None:
+    """What a training run can vary, from the table of recipes."""
+    for row in RECIPE_OPTIONS:
+        if row.argument is None:
+            continue
+        name = "--" + row.argument.replace("_", "-")
+        if row.kind is bool:
+            parser.add(name, action="store_true", help=row.help)
+        elif row.choices:
+            parser.add(name, choices=row.choices, default=row.default, help=row.help)
+        else:
+            parser.add(name, type=_recipe_value(row), default=row.default, help=row.help)
+
+
+def _recipe_value(row: RecipeOption) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = row.kind(text)
+        except ValueError:
+            value = text
+        try:
+            row.check(value)
+        except InputError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return value
+
+    return parse
+
+
+def recipe_values(args: argparse.Namespace) -> dict[str, Any]:
+    """{name in RECIPE_OPTIONS: value} of the options that `add_recipe_options` adds."""
+    return {row.name: getattr(args, row.argument) for row in RECIPE_OPTIONS if row.argument is not None}
 
 
 def quant_mode(text: str) -> str:
@@ -207,6 +243,8 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
         main(argv)
     except InputError as error:
         return _fail(2, one_line(error))
+    except DivergedError as error:
+        return _fail(1, one_line(error))
     except OSError as error:
         if error.errno == errno.ENOSPC:
             return _fail(1, "disk full: nothing was left half written")

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vitq_ray.commands.live import percent
-from vitq_ray.qat.loop import EpochReport, StepReport
+from vitq_ray.qat.state import EpochReport, StepReport
 
 _SECONDS_BETWEEN_LINES = 10.0
 _SMOOTHING = 20  # steps

@@ -36,15 +36,11 @@ from vitq_ray.base.files import exists, output_folder, write_json
 from vitq_ray.calibration.statistics import apply_setting, collect_statistics
 from vitq_ray.cluster.qat_group import (
     MAX_FAILURES,
-    Judgement,
-    QatTask,
-    Recorder,
+    QatMetrics,
     Workers,
     plan_workers,
     ray_nodes,
-    read_judgement,
     run_on_workers,
-    run_task,
     worker_bytes,
 )
 from vitq_ray.cluster.start import cluster
@@ -53,25 +49,15 @@ from vitq_ray.commands.progress import TrainingProgress
 from vitq_ray.data.loader import iter_batches
 from vitq_ray.data.samples import Ids, open_split
 from vitq_ray.data.splits import Splits, calibration_ids, make_splits, require_images
-from vitq_ray.data.transforms import AUGMENTATIONS
 from vitq_ray.measure.evaluation import Counts, wilson_interval
 from vitq_ray.models.checkpoint import CalibratedModel, Sidecar, is_calibrated, load_calibrated, save_calibrated
 from vitq_ray.models.load import load_model
 from vitq_ray.models.weights import weights_fingerprint
-from vitq_ray.qat.distill import DEFAULT_TEMPERATURE, Distillation
-from vitq_ray.qat.loop import (
-    OPTIMIZERS,
-    SCHEDULES,
-    TEACHER_LOGITS,
-    EpochReport,
-    QatConfig,
-    QatData,
-    QatOutcome,
-    Ranks,
-    epoch_row,
-    steps_per_epoch,
-    thread_reader,
-)
+from vitq_ray.qat.ranks import QatData, Ranks, steps_per_epoch, thread_reader
+from vitq_ray.qat.recipe import QatConfig, recipe_of
+from vitq_ray.qat.state import EpochReport, QatOutcome, epoch_row
+from vitq_ray.qat.task import Judgement, QatTask, Recorder, read_judgement, run_task
+from vitq_ray.qat.teacher import TEACHER_LOGITS
 from vitq_ray.quant.vit import float_copy, quantize_vit
 from vitq_ray.run.folder import default_folder, read_bad_images, record_bad_images
 
@@ -88,19 +74,10 @@ def make_parser() -> cli.Parser:
     parser.add("--split-seed", type=cli.number(int, 0), default=0, help="seed of the halves of val")
     parser.add("--distill", action=argparse.BooleanOptionalAction, help="learn from the float model too")
     parser.add("--teacher", help="float checkpoint of the teacher; default: this checkpoint, quantizers off")
-    parser.add("--distill-scale", type=cli.number(float, 0), help="weight of the teacher; default: 10 x classes")
-    parser.add("--temperature", type=cli.number(float, 1e-3), default=DEFAULT_TEMPERATURE, help="of distillation")
-    parser.add("--num-epochs", type=cli.number(int, 1), default=5, help="epochs")
-    parser.add("--qat-lr", type=cli.number(float, 0), default=1e-4, help="learning rate")
+    cli.add_recipe_options(parser)
     parser.add("--batch-size", type=cli.number(int, 1), default=32, help="images per worker and forward pass")
     parser.add("--accumulate", type=cli.number(int, 1), default=1, help="forward passes per step")
     parser.add("--global-batch-size", type=cli.number(int, 1), help="images per step; overrides --batch-size")
-    parser.add("--optimizer", choices=OPTIMIZERS, default="sgd", help="optimizer")
-    parser.add("--schedule", choices=SCHEDULES, default="constant", help="of the learning rate")
-    parser.add("--dropout", type=cli.number(float, 0, 0.99), default=0.1, help="of the student")
-    parser.add("--augment", choices=AUGMENTATIONS, default="toolkit", help="of training images")
-    parser.add("--learn-amax", action="store_true", help="learn the scales too (LSQ)")
-    parser.add("--bf16", action="store_true", help="matrix products in bfloat16")
     parser.add("--num-workers", type=cli.number(int, 1), default=1, help="processes that train together")
     parser.add("--max-failures", type=cli.number(int, 0), default=MAX_FAILURES, help="restarts after a lost worker")
     parser.add("--checkpoint-steps", type=cli.number(int, 1), help="write the state every so many steps, too")
@@ -191,20 +168,8 @@ def make_config(args: argparse.Namespace) -> QatConfig:
             f"--global-batch-size: {global_batch} is not a multiple of {args.num_workers} workers x "
             f"{args.accumulate} forward passes"
         )
-    return QatConfig(
-        epochs=args.num_epochs,
-        lr=args.qat_lr,
-        global_batch=global_batch,
-        micro_batch=global_batch // parts,
-        optimizer=args.optimizer,
-        schedule=args.schedule,
-        dropout=args.dropout,
-        augment=args.augment,
-        distillation=Distillation(args.temperature, args.distill_scale) if args.distill else None,
-        learn_amax=args.learn_amax,
-        bf16=args.bf16,
-        seed=args.seed,
-    )
+    values = {"global_batch": global_batch, "micro_batch": global_batch // parts, "seed": args.seed}
+    return recipe_of({**cli.recipe_values(args), **values}, args.distill)
 
 
 def load_start(args: argparse.Namespace, given: dict[str, Any], folder: Path, watch: cli.Stopwatch) -> CalibratedModel:
@@ -388,7 +353,7 @@ def train(job: Job) -> QatOutcome:
 
 def train_alone(job: Job, progress: TrainingProgress) -> QatOutcome:
     """One worker: this process, without Ray Train."""
-    recorder = Recorder(job.folder, job.folder.name, metrics=needs_ray(job.args))
+    recorder = Recorder(job.folder, QatMetrics(job.folder.name) if needs_ray(job.args) else None)
     bad_images: list[tuple[str, str]] = []
 
     def on_step(report: Any) -> None:

@@ -27,7 +27,7 @@ from vitq_ray.base.config import InputError, QuantSetting
 from vitq_ray.base.files import write_json
 from vitq_ray.calibration.statistics import CalibrationStatistics, apply_setting, collect_statistics
 from vitq_ray.cluster.metrics import Metrics
-from vitq_ray.cluster.qat_trials import Epoch, QatContest, TrainingRun, run_training, training_runs
+from vitq_ray.cluster.qat_trials import run_training
 from vitq_ray.cluster.start import Cluster
 from vitq_ray.cluster.stream import stream_batches
 from vitq_ray.cluster.trials import ImageSet, Resources, nodes_for, require_room, run_trials, share
@@ -44,9 +44,12 @@ from vitq_ray.measure.racing import Decision, Race, Verdict
 from vitq_ray.models.checkpoint import Sidecar, load_calibrated, save_calibrated
 from vitq_ray.models.load import LoadedModel, load_model
 from vitq_ray.models.weights import weights_fingerprint
-from vitq_ray.qat.loop import TEACHER_LOGITS, QatData, read_outcome, steps_per_epoch
+from vitq_ray.qat.ranks import QatData, steps_per_epoch
+from vitq_ray.qat.state import read_outcome
+from vitq_ray.qat.teacher import TEACHER_LOGITS
 from vitq_ray.quant.vit import float_copy, frozen_weights, quantize_vit, quantizers_off
 from vitq_ray.run.folder import RunFolder, first_difference, read_bad_images, record_bad_images
+from vitq_ray.search.asha import Epoch, QatContest, TrainingRun, training_runs
 from vitq_ray.search.contest import Candidate, Contest, Listeners, race_rules
 from vitq_ray.search.proposals import ListProposals, Proposals, proposals
 from vitq_ray.search.space import QatSpace, SearchSpace, load_space

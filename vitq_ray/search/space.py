@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from vitq_ray.base.config import Config, InputError, QuantSetting, require_int
+from vitq_ray.qat.recipe import RECIPE_OPTIONS
 
 FIELDS = tuple(field.name for field in dataclasses.fields(QuantSetting))
 
@@ -62,18 +63,7 @@ def loguniform(low: float, high: float) -> LogUniform:
     return LogUniform(low, high)
 
 
-# What QAT tries: fields of `qat_loop.QatConfig`, and scale and temperature of its distillation.
-QAT_FIELDS = (
-    "lr",
-    "global_batch",
-    "distill_scale",
-    "temperature",
-    "learn_amax",
-    "optimizer",
-    "schedule",
-    "augment",
-    "dropout",
-)
+QAT_OPTIONS = {row.name: row for row in RECIPE_OPTIONS if row.searched}  # what a space may vary
 
 
 @dataclass(frozen=True)
@@ -81,7 +71,7 @@ class QatSpace(Config):
     """What QAT tries, and how.
 
     Attributes:
-        choices: {field of QAT_FIELDS: values, or a range}.
+        choices: {name of QAT_OPTIONS: values, or a range}.
         num_samples: training runs; they start from the best and tied settings in turn.
         starts: how many of those settings at most.
         epochs: length of a run that is not stopped.
@@ -115,13 +105,15 @@ def qat_space_of(values: Any) -> QatSpace:
     if not isinstance(values, Mapping):
         raise InputError(f"QAT is {type(values).__name__}, expected a dictionary")
     plan = {f.name for f in dataclasses.fields(QatSpace)} - {"choices"}
-    known = (*QAT_FIELDS, *sorted(plan))
+    known = (*QAT_OPTIONS, *sorted(plan))
     choices: dict[str, Any] = {}
     for name, value in values.items():
         if name not in known:
             raise InputError(f"QAT has the key {name!r}; the keys are {', '.join(known)}")
-        if name in QAT_FIELDS:
+        if name in QAT_OPTIONS:
             choices[name] = value if isinstance(value, LogUniform) else _checked_values(f"QAT[{name!r}]", value)
+            for each in (value.low, value.high) if isinstance(value, LogUniform) else choices[name]:
+                QAT_OPTIONS[name].check(each)
     return QatSpace(choices, **{name: values[name] for name in values if name in plan})
 
 

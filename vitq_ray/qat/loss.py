@@ -10,32 +10,10 @@ Legend: B images, K classes, T temperature.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitq_ray.base.config import Config, InputError
-
-DEFAULT_TEMPERATURE = 3.0
-SCALE_PER_CLASS = 10.0
-
-
-@dataclass(frozen=True)
-class Distillation(Config):
-    """How much the teacher counts. `scale` None means `SCALE_PER_CLASS` times the number of classes."""
-
-    temperature: float = DEFAULT_TEMPERATURE
-    scale: float | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 < self.temperature < float("inf"):
-            raise InputError(f"temperature: expected a number > 0, got {self.temperature!r}")
-        if self.scale is not None and not 0 <= self.scale < float("inf"):
-            raise InputError(f"distillation scale: expected a number >= 0, got {self.scale!r}")
-
-    def scale_for(self, num_classes: int) -> float:
-        return SCALE_PER_CLASS * num_classes if self.scale is None else self.scale
+from vitq_ray.qat.recipe import Distillation
 
 
 def image_losses(
