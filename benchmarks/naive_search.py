@@ -8,10 +8,10 @@ Uses nvidia-modelopt (`pip install -e '.[bench]'`): its calibrators collect at t
 float pass of its own, its fake quantization runs eagerly at the same sites, with all cores, on the same calibration
 and selection images, decoded for every setting as a script would. All settings in one process is the most that a
 careful user would write; with `--processes` each is a command of its own, as the old toolkit's were, its start
-included. Settings of `mse` are left out: the peer's is wrong on CPUs. Its `entropy` takes seconds a site:
-`--entropy-sites` of every entropy setting are computed, their mean time stands for the others, and what was
-extrapolated is said. The times of the run are those of its result.json: all stages, the start of Ray included; a run
-that was resumed is refused.
+included. Settings of `mse` are left out: the peer's is wrong on CPUs;
+so are those with rules for single sites. The peer's `entropy` takes seconds a site: `--entropy-sites` of every entropy
+setting are computed, their mean time stands for the others, and what was extrapolated is said. The times of the run are
+those of its result.json: all stages, the start of Ray included; a run that was resumed is refused.
 """
 
 from __future__ import annotations
@@ -33,16 +33,18 @@ from modelopt.torch.quantization.calib import HistogramCalibrator, MaxCalibrator
 from modelopt.torch.quantization.tensor_quant import fake_tensor_quant
 from torch import Tensor, nn
 
-from vitq_ray.base.config import QuantSetting
+from vitq_ray.base.formats import require_format
+from vitq_ray.calibration.setting import Setting, read_setting
 from vitq_ray.commands.options import track
 from vitq_ray.data.loader import Batch, iter_batches
 from vitq_ray.data.samples import open_split
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.measure.evaluation import evaluate
 from vitq_ray.models.load import load_model
+from vitq_ray.quant.plan import Plan, plan_of_mode
 from vitq_ray.quant.quantizer import State, TensorQuantizer
-from vitq_ray.quant.sites import FUSED_GROUPS, MODES, WEIGHT
-from vitq_ray.quant.vit import quant_blocks, quantize_vit, sites_of
+from vitq_ray.quant.sites import FUSED_GROUPS, MODES, WEIGHT, site_key
+from vitq_ray.quant.vit import apply_plan, quant_blocks, quantize_vit, site_weights, sites_of
 
 
 class PeerQuantizer(TensorQuantizer):
@@ -73,7 +75,7 @@ def with_peer(model: nn.Module) -> nn.Module:
 class Cost:
     """Seconds of one setting, and what it got right."""
 
-    setting: QuantSetting
+    setting: Setting
     calibrate: float
     evaluate: float
     correct: int | None  # None where most scales were not computed, but taken from `max`
@@ -100,7 +102,7 @@ class Naive:
         self.calib_size, self.batch_size = options["calib_batchsz"], options["batch_size"]
         self.entropy_sites = entropy_sites
 
-    def cost(self, setting: QuantSetting) -> Cost:
+    def cost(self, setting: Setting) -> Cost:
         clock = time.perf_counter()
         self._collect(setting)
         extrapolated = self._load(setting)
@@ -108,28 +110,29 @@ class Naive:
         with torch.inference_mode():
             evaluation = evaluate(self.model, self._selection(), self.transform.normalize)
         evaluated = time.perf_counter() - calibrated
-        whole = setting.calibrator != "entropy"
+        whole = setting.calibrator.name != "entropy"
         seconds = calibrated - clock + extrapolated
         return Cost(setting, seconds, evaluated, evaluation.top1_correct if whole else None, extrapolated)
 
     def _selection(self) -> Iterator[Batch]:
         return iter_batches(self.val, self.select_ids, self.transform, self.batch_size, 2)
 
-    def _activations(self, setting: QuantSetting) -> Iterator[tuple[str, PeerQuantizer]]:
-        seen = set()
+    def _activations(self, setting: Setting) -> Iterator[tuple[list[str], PeerQuantizer]]:
+        """(sites, their quantizer) of the activations that the mode quantizes: query, key and value share an input."""
+        found: dict[int, tuple[list[str], PeerQuantizer]] = {}
         for key, site, quantizer in sites_of(self.model):
-            if site.family != WEIGHT and MODES[setting.mode].quantizes(site) and id(quantizer) not in seen:
-                seen.add(id(quantizer))  # the inputs of query, key and value are one quantizer
-                yield key, quantizer
+            if site.family != WEIGHT and MODES[setting.mode].quantizes(site):
+                found.setdefault(id(quantizer), ([], quantizer))[0].append(key)
+        yield from found.values()
 
-    def _collect(self, setting: QuantSetting) -> None:
+    def _collect(self, setting: Setting) -> None:
         for _, _, quantizer in sites_of(self.model):
             quantizer.state = State.OFF
         for _, quantizer in self._activations(setting):
             quantizer.state = State.OBSERVE
             quantizer.calibrator = (
                 MaxCalibrator(setting.act_bits, None, False)
-                if setting.calibrator == "max"
+                if setting.calibrator.name == "max"
                 else HistogramCalibrator(setting.act_bits, None, False)
             )
         ids = self.calib_ids[: setting.num_batches * self.calib_size]
@@ -137,45 +140,44 @@ class Naive:
             for batch in iter_batches(self.calib, ids, self.transform, self.calib_size, 2):
                 self.model(self.transform.normalize(batch.images))
 
-    def _load(self, setting: QuantSetting) -> float:
+    def _load(self, setting: Setting) -> float:
         """Compute and load every amax; seconds that entropy would have taken at the sites left out."""
-        mode, extrapolated = MODES[setting.mode], 0.0
+        extrapolated = 0.0
         spent: list[float] = []
-        for i, (_, quantizer) in enumerate(self._activations(setting)):
+        amax = {key: torch.zeros(()) for key, _, _ in sites_of(self.model)}  # of sites that the mode leaves out
+        for i, (keys, quantizer) in enumerate(self._activations(setting)):
             clock = time.perf_counter()
-            if setting.calibrator == "max":
-                amax = quantizer.calibrator.compute_amax()
-            elif setting.calibrator == "percentile":
-                amax = quantizer.calibrator.compute_amax("percentile", percentile=setting.percentile)
+            if setting.calibrator.name == "max":
+                value = quantizer.calibrator.compute_amax()
+            elif setting.calibrator.name == "percentile":
+                value = quantizer.calibrator.compute_amax("percentile", percentile=setting.calibrator.values[0])
             elif i < self.entropy_sites:
-                amax = quantizer.calibrator.compute_amax("entropy")
+                value = quantizer.calibrator.compute_amax("entropy")
                 spent.append(time.perf_counter() - clock)
             else:
-                amax = quantizer.calibrator._calib_bin_edges[-1]
+                value = quantizer.calibrator._calib_bin_edges[-1]
                 extrapolated += float(np.mean(spent))
-            quantizer.set_amax(torch.as_tensor(amax).float().reshape(()), setting.act_bits, None)
-            quantizer.state = State.QUANTIZE
-        for index, block in enumerate(quant_blocks(self.model)):
-            for name, weight in block.weights().items():
-                calibrator = MaxCalibrator(setting.weight_bits, mode.weight_axis, False)
-                calibrator.collect(weight.detach())
-                quantizer = block.quantizer(name)
-                quantizer.set_amax(calibrator.compute_amax().float(), setting.weight_bits, mode.weight_axis)
-                quantizer.state = State.QUANTIZE
-            if mode.fuse_qkv:
-                self._fuse(index)
+            amax |= dict.fromkeys(keys, torch.as_tensor(value).float().reshape(()))
+        apply_plan(self.model, self._plan(setting, amax | self._amax_of_weights(setting)))
         return extrapolated
 
-    def _fuse(self, index: int) -> None:
-        block = quant_blocks(self.model)[index]
-        for group in FUSED_GROUPS:
-            quantizers = [block.quantizer(name) for name in group]
-            largest = torch.stack([q.amax for q in quantizers]).amax(0)
-            for quantizer in quantizers:
-                quantizer.set_amax(largest, quantizer.bits, quantizer.axis)
+    def _amax_of_weights(self, setting: Setting) -> dict[str, Tensor]:
+        amax = {}
+        for key, weight in site_weights(self.model).items():
+            calibrator = MaxCalibrator(setting.weight_bits, MODES[setting.mode].weight_axis, False)
+            calibrator.collect(weight.detach())
+            amax[key] = calibrator.compute_amax().float()
+        return amax
+
+    def _plan(self, setting: Setting, amax: dict[str, Tensor]) -> Plan:
+        depth = len(quant_blocks(self.model))
+        groups = FUSED_GROUPS if MODES[setting.mode].fuse_qkv else ()
+        for keys in ([site_key(i, name) for name in group] for i in range(depth) for group in groups):
+            amax |= dict.fromkeys(keys, torch.stack([amax[key] for key in keys]).amax(0))
+        return plan_of_mode(setting.mode, amax, setting.weight_bits, setting.act_bits, depth)
 
 
-def cost_of_process(argv: Sequence[str], name: str, setting: QuantSetting) -> Cost:
+def cost_of_process(argv: Sequence[str], name: str, setting: Setting) -> Cost:
     """The setting as a command of its own, timed from outside."""
     clock = time.perf_counter()
     command = [sys.executable, __file__, *argv, "--only", name]
@@ -186,10 +188,11 @@ def cost_of_process(argv: Sequence[str], name: str, setting: QuantSetting) -> Co
     return Cost(setting, **inside, start=elapsed - computed)
 
 
-def settings_of(result: dict) -> list[tuple[str, QuantSetting]]:
+def settings_of(result: dict) -> list[tuple[str, Setting]]:
     """(candidate, setting) of a run, in its order, without those of `mse`."""
-    settings = ((name, QuantSetting.from_dict(c["setting"])) for name, c in result["candidates"].items())
-    return [(name, s) for name, s in settings if s.calibrator != "mse"]
+    found = require_format("result", "result.json", result)
+    settings = ((name, read_setting(c["setting"], found)) for name, c in result["candidates"].items())
+    return [(name, s) for name, s in settings if s.calibrator.name != "mse" and not s.rules]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -210,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         fields = ("calibrate", "evaluate", "correct", "extrapolated")
         print(json.dumps({name: getattr(cost, name) for name in fields}))
         return
-    chosen = [(n, s) for n, s in settings_of(result) if s.calibrator in args.calibrators.split(",")]
+    chosen = [(n, s) for n, s in settings_of(result) if s.calibrator.name in args.calibrators.split(",")]
     if args.first is not None:
         chosen = chosen[:: -(-len(chosen) // args.first)]
     naive = None if args.processes else Naive(run, args.entropy_sites)
@@ -236,13 +239,13 @@ def summarize(costs: list[tuple[str, Cost]], wanted: int, seconds: dict[str, flo
     """Totals by calibrator, and the ratio to the run's own time."""
     ours = sum(seconds.values())
     print(f"\n{len(costs)} of {wanted} settings without mse; the search itself, mse included: {ours:.1f} s {seconds}")
-    ordered = sorted(costs, key=lambda c: c[1].setting.calibrator)
-    for calibrator, group in itertools.groupby(ordered, key=lambda c: c[1].setting.calibrator):
+    ordered = sorted(costs, key=lambda c: c[1].setting.calibrator.name)
+    for calibrator, group in itertools.groupby(ordered, key=lambda c: c[1].setting.calibrator.name):
         rows = list(group)
         total, made_up = sum(c.total for _, c in rows), sum(c.extrapolated for _, c in rows)
         print(f"{calibrator:<12} {len(rows):>3} settings {total:>9.1f} s, {made_up:.1f} s of it extrapolated")
     total = sum(c.total for _, c in costs)
-    cheap = sum(c.total for _, c in costs if c.setting.calibrator != "entropy")
+    cheap = sum(c.total for _, c in costs if c.setting.calibrator.name != "entropy")
     print(f"naive over all: {total:.1f} s, {total / ours:.1f} x the search")
     print(f"naive, max and percentile only: {cheap:.1f} s, {cheap / ours:.1f} x the search (of all settings)")
 

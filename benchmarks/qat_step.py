@@ -23,12 +23,15 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vitq_ray.base.config import QuantSetting
-from vitq_ray.calibration.statistics import apply_setting, collect_statistics
+from vitq_ray.calibration.calibrators import Calibration
+from vitq_ray.calibration.scales import apply_setting
+from vitq_ray.calibration.setting import Setting
+from vitq_ray.calibration.statistics import collect_statistics
 from vitq_ray.models.load import load_model
 from vitq_ray.qat.loss import image_losses
 from vitq_ray.qat.recipe import QatConfig
 from vitq_ray.qat.student import add_dropout, make_optimizer
+from vitq_ray.quant.plan import Plan
 from vitq_ray.quant.vit import float_copy, learn_amax, quantize_vit
 
 
@@ -40,11 +43,11 @@ def build(name: str | None) -> VisionTransformer:
 
 
 def step_of(
-    student: nn.Module, teacher: nn.Module | None, images: Tensor, labels: Tensor, learn: bool = False
+    student: nn.Module, teacher: nn.Module | None, images: Tensor, labels: Tensor, learned_plan: Plan | None = None
 ) -> Callable[[], None]:
     """A training step of `student`, as a function without arguments."""
     config = QatConfig()
-    learned = learn_amax(student, "ft2") if learn else []
+    learned = [] if learned_plan is None else learn_amax(student, learned_plan)
     add_dropout(student, config.dropout, torch.Generator())
     optimizer = make_optimizer(config, student, learned)
 
@@ -83,13 +86,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = torch.randn(args.batch_size, 3, size, size)
     labels = torch.randint(0, classes, (args.batch_size,))
     statistics_of_images = collect_statistics(quantized, [(0, images)], [1])
-    apply_setting(quantized, statistics_of_images, QuantSetting("ft2", "max", None, 1, args.bits, args.bits))
+    setting = Setting("ft2", Calibration("max"), 1, weight_bits=args.bits, act_bits=args.bits)
+    plan = apply_setting(quantized, statistics_of_images, setting)
     plain = float_copy(quantized)
     steps = {
         "float": step_of(copy.deepcopy(plain), None, images, labels),
         "float + teacher": step_of(copy.deepcopy(plain), plain.eval(), images, labels),
         "qat": step_of(copy.deepcopy(quantized), plain, images, labels),
-        "qat + learned amax": step_of(copy.deepcopy(quantized), plain, images, labels, learn=True),
+        "qat + learned amax": step_of(copy.deepcopy(quantized), plain, images, labels, plan),
     }
     times: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():

@@ -22,8 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
-from vitq_ray.base.config import QuantSetting
-from vitq_ray.calibration.statistics import Scales, collect_statistics
+from vitq_ray.calibration.calibrators import Calibration
+from vitq_ray.calibration.scales import Scales
+from vitq_ray.calibration.setting import Setting
+from vitq_ray.calibration.statistics import collect_statistics
 from vitq_ray.cluster.start import available_cpus, cluster
 from vitq_ray.cluster.trials import ImageSet, Resources, run_trials, share
 from vitq_ray.data.loader import iter_batches
@@ -92,9 +94,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     loaded = load_model("auto", str(sample / "vit.npz"), None)
     index, transform = open_split(str(sample), "val"), EvalTransform(loaded.geometry.img_size)
     images = ImageSet.of(list(iter_batches(index, range(args.images * args.chunks), transform, args.images)))
-    model, setting = quantize_vit(loaded.model).eval(), QuantSetting("ft2", "max", None, 1)
+    model, setting = quantize_vit(loaded.model).eval(), Setting("ft2", Calibration("max"), 1)
     first = next(images.batches(args.images))
-    scales = Scales(model, collect_statistics(model, [(0, transform.normalize(first.images))], [1])).of(setting)
+    plan = Scales(model, collect_statistics(model, [(0, transform.normalize(first.images))], [1])).plan(setting)
     names, workers = [f"c{i}" for i in range(args.trials)], available_cpus()
     watch = Stopwatch(names)
     with (
@@ -104,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rules = RaceRules(len(images), args.images)
         shared = share(model, images, rules, transform, args.images, Resources())
         for name in names:
-            shared.add(name, setting, scales)
+            shared.add(name, plan)
         start = time.perf_counter()
         run_trials(shared, watch, Resources(), Path(folder) / "tune")
         end = time.perf_counter()

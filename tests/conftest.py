@@ -10,17 +10,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
+from vitq_ray.calibration.calibrators import Calibration
+from vitq_ray.calibration.setting import Setting
 from vitq_ray.cluster.start import cluster
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.models.google import google_arrays
-from vitq_ray.quant.vit import quantize_vit
+from vitq_ray.quant.plan import Plan, plan_of_mode
+from vitq_ray.quant.sites import FUSED_GROUPS, MODES, WEIGHT, site_key
+from vitq_ray.quant.vit import observing, quantize_vit, site_weights, sites_of, tensor_keys
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -42,6 +48,45 @@ def tiny_vit(seed: int = 0, **overrides: object) -> VisionTransformer:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
+
+
+def make_setting(
+    mode: str = "ft2", calibrator: str = "percentile 99.99", num_batches: int = 10, bits: int = 8, **more: Any
+) -> Setting:
+    """A setting in few words; `bits` are those of weights and activations."""
+    return Setting(mode, Calibration.parse(calibrator), num_batches, **{"weight_bits": bits, "act_bits": bits, **more})
+
+
+def observed(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Every observed tensor, by full name; each is seen exactly once."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(key: str, x: Tensor) -> None:
+        assert key not in seen, f"{key} observed twice"
+        seen[key] = x.clone()
+
+    observers = {key: lambda x, key=key: keep(key, x) for key in tensor_keys(model)}
+    with torch.inference_mode(), observing(model, observers):
+        model(images)
+    return seen
+
+
+def plan_by_hand(model: nn.Module, images: Tensor, mode: str, bits: int = 8, act_bits: int | None = None) -> Plan:
+    """The plan of max |x| on these images, made from the tables by hand."""
+    tensors = {key: x.abs().max() for key, x in observed(model, images).items()}
+    per_row = MODES[mode].weight_axis is not None
+    amax = {}
+    for key, site, _ in sites_of(model):
+        prefix = key.removesuffix(site.name)
+        if site.family == WEIGHT:
+            magnitude = site_weights(model)[key].detach().abs()
+            amax[key] = magnitude.amax(1, keepdim=True) if per_row else magnitude.max()
+        else:
+            amax[key] = tensors[prefix + site.tensor]
+    if MODES[mode].fuse_qkv:
+        for keys in ([site_key(i, name) for name in group] for i in range(2) for group in FUSED_GROUPS):
+            amax |= dict.fromkeys(keys, torch.stack([amax[key] for key in keys]).max())
+    return plan_of_mode(mode, amax, bits, act_bits or bits, depth=2)
 
 
 @pytest.fixture

@@ -10,19 +10,12 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from tests.conftest import tiny_vit
-from vitq_ray.base.config import InputError, QuantSetting
+from tests.conftest import make_setting, tiny_vit
+from vitq_ray.base.config import InputError
 from vitq_ray.calibration.calibrators import entropy_amax, mse_amax
 from vitq_ray.calibration.histogram import StatisticsError
-from vitq_ray.calibration.statistics import (
-    CalibrationStatistics,
-    Scales,
-    apply_setting,
-    collect_statistics,
-    degenerate_sites,
-    predicted_noise,
-    setting_amax,
-)
+from vitq_ray.calibration.scales import Scales, apply_setting, noise_per_site, plan_of, total_noise
+from vitq_ray.calibration.statistics import CalibrationStatistics, collect_statistics
 from vitq_ray.quant.fake_quant import fake_quantize
 from vitq_ray.quant.quantizer import State
 from vitq_ray.quant.sites import MODES, SITES, site_key
@@ -96,7 +89,7 @@ def test_collecting_restores_the_model(quant_vit: VisionTransformer, images: Ten
 
 def test_calibration_ignores_dropout_and_settings(images: Tensor, statistics: CalibrationStatistics) -> None:
     model = quantize_vit(tiny_vit(proj_drop_rate=0.5))
-    apply_setting(model, statistics, QuantSetting(num_batches=4, weight_bits=2, act_bits=2))
+    apply_setting(model, statistics, make_setting(num_batches=4, weight_bits=2, act_bits=2))
     model.train()
     assert collect_statistics(model, numbered(images), SNAPSHOTS) == statistics
 
@@ -144,8 +137,8 @@ def test_merging_statistics_of_other_snapshots_is_refused(
 def test_every_calibrator_gives_an_amax_within_the_range(
     calibrator: str, quant_vit: VisionTransformer, statistics: CalibrationStatistics
 ) -> None:
-    setting = QuantSetting("ft1", calibrator, 99.9 if calibrator == "percentile" else None, 4)
-    amax = setting_amax(quant_vit, statistics, setting)
+    setting = make_setting("ft1", "percentile 99.9" if calibrator == "percentile" else calibrator, 4)
+    amax = plan_of(quant_vit, statistics, setting).amax
     for key, histogram in zip(statistics.keys, statistics.after(4), strict=True):
         assert 0 < amax[key] <= histogram.max + histogram.width, key  # entropy: an upper bin edge
         if calibrator == "max":
@@ -159,8 +152,8 @@ def test_calibrators_work_at_the_bits_of_activations(
     quant_vit: VisionTransformer,
     statistics: CalibrationStatistics,
 ) -> None:
-    setting = QuantSetting("ft1", calibrator, None, 4, weight_bits=8, act_bits=3)
-    amax = setting_amax(quant_vit, statistics, setting)
+    setting = make_setting("ft1", calibrator, 4, act_bits=3)
+    amax = plan_of(quant_vit, statistics, setting).amax
     expected = function(statistics.after(4), 3).astype(np.float32)
     assert [float(amax[key]) for key in statistics.keys] == expected.tolist()
     assert not np.array_equal(expected, function(statistics.after(4), 8).astype(np.float32))
@@ -184,7 +177,7 @@ def test_unreadable_statistics(data: bytes) -> None:
 
 
 def test_sites_of_one_tensor_share_its_amax(statistics: CalibrationStatistics, quant_vit: VisionTransformer) -> None:
-    amax = setting_amax(quant_vit, statistics, QuantSetting("ft1", num_batches=4))
+    amax = plan_of(quant_vit, statistics, make_setting("ft1", num_batches=4)).amax
     prefix = "transformer.encoder.layer.1."
     names = [f"attn.{n}._input_quantizer" for n in ("query", "key", "value")]
     assert len({amax[prefix + name].item() for name in names}) == 1
@@ -193,23 +186,23 @@ def test_sites_of_one_tensor_share_its_amax(statistics: CalibrationStatistics, q
 
 def test_degenerate_sites(statistics: CalibrationStatistics, quant_vit: VisionTransformer) -> None:
     # The 0th percentile is the lower edge of the first bin: 0 everywhere, for activations.
-    amax = setting_amax(quant_vit, statistics, QuantSetting("ft2", "percentile", 0.0, 4))
+    plan = plan_of(quant_vit, statistics, make_setting("ft2", "percentile 0", 4))
     activations = [key for key, site, _ in sites_of(quant_vit) if site.family != "weight"]
-    assert degenerate_sites(amax) == activations
+    assert plan.degenerate_sites() == activations
 
 
 def test_families_with_a_calibrator_of_their_own(
     statistics: CalibrationStatistics, quant_vit: VisionTransformer
 ) -> None:
     """Exactly the named tensors change, to what that calibrator says."""
-    base = QuantSetting("ft1", "max", None, 4)
-    own = replace(base, attention_probabilities="percentile 90", gelu_output="mse", gemm_outputs="entropy")
+    base = make_setting("ft1", "max", 4)
+    rules = ("attention_probabilities -> percentile 90", "gelu_output -> mse", "*._aftergemm_* -> entropy")
     scales = Scales(quant_vit, statistics)
-    plain, mixed = scales.of(base), scales.of(own)
+    plain, mixed = scales.plan(base).amax, scales.plan(replace(base, rules=rules)).amax
     by_calibrator = {
-        "attn.matmul_a": scales.of(replace(base, calibrator="percentile", percentile=90.0)),
-        "ffn.fc2._input": scales.of(replace(base, calibrator="mse")),
-        "_aftergemm": scales.of(replace(base, calibrator="entropy")),
+        "attn.matmul_a": scales.plan(replace(base, calibrator="percentile 90")).amax,
+        "ffn.fc2._input": scales.plan(replace(base, calibrator="mse")).amax,
+        "_aftergemm": scales.plan(replace(base, calibrator="entropy")).amax,
     }
     for key, value in mixed.items():
         expected = next((amax for part, amax in by_calibrator.items() if part in key), plain)
@@ -220,8 +213,8 @@ def test_families_with_a_calibrator_of_their_own(
 def test_mse_of_weights_has_the_least_error_of_its_grid(
     mode: str, statistics: CalibrationStatistics, quant_vit: VisionTransformer
 ) -> None:
-    setting = QuantSetting(mode, "max", None, 4, weight_bits=4, weights="mse")
-    amax = setting_amax(quant_vit, statistics, setting)
+    setting = make_setting(mode, "max", 4, weight_bits=4, weights="mse")
+    amax = plan_of(quant_vit, statistics, setting).amax
     weight = quant_vit.blocks[1].mlp.fc1.weight.detach().numpy().astype(np.float64)
     groups = weight if mode == "ft1" else weight.reshape(1, -1)
     chosen = amax["transformer.encoder.layer.1.ffn.fc1._weight_quantizer"].numpy().reshape(-1)
@@ -235,8 +228,8 @@ def test_mse_of_weights_has_the_least_error_of_its_grid(
 def test_predicted_noise_is_that_of_quantizing_the_tensors(quant_vit: VisionTransformer, images: torch.Tensor) -> None:
     """From histograms, against the same sum over the tensors themselves."""
     statistics = collect_statistics(quant_vit, numbered(images), SNAPSHOTS)
-    setting = QuantSetting("ft2", "percentile", 99.0, 4, 4, 4)
-    amax = setting_amax(quant_vit, statistics, setting)
+    setting = make_setting("ft2", "percentile 99", 4, 4)
+    amax = plan_of(quant_vit, statistics, setting).amax
     mode = MODES["ft2"]
     power = {key: np.zeros(2) for key in statistics.keys}
 
@@ -261,4 +254,6 @@ def test_predicted_noise_is_that_of_quantizing_the_tensors(quant_vit: VisionTran
             expected += float(error.square().sum() / weight.detach().square().sum())
     # Fused sites share a larger amax than the one above for q, k, v; both sides use it. Bins and the one extra
     # negative level make the difference that remains.
-    assert predicted_noise(quant_vit, statistics, setting, amax) == pytest.approx(expected, rel=0.05)
+    noise = noise_per_site(quant_vit, statistics, 4, plan_of(quant_vit, statistics, setting))
+    assert total_noise(noise) == pytest.approx(expected, rel=0.05)
+    assert set(noise) == {key for key, site, _ in sites_of(quant_vit) if mode.quantizes(site)}

@@ -10,33 +10,37 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import tiny_vit
-from vitq_ray.base.config import InputError, QuantSetting
-from vitq_ray.calibration.statistics import apply_setting, collect_statistics
+from tests.conftest import make_setting, tiny_vit
+from vitq_ray.base.config import InputError
+from vitq_ray.calibration.scales import apply_setting
+from vitq_ray.calibration.setting import Setting
+from vitq_ray.calibration.statistics import collect_statistics
 from vitq_ray.models.checkpoint import Sidecar, is_calibrated, load_calibrated, save_calibrated
 from vitq_ray.models.geometry import geometry_of
 from vitq_ray.models.google import google_arrays
+from vitq_ray.models.load import HALF, LoadedModel
 from vitq_ray.models.weights import weights_fingerprint
+from vitq_ray.quant.plan import Plan
 from vitq_ray.quant.sites import MODES
 from vitq_ray.quant.vit import quantize_vit, sites_of
 
 LAYER = "transformer.encoder.layer.0."
 
 
-def calibrated(images: Tensor, setting: QuantSetting, **overrides: object) -> tuple[torch.nn.Module, Sidecar]:
-    """A quantized tiny ViT and its sidecar."""
+def calibrated(images: Tensor, setting: Setting, **overrides: object) -> tuple[torch.nn.Module, Plan, Sidecar]:
+    """A quantized tiny ViT, its plan and its sidecar."""
     model = tiny_vit(**overrides)
     geometry, fingerprint = geometry_of(model), weights_fingerprint(model.state_dict())
     quantize_vit(model)
-    apply_setting(model, collect_statistics(model, [(0, images)], [1]), setting)
-    half = (0.5, 0.5, 0.5)
-    return model, Sidecar(setting, geometry, half, half, "bilinear", fingerprint, "data", 42)
+    plan = apply_setting(model, collect_statistics(model, [(0, images)], [1]), setting)
+    loaded = LoadedModel(model, geometry, HALF, HALF, "bilinear", fingerprint)
+    return model, plan, Sidecar.of(loaded, setting, plan, "data", 42, None, {}, {}, {"vitq_ray": "0.1.0"})
 
 
 @pytest.fixture
 def saved(tmp_path: Path, images: Tensor) -> Path:
-    model, sidecar = calibrated(images, QuantSetting(num_batches=1))
-    return save_calibrated(tmp_path, "tiny", model, sidecar)
+    model, plan, sidecar = calibrated(images, make_setting(num_batches=1))
+    return save_calibrated(tmp_path, "tiny", model, plan, sidecar)
 
 
 def logits(model: torch.nn.Module, images: Tensor) -> Tensor:
@@ -47,9 +51,9 @@ def logits(model: torch.nn.Module, images: Tensor) -> Tensor:
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("mode", MODES)
 def test_read_back_gives_bit_identical_logits(mode: str, bits: int, tmp_path: Path, images: Tensor) -> None:
-    setting = QuantSetting(mode, "percentile", 99.9, 1, bits, bits)
-    model, sidecar = calibrated(images, setting)
-    path = save_calibrated(tmp_path, "tiny", model, sidecar)
+    setting = make_setting(mode, "percentile 99.9", 1, bits)
+    model, plan, sidecar = calibrated(images, setting)
+    path = save_calibrated(tmp_path, "tiny", model, plan, sidecar)
     back = load_calibrated(str(path))
     assert torch.equal(logits(back.loaded.model, images), logits(model, images))
     assert dataclasses.replace(back.sidecar, checkpoint_fingerprint="") == sidecar
@@ -62,8 +66,8 @@ def test_parameters_without_a_fastertransformer_name(
     variant: dict[str, object], tmp_path: Path, images: Tensor
 ) -> None:
     """These come from timm's registry in real life; the geometry of a bare model cannot say so."""
-    model, sidecar = calibrated(images, QuantSetting(num_batches=1), **variant)
-    path = save_calibrated(tmp_path, "tiny", model, sidecar)
+    model, plan, sidecar = calibrated(images, make_setting(num_batches=1), **variant)
+    path = save_calibrated(tmp_path, "tiny", model, plan, sidecar)
     state = torch.load(path, weights_only=True)
     kept = [key for key in state if key.startswith("timm.")]
     own = {"qk_norm": "attn.q_norm", "init_values": "ls1.gamma"}
@@ -98,21 +102,21 @@ def test_query_key_value_are_the_thirds_of_qkv(saved: Path) -> None:
 
 
 def test_every_site_is_saved_also_those_left_out(tmp_path: Path, images: Tensor) -> None:
-    model, sidecar = calibrated(images, QuantSetting("ft1", num_batches=1))
-    state = torch.load(save_calibrated(tmp_path, "tiny", model, sidecar), weights_only=True)
+    model, plan, sidecar = calibrated(images, make_setting("ft1", num_batches=1))
+    state = torch.load(save_calibrated(tmp_path, "tiny", model, plan, sidecar), weights_only=True)
     assert state[f"{LAYER}layernorm_input1_quantizer._amax"] > 0
     assert state[f"{LAYER}ffn.fc1._weight_quantizer._amax"].shape == (128, 1)
 
 
 def test_half_written_files_never_appear(tmp_path: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, sidecar = calibrated(images, QuantSetting(num_batches=1))
+    model, plan, sidecar = calibrated(images, make_setting(num_batches=1))
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("vitq_ray.base.files.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        save_calibrated(tmp_path, "tiny", model, sidecar)
+        save_calibrated(tmp_path, "tiny", model, plan, sidecar)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -165,9 +169,9 @@ def edit_sidecar(path: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 9}, "format 9 found, 1 expected"),
+        ({"format": 9}, "written by vitq_ray 0.1.0 in format 9; this version reads formats up to 2"),
         ({"colour": "blue"}, "unknown key 'colour'"),
-        ({"setting": QuantSetting().to_dict() | {"mode": "ft7"}}, "'ft7' is not one of"),
+        ({"setting": make_setting().to_dict() | {"mode": "ft7"}}, "'ft7' is not one of"),
         ({"geometry": {}}, "missing key"),
         ({"mean": 3}, "not a sidecar"),
     ],
@@ -179,13 +183,13 @@ def test_bad_sidecar(changes: dict[str, object], message: str, saved: Path) -> N
     assert "tiny_calib.json" in str(caught.value)
 
 
-@pytest.mark.parametrize("key", ["mode", "weight_bits", "act_bits", "percentile"])
+@pytest.mark.parametrize("key", ["mode", "weight_bits", "act_bits", "calibrator"])
 def test_sidecar_without_part_of_its_setting(key: str, saved: Path) -> None:
     """Defaults are for command lines: a checkpoint must not be run at bits that nobody wrote down."""
     setting = json.loads(saved.with_suffix(".json").read_text())["setting"]
     del setting[key]
     edit_sidecar(saved, setting=setting)
-    with pytest.raises(InputError, match=f"QuantSetting: missing key '{key}'"):
+    with pytest.raises(InputError, match=f"Setting: missing key '{key}'"):
         load_calibrated(str(saved))
 
 
@@ -204,7 +208,9 @@ def test_checkpoint_and_sidecar_belong_together(change: str, saved: Path) -> Non
 def test_sidecar_of_another_model(saved: Path) -> None:
     geometry = json.loads(saved.with_suffix(".json").read_text())["geometry"]
     edit_sidecar(saved, geometry=geometry | {"depth": 3})
-    with pytest.raises(InputError, match=r"weight blocks\.2\..* is missing; the sidecar describes another"):
+    with pytest.raises(
+        InputError, match=r"tiny_calib\.json: .* sites: .*layer\.2\..* is missing of a model of 3 blocks"
+    ):
         load_calibrated(str(saved))
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from vitq_ray.base.config import InputError, QuantSetting
+from tests.conftest import make_setting
+from vitq_ray.base.config import InputError
 from vitq_ray.calibration.statistics import CalibrationStatistics, collect_statistics
 from vitq_ray.measure.racing import Race, RaceRules
 from vitq_ray.run.folder import RunFolder
@@ -21,10 +22,10 @@ from vitq_ray.search.proposals import ListProposals, OptunaProposals, Proposals,
 from vitq_ray.search.space import SearchSpace
 
 SETTINGS = [
-    QuantSetting("ft1", "max", None, 2),
-    QuantSetting("ft1", "percentile", 100.0, 2),  # the same scales
-    QuantSetting("ft2", "percentile", 99.0, 2, 4, 4),
-    QuantSetting("ft2", "percentile", 99.0, 1, 4, 4),
+    make_setting("ft1", "max", 2),
+    make_setting("ft1", "percentile 100", 2),  # the same scales
+    make_setting("ft2", "percentile 99", 2, 4),
+    make_setting("ft2", "percentile 99", 1, 4),
 ]
 RULES = RaceRules(60, 20, tie_margin=0.05)
 
@@ -77,8 +78,13 @@ def test_sites_that_a_mode_leaves_out_do_not_make_a_candidate(
     quant_vit: VisionTransformer, statistics: CalibrationStatistics, tmp_path: Path
 ) -> None:
     """Bits and modes do; a calibrator of tensors that stay in float does not."""
-    base = QuantSetting("ft1", "max", None, 2)
-    settings = [base, replace(base, gemm_outputs="mse"), replace(base, act_bits=6), replace(base, mode="trt")]
+    base = make_setting("ft1", "max", 2)
+    settings = [
+        base,
+        replace(base, rules=("gemm_outputs -> mse",)),
+        replace(base, act_bits=6),
+        replace(base, mode="trt"),
+    ]
     contest = make(quant_vit, statistics, RunFolder(tmp_path), ListProposals(settings))
     same = {c.setting: c.same_as for c in contest.candidates.values()}
     assert same[settings[1]] == "c000"
@@ -154,7 +160,7 @@ def test_optuna_proposes_in_rounds_and_again_the_same(
 ) -> None:
     def contest(name: str) -> Contest:
         (tmp_path / name).mkdir(exist_ok=True)
-        source = OptunaProposals(SPACE, QuantSetting(), 20, seed=3)
+        source = OptunaProposals(SPACE, make_setting(), 20, seed=3)
         return make(quant_vit, statistics, RunFolder(tmp_path / name), source)
 
     whole = contest("a")
@@ -173,7 +179,7 @@ def test_optuna_proposes_in_rounds_and_again_the_same(
 
 def test_optuna_learns() -> None:
     """Told that few bits are bad, it soon asks for many."""
-    source = OptunaProposals(SPACE, QuantSetting(), 64, seed=0)
+    source = OptunaProposals(SPACE, make_setting(), 64, seed=0)
     rounds = []
     while settings := source.next_round():
         rounds.append([s.act_bits for s in settings])
@@ -182,7 +188,7 @@ def test_optuna_learns() -> None:
 
 
 def test_proposals() -> None:
-    defaults = QuantSetting()
+    defaults = make_setting()
     grid = proposals("grid", SPACE, defaults, None, 0)
     settings = grid.next_round()
     assert len(settings) == 2 * (1 + 3 + 1) * 2 * 3 * 3 == len(set(settings))
@@ -198,8 +204,8 @@ def test_proposals() -> None:
 
 def test_a_space_smaller_than_the_samples_asked_for() -> None:
     tiny = SearchSpace("tiny", {"mode": ("ft1", "ft2"), "num_batches": (1, 2)})
-    assert len(proposals("random", tiny, QuantSetting(), 50, 0).next_round()) == 4
-    source, found = proposals("optuna", tiny, QuantSetting(), 50, 0), []
+    assert len(proposals("random", tiny, make_setting(), 50, 0).next_round()) == 4
+    source, found = proposals("optuna", tiny, make_setting(), 50, 0), []
     while settings := source.next_round():
         found += settings
         source.tell(dict.fromkeys(settings, 0.5))

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitq_ray.calibration.histogram import INITIAL_BINS, Histogram, StatisticsError, count_bins
-from vitq_ray.quant import histogram as module
+from vitq_ray.calibration import histogram as module
+from vitq_ray.calibration.histogram import INITIAL_BINS, Histogram, Range, StatisticsError, count_bins
 
 
 def draw(seed: int, size: int, scale: float = 1.0) -> torch.Tensor:
@@ -56,7 +56,11 @@ def test_maximum_falls_in_the_last_bin() -> None:
 def test_sign_shape_strides_and_dtype_do_not_matter() -> None:
     x = draw(0, 6000)
     plain = Histogram.observe(x)
-    assert Histogram.observe(-x) == plain
+    mirrored = Histogram.observe(-x)
+    assert (mirrored.width, mirrored.max) == (plain.width, plain.max)
+    np.testing.assert_array_equal(mirrored.counts, plain.counts)
+    np.testing.assert_array_equal(mirrored.negative, plain.positive)
+    assert mirrored.range == Range(-plain.range.high, -plain.range.low)
     assert Histogram.observe(x.reshape(10, 20, 30).permute(2, 0, 1)) == plain
     assert Histogram.observe(x.double()) == plain
 
@@ -143,3 +147,38 @@ def test_zeros_are_fine_after_the_first_batch() -> None:
 def test_runaway_range_is_an_error() -> None:
     with pytest.raises(StatisticsError, match="range grew from 2 in the first batch to 4000"):
         Histogram.observe(torch.tensor([4000.0]), width=2 / 2048)
+
+
+def test_signs_are_kept_apart() -> None:
+    """Each side is NumPy's histogram of that side; together they are the histogram of |x|."""
+    x = draw(7, 50_000) - 0.3
+    histogram = Histogram.observe(x)
+    values = x.numpy()
+    edges = (np.arange(INITIAL_BINS + 1) * histogram.width).astype(np.float32)
+    for counts, side in ((histogram.positive, values[values >= 0]), (histogram.negative, -values[values < 0])):
+        np.testing.assert_array_equal(counts, np.histogram(side, bins=edges)[0])
+    assert histogram.range == Range(float(values.min()), float(values.max()))
+    merged = histogram.merge(Histogram.observe(-3 * x, histogram.width))
+    np.testing.assert_array_equal(merged.positive + merged.negative, merged.counts)
+    assert merged.range == Range(float((-3 * values).min()), float((-3 * values).max()))
+
+
+def test_minus_zero_is_not_negative() -> None:
+    histogram = Histogram.observe(torch.tensor([-0.0, 0.0, 1.0, -1.0]))
+    assert (histogram.positive.sum(), histogram.negative.sum()) == (3, 1)
+
+
+def test_histograms_of_format_1_have_no_signs() -> None:
+    signed = Histogram.observe(draw(1, 100))
+    old = Histogram(signed.width, signed.counts, signed.max)
+    merged = old.merge(signed)
+    np.testing.assert_array_equal(merged.counts, 2 * signed.counts)
+    with pytest.raises(StatisticsError, match="has no signs"):
+        _ = merged.positive
+
+
+def test_zero_belongs_to_every_range() -> None:
+    assert Range.observe(torch.tensor([2.0, 3.0])) == Range(0.0, 3.0)
+    assert Range.observe(torch.tensor([-2.0, -3.0])).max == 3.0
+    with pytest.raises(StatisticsError, match="NaN or infinite"):
+        Range.observe(torch.tensor([float("nan")]))

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.conftest import SIZE, Project, make_project
-from vitq_ray.base.config import InputError, QuantSetting
-from vitq_ray.calibration.statistics import apply_setting, collect_statistics
+from tests.conftest import SIZE, Project, make_project, make_setting
+from vitq_ray.base.config import InputError
+from vitq_ray.calibration.scales import apply_setting
+from vitq_ray.calibration.statistics import collect_statistics
 from vitq_ray.data.loader import iter_batches
 from vitq_ray.data.samples import open_split
 from vitq_ray.data.transforms import EvalTransform, TrainTransform
@@ -43,12 +44,10 @@ def calibrated(project: Project, folder: Path, mode: str = "ft2", bits: int = 4)
     model, train = quantize_vit(loaded.model), open_split(str(project.folder), "train")
     batches = iter_batches(train, range(16), TRANSFORM, 8)
     statistics = collect_statistics(model, ((i, TRANSFORM.normalize(b.images)) for i, b in enumerate(batches)), [2])
-    setting = QuantSetting(mode, "max", None, 2, bits, bits)
-    apply_setting(model, statistics, setting)
-    sidecar = Sidecar(
-        setting, loaded.geometry, loaded.mean, loaded.std, loaded.interpolation, loaded.fingerprint, "", seed=0
-    )
-    return load_calibrated(str(save_calibrated(folder, "vit", model, sidecar)))
+    setting = make_setting(mode, "max", 2, bits)
+    plan = apply_setting(model, statistics, setting)
+    sidecar = Sidecar.of(loaded, setting, plan, "", 0, None, {}, {}, {})
+    return load_calibrated(str(save_calibrated(folder, "vit", model, plan, sidecar)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -355,7 +354,7 @@ def test_fused_scales_stay_equal_and_positive(mode: str, project: Project, tmp_p
 def test_each_learned_scale_is_one_parameter(setup: Setup) -> None:
     model = copy.deepcopy(setup.start.loaded.model)
     names = dict(model.named_parameters())
-    learned = learn_amax(model, "ft2")
+    learned = learn_amax(model, setup.start.plan)
     assert {bits for _, bits in learned} == {4}
     added = [name for name, _ in model.named_parameters() if name not in names]
     # Per block 18 GEMM sites and 5 of attention are on; three groups of three and the shared input count once.

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vitq_ray.base.config import QuantSetting
-from vitq_ray.calibration.statistics import CalibrationStatistics, apply_setting, collect_statistics, setting_amax
+from tests.conftest import make_setting
+from vitq_ray.calibration.scales import apply_setting, plan_of
+from vitq_ray.calibration.statistics import CalibrationStatistics, collect_statistics
 from vitq_ray.data.loader import iter_batches
 from vitq_ray.data.samples import open_split
 from vitq_ray.data.transforms import EvalTransform
@@ -20,12 +21,12 @@ from vitq_ray.quant.sites import MODES
 from vitq_ray.quant.vit import quantize_vit
 
 CALIBRATORS = {
-    "max": ("max", None),
-    "percentile99.9": ("percentile", 99.9),
-    "percentile99.99": ("percentile", 99.99),
-    "percentile99.999": ("percentile", 99.999),
-    "mse": ("mse", None),
-    "entropy": ("entropy", None),
+    "max": "max",
+    "percentile99.9": "percentile 99.9",
+    "percentile99.99": "percentile 99.99",
+    "percentile99.999": "percentile 99.999",
+    "mse": "mse",
+    "entropy": "entropy",
 }
 
 
@@ -58,30 +59,40 @@ def ref() -> Reference:
     return Reference(folder)
 
 
-def assert_amax(amax: dict[str, Tensor], expected: dict[str, np.ndarray], prefix: str) -> int:
-    """Every amax within one float32 rounding; returns how many numbers were compared."""
+# Activations differ between CPUs by a few float32 roundings, and amax with them. In the searches of mse and entropy one
+# value in a neighbouring bin can then make the runner-up win: seen for 5 of 27,108 values on one CPU, 0 on another.
+ROUNDING = 1e-6  # relative; a bin is 5e-4
+SEARCHES = ("mse", "entropy")
+
+
+def assert_amax(amax: dict[str, Tensor], expected: dict[str, np.ndarray], prefix: str, others: int = 0) -> int:
+    """Every amax equal but for rounding, except `others` that a search may find elsewhere; how many were compared."""
     wanted = {key for key in expected if key.startswith(prefix)}
     assert wanted == {f"{prefix}{key}._amax" for key in amax}
+    unequal = []
     for key, value in amax.items():
         reference = expected[f"{prefix}{key}._amax"]
         assert reference.shape == tuple(value.shape), key
-        assert (np.abs(value.numpy() - reference) <= np.spacing(np.abs(reference))).all(), key
+        if (np.abs(value.numpy() - reference) > ROUNDING * np.abs(reference)).any():
+            unequal.append(key)
+            np.testing.assert_allclose(value.numpy(), reference, rtol=0.05, err_msg=key)
+    assert len(unequal) <= others, unequal
     return sum(value.numel() for value in amax.values())
 
 
 @pytest.mark.parametrize("batches", [1, 2, 4])
 @pytest.mark.parametrize("name", CALIBRATORS)
 def test_amax_of_every_calibrator(name: str, batches: int, ref: Reference) -> None:
-    calibrator, percentile = CALIBRATORS[name]
-    setting = QuantSetting("ft1", calibrator, percentile, batches)  # ft1: per channel, nothing fused
-    amax = setting_amax(ref.model, ref.statistics, setting)
-    assert assert_amax(amax, ref.expected, f"amax/{name}/{batches}/") == 1413
+    setting = make_setting("ft1", CALIBRATORS[name], batches)  # ft1: per channel, nothing fused
+    amax = plan_of(ref.model, ref.statistics, setting).amax
+    others = 2 if name in SEARCHES else 0
+    assert assert_amax(amax, ref.expected, f"amax/{name}/{batches}/", others) == 1413
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_amax_of_every_mode(mode: str, ref: Reference) -> None:
-    setting = QuantSetting(mode, "percentile", 99.99, ref.meta["num_batches"][-1])
-    amax = setting_amax(ref.model, ref.statistics, setting)
+    setting = make_setting(mode, "percentile 99.99", ref.meta["num_batches"][-1])
+    amax = plan_of(ref.model, ref.statistics, setting).amax
     assert assert_amax(amax, ref.expected, f"amax_{mode}/") >= 87
 
 
@@ -92,8 +103,8 @@ def test_float_logits(ref: Reference) -> None:
 @pytest.mark.parametrize("calibrator", ["max", "percentile"])
 @pytest.mark.parametrize("mode", MODES)
 def test_logits_of_every_mode(mode: str, calibrator: str, ref: Reference) -> None:
-    percentile = 99.99 if calibrator == "percentile" else None
-    apply_setting(ref.model, ref.statistics, QuantSetting(mode, calibrator, percentile, 4))
+    text = "percentile 99.99" if calibrator == "percentile" else calibrator
+    apply_setting(ref.model, ref.statistics, make_setting(mode, text, 4))
     difference = np.abs(ref.logits() - ref.expected[f"logits/{mode}/{calibrator}"]).max(axis=1)
     # Values that sit between two integers round one way or the other by the last float32 bit, which then shows in
     # that image's logits. Two implementations differ so in a few images; all others agree to rounding.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -19,9 +20,11 @@ import ray
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from tests.conftest import Project, descendants, load_script, make_project, tiny_vit
-from vitq_ray.base.config import InputError, QuantSetting
-from vitq_ray.calibration.statistics import CalibrationStatistics, Scales, apply_setting, collect_statistics
+from tests.conftest import Project, descendants, load_script, make_project, make_setting, tiny_vit
+from vitq_ray.base.config import InputError
+from vitq_ray.calibration.scales import Scales, apply_setting
+from vitq_ray.calibration.setting import Setting
+from vitq_ray.calibration.statistics import CalibrationStatistics, collect_statistics
 from vitq_ray.cluster.trials import ImageSet, Resources, require_room, run_trials, share
 from vitq_ray.commands import options as cli
 from vitq_ray.commands import tune as search
@@ -33,9 +36,9 @@ from vitq_ray.quant.vit import quantize_vit
 
 tune_calib = load_script("tune_calib")
 SETTINGS = {
-    "a": QuantSetting("ft1", "max", None, 2),
-    "b": QuantSetting("ft2", "percentile", 99.0, 2, 4, 4),
-    "c": QuantSetting("ft2", "percentile", 99.0, 1, 4, 4),
+    "a": make_setting("ft1", "max", 2),
+    "b": make_setting("ft2", "percentile 99", 2, 4),
+    "c": make_setting("ft2", "percentile 99", 1, 4),
 }
 
 
@@ -91,7 +94,7 @@ class Recorder:
         return name == self.stop
 
 
-def evaluate_here(setting: QuantSetting, statistics: CalibrationStatistics, images: ImageSet) -> Evaluation:
+def evaluate_here(setting: Setting, statistics: CalibrationStatistics, images: ImageSet) -> Evaluation:
     model = quantize_vit(tiny_vit())
     apply_setting(model, statistics, setting)
     return evaluate(model, list(images.batches(10)), EvalTransform(16).normalize)
@@ -104,7 +107,7 @@ def start_trials(
     shared = share(model, images, rules, EvalTransform(16), 10, Resources())
     scales = Scales(model, statistics)
     for name, setting in SETTINGS.items():
-        shared.add(name, setting, scales.of(setting))
+        shared.add(name, scales.plan(setting))
     run_trials(shared, referee, Resources(), folder)
 
 
@@ -170,10 +173,10 @@ def test_a_killed_worker_does_not_lose_a_trial(
 def test_a_trial_that_fails_is_an_error(ray_cluster: None, statistics: CalibrationStatistics, tmp_path: Path) -> None:
     model, images = quantize_vit(tiny_vit()), image_set()
     shared = share(model, images, RaceRules(33, 10), EvalTransform(16), 10, Resources())
-    scales = Scales(model, statistics).of(SETTINGS["a"])
-    del scales["transformer.encoder.layer.0.ffn.fc1._input_quantizer"]
-    shared.add("a", SETTINGS["a"], scales)
-    with pytest.raises(RuntimeError, match=r"(?s)1 of 1 trials failed; .*fc1\._input_quantizer"):
+    plan = Scales(model, statistics).plan(SETTINGS["a"])
+    sites = {key: site for key, site in plan.sites.items() if not key.endswith("0.ffn.fc1._input_quantizer")}
+    shared.add("a", dataclasses.replace(plan, sites=sites))
+    with pytest.raises(RuntimeError, match=r"(?s)1 of 1 trials failed; .*has 57 sites, which are not those of"):
         run_trials(shared, Recorder(["a"], 33), Resources(), tmp_path / "tune", max_failures=1)
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from vitq_ray.base.config import InputError, QuantSetting
+from tests.conftest import make_setting
+from vitq_ray.base.config import InputError
 from vitq_ray.search.space import load_space, percentiles
 
 SPACES = Path(__file__).resolve().parents[1] / "search_spaces"
@@ -29,17 +30,17 @@ def test_percentiles_refuses(arguments: tuple[float, float, int]) -> None:
 
 def test_grid(tmp_path: Path) -> None:
     text = 'SPACE = {"mode": ["ft1", "ft2"], "calibrator": ["max", "percentile"], "percentile": [99, 99.9]}'
-    settings = load_space(write(tmp_path, text)).grid(QuantSetting(num_batches=3, weight_bits=4))
-    rows = [(s.mode, s.calibrator, s.percentile, s.num_batches, s.weight_bits, s.act_bits) for s in settings]
+    settings = load_space(write(tmp_path, text)).grid(make_setting(num_batches=3, weight_bits=4))
+    rows = [(s.mode, str(s.calibrator), s.num_batches, s.weight_bits, s.act_bits) for s in settings]
     assert rows == [
-        (mode, calibrator, percentile, 3, 4, 8)
+        (mode, calibrator, 3, 4, 8)
         for mode in ("ft1", "ft2")
-        for calibrator, percentile in (("max", None), ("percentile", 99), ("percentile", 99.9))
+        for calibrator in ("max", "percentile 99", "percentile 99.9")
     ]
 
 
 def test_bundled_space_has_48_distinct_settings() -> None:
-    settings = load_space(str(SPACES / "calib.py")).grid(QuantSetting())
+    settings = load_space(str(SPACES / "calib.py")).grid(make_setting())
     assert len(settings) == len(set(settings)) == 48
     assert {s.num_batches for s in settings} == {2, 8, 32}
 

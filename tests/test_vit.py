@@ -10,31 +10,21 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
-from tests.conftest import tiny_vit
-from vitq_ray.base import config
+from tests.conftest import observed, plan_by_hand, tiny_vit
 from vitq_ray.base.config import InputError
-from vitq_ray.calibration.statistics import CALIBRATORS
 from vitq_ray.quant.fake_quant import fake_quantize
 from vitq_ray.quant.quantizer import State
-from vitq_ray.quant.sites import FUSED_GROUPS, MODES, SITES, WEIGHT
+from vitq_ray.quant.sites import MODES, SITES, WEIGHT
 from vitq_ray.quant.vit import (
-    apply_amax,
+    apply_plan,
     frozen_weights,
     observing,
     quant_blocks,
     quantize_vit,
     quantizers_off,
-    site_amax,
     sites_of,
     tensor_keys,
-    weight_scales,
 )
-
-
-def test_names_are_the_same_everywhere() -> None:
-    assert tuple(MODES) == config.MODES
-    assert tuple(CALIBRATORS) == config.CALIBRATORS
-
 
 VARIANTS: dict[str, dict[str, object]] = {
     "plain": {},
@@ -78,19 +68,6 @@ def test_29_sites_per_block(quant_vit: VisionTransformer) -> None:
     assert len(SITES) == 29
     assert len(keys) == len(set(keys)) == 58
     assert keys[0] == "transformer.encoder.layer.0.ffn.fc1._input_quantizer"
-
-
-def observed(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Every observed tensor, by full name; each is seen exactly once."""
-    seen: dict[str, Tensor] = {}
-
-    def keep(key: str, x: Tensor) -> None:
-        assert key not in seen, f"{key} observed twice"
-        seen[key] = x.clone()
-
-    with observing(model, {key: lambda x, key=key: keep(key, x) for key in tensor_keys(model)}):
-        run(model, images)
-    return seen
 
 
 def by_hand(block: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -159,11 +136,6 @@ def test_observing_always_removes_its_observers(quant_vit: VisionTransformer, im
     assert {q._observer for _, _, q in sites_of(quant_vit)} == {None}
 
 
-def amax_of(model: nn.Module, images: Tensor, mode: str) -> dict[str, Tensor]:
-    tensors = {key: x.abs().max() for key, x in observed(model, images).items()}
-    return site_amax(tensors, weight_scales(model, MODES[mode]), MODES[mode], len(quant_blocks(model)))
-
-
 LEFT_OUT = {  # DESIGN section 4, by hand: (site name contains) -> modes that leave it out
     "layernorm_input": {"ft1", "ft2", "ft3", "trt"},
     "residual_input": {"ft1", "ft2"},
@@ -178,29 +150,11 @@ LEFT_OUT = {  # DESIGN section 4, by hand: (site name contains) -> modes that le
 
 @pytest.mark.parametrize("mode", MODES)
 def test_modes_switch_the_sites_of_the_table(mode: str, quant_vit: VisionTransformer, images: Tensor) -> None:
-    apply_amax(quant_vit, amax_of(quant_vit, images, mode), mode, 8, 8)
+    apply_plan(quant_vit, plan_by_hand(quant_vit, images, mode))
     for key, _, quantizer in sites_of(quant_vit):
         (family,) = [name for name in LEFT_OUT if name in key]
         wanted = State.OFF if mode in LEFT_OUT[family] else State.QUANTIZE
         assert quantizer.state is wanted, key
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_fusion_and_weight_axis(mode: str, quant_vit: VisionTransformer, images: Tensor) -> None:
-    amax = amax_of(quant_vit, images, mode)
-    plain = {key: x.abs().max() for key, x in observed(quant_vit, images).items()}
-    q, k, v = quant_blocks(quant_vit)[0].attn.qkv.weight.detach().abs().chunk(3)
-    prefix = "transformer.encoder.layer.0."
-    for group in FUSED_GROUPS:
-        values = [amax[prefix + name] for name in group]
-        if mode == "ft1":
-            expected = [q, k, v] if "weight" in group[0] else [plain[prefix + name] for name in group]
-            wanted = [w.amax(1, keepdim=True) if w.ndim else w for w in expected]
-        else:
-            several = [q, k, v] if "weight" in group[0] else [plain[prefix + name] for name in group]
-            wanted = [torch.stack([w.max() for w in several]).max()] * 3
-        for value, want in zip(values, wanted, strict=True):
-            assert torch.equal(value, want)
 
 
 def quantized_block_by_hand(block: nn.Module, x: Tensor, amax: dict[str, Tensor], bits: int) -> Tensor:
@@ -235,20 +189,19 @@ def test_a_quantized_block_equals_the_table_written_out(bits: int, images: Tenso
     x = float_model._pos_embed(float_model.patch_embed(images)).detach()
     block = float_model.blocks[0]
     model = quantize_vit(tiny_vit())
-    amax = amax_of(model, images, "ft2")
-    apply_amax(model, amax, "ft2", bits, bits)
+    plan = plan_by_hand(model, images, "ft2", bits)
+    apply_plan(model, plan)
     with torch.inference_mode():
-        expected = quantized_block_by_hand(block, x, amax, bits)
+        expected = quantized_block_by_hand(block, x, plan.amax, bits)
         torch.testing.assert_close(quant_blocks(model)[0](x), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_fewer_bits_are_worse(mode: str, quant_vit: VisionTransformer, images: Tensor) -> None:
     exact = run(quant_vit, images)
-    amax = amax_of(quant_vit, images, mode)
     errors = []
     for bits in range(8, 1, -1):
-        apply_amax(quant_vit, amax, mode, bits, bits)
+        apply_plan(quant_vit, plan_by_hand(quant_vit, images, mode, bits))
         errors.append((run(quant_vit, images) - exact).pow(2).mean().item())
     assert errors[0] < 0.01 * errors[-1]
     assert errors[0] == min(errors)
@@ -256,14 +209,14 @@ def test_fewer_bits_are_worse(mode: str, quant_vit: VisionTransformer, images: T
 
 
 def test_weight_and_activation_bits_are_separate(quant_vit: VisionTransformer, images: Tensor) -> None:
-    apply_amax(quant_vit, amax_of(quant_vit, images, "ft1"), "ft1", weight_bits=4, act_bits=6)
+    apply_plan(quant_vit, plan_by_hand(quant_vit, images, "ft1", 4, act_bits=6))
     for _, site, quantizer in sites_of(quant_vit):
         assert quantizer.bits == (4 if site.family == WEIGHT else 6)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_frozen_weights_change_nothing(mode: str, quant_vit: VisionTransformer, images: Tensor) -> None:
-    apply_amax(quant_vit, amax_of(quant_vit, images, mode), mode, 4, 4)
+    apply_plan(quant_vit, plan_by_hand(quant_vit, images, mode, 4))
     expected = run(quant_vit, images)
     with frozen_weights(quant_vit):
         with torch.no_grad():
@@ -274,7 +227,7 @@ def test_frozen_weights_change_nothing(mode: str, quant_vit: VisionTransformer, 
 
 def test_quantizers_off_restores(quant_vit: VisionTransformer, images: Tensor) -> None:
     exact = run(quant_vit, images)
-    apply_amax(quant_vit, amax_of(quant_vit, images, "ft2"), "ft2", 8, 8)
+    apply_plan(quant_vit, plan_by_hand(quant_vit, images, "ft2"))
     quantized = run(quant_vit, images)
     with quantizers_off(quant_vit):
         assert torch.equal(run(quant_vit, images), exact)
@@ -283,7 +236,7 @@ def test_quantizers_off_restores(quant_vit: VisionTransformer, images: Tensor) -
 
 
 def test_gradients_reach_every_parameter(quant_vit: VisionTransformer, images: Tensor) -> None:
-    apply_amax(quant_vit, amax_of(quant_vit, images, "ft2"), "ft2", 8, 8)
+    apply_plan(quant_vit, plan_by_hand(quant_vit, images, "ft2"))
     quant_vit(images).pow(2).sum().backward()
     without = [name for name, p in quant_vit.named_parameters() if p.grad is None or not p.grad.any()]
     # A key bias adds the same to all scores of a query, so softmax gives it no gradient but for rounding.

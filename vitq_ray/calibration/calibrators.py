@@ -1,7 +1,8 @@
-"""Calibrators: from histograms of |x| to amax, the value that the largest integer stands for.
+"""Calibrators: from what was seen of a tensor to amax, the value that the largest integer stands for.
 
-Pure functions over all sites at once. Definitions follow NVIDIA's pytorch-quantization (retired; its successor is
-nvidia-modelopt). Histograms come with bin width w; bin k covers [k·w, (k+1)·w).
+Pure functions, and at the end the one table of them: a calibrator is a function and a row. Command line, search spaces,
+messages and the statistics that are collected read the table. Definitions follow NVIDIA's pytorch-quantization
+(retired; its successor is nvidia-modelopt). Histograms come with bin width w; bin k covers [k·w, (k+1)·w).
 
 `mse` and `entropy` try about 1,900 candidates per histogram. Entropy needs no loop over bins: with running sums of
 counts, of non-empty bins and of c·log c, one candidate costs one logarithm per quantization level.
@@ -11,14 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import numba
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from vitq_ray.base.config import InputError
-from vitq_ray.calibration.histogram import Histogram
+from vitq_ray.base.config import InputError, is_number, require_choice
+from vitq_ray.calibration.histogram import Histogram, Range
+from vitq_ray.quant.fake_quant import fake_quantize
 
 FIRST_CANDIDATE = 128  # bin at which the searches of mse and entropy start, at every bit width
 _TIE = 1e-12  # KL divergences closer than this differ by rounding only
@@ -26,9 +31,9 @@ _TIE = 1e-12  # KL divergences closer than this differ by rounding only
 Amax = npt.NDArray[np.float64]
 
 
-def max_amax(histograms: Sequence[Histogram]) -> Amax:
+def max_amax(seen: Sequence[Range | Histogram]) -> Amax:
     """The largest |x| seen. Returns (sites,)."""
-    return np.array([h.max for h in histograms], np.float64)
+    return np.array([s.max for s in seen], np.float64)
 
 
 def percentile_amax(histograms: Sequence[Histogram], percentiles: Sequence[float]) -> Amax:
@@ -99,6 +104,24 @@ def noise_to_signal(histograms: Sequence[Histogram], amax: Amax, bits: int = 8) 
     qmax = 2 ** (bits - 1) - 1
     rows = zip(histograms, amax, strict=True)
     return np.array([_noise_kernel(h.counts, a / h.width, qmax) for h, a in rows], np.float64)
+
+
+def weight_max(weight: Tensor, axis: int | None) -> Tensor:
+    """max|w| of a (rows, columns) weight: shape (rows, 1) with axis 0, () with axis None."""
+    magnitude = weight.detach().abs()
+    return magnitude.amax() if axis is None else magnitude.amax(dim=1, keepdim=True)
+
+
+def weight_mse(weight: Tensor, axis: int | None, bits: int) -> Tensor:
+    """Of 1.00, 0.99, … 0.30 times max|w|, the amax with the least squared error; the largest on a tie."""
+    largest = weight_max(weight, axis)
+    best, least = largest, torch.full_like(largest, torch.inf)
+    for percent in range(100, 29, -1):
+        amax = largest * (percent / 100)
+        squared = (fake_quantize(weight.detach(), amax, bits, axis) - weight.detach()).square()
+        error = squared.sum() if axis is None else squared.sum(dim=1, keepdim=True)
+        best, least = torch.where(error < least, amax, best), torch.minimum(error, least)
+    return best
 
 
 def _for_each_site(amax_of: Callable[[Histogram], float], histograms: Sequence[Histogram]) -> Amax:
@@ -175,3 +198,110 @@ def _divergence_kernel(counts: npt.NDArray[np.float64], levels: int) -> npt.NDAr
             begin = end
         result[i - FIRST_CANDIDATE] = (reference - cross) / total - np.log(total)
     return result
+
+
+# The table ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A number that a calibrator takes, in [low, high]."""
+
+    name: str
+    low: float
+    high: float
+    default: float
+    help: str
+
+
+@dataclass(frozen=True)
+class Calibrator:
+    """One row of the table.
+
+    Attributes:
+        name: as options, search spaces and files have it.
+        help: half a sentence for the command line.
+        statistic: what it needs to have seen of an activation tensor, a key of `statistics.STATISTICS`.
+        activation: (what was seen of each tensor, parameter values, bits) -> (tensors,) amax.
+        weight: ((rows, columns) weight, axis, bits) -> amax, as `weight_max`; None: not for weights.
+        parameters: the numbers behind its name in the text form, `percentile 99.9`.
+    """
+
+    name: str
+    help: str
+    statistic: str
+    activation: Callable[[Sequence[Any], tuple[float, ...], int], Amax]
+    weight: Callable[[Tensor, int | None, int], Tensor] | None = None
+    parameters: tuple[Parameter, ...] = ()
+
+    @property
+    def usage(self) -> str:
+        """E.g. `percentile P (0 to 100)`."""
+        words = (f"{p.name[0].upper()} ({p.low:g} to {p.high:g})" for p in self.parameters)
+        return " ".join((self.name, *words))
+
+
+PERCENTILE = Parameter("percentile", 0, 100, 99.99, "share of values, in percent, that are not clipped")
+CALIBRATORS: dict[str, Calibrator] = {
+    row.name: row
+    for row in (
+        Calibrator(
+            "max", "largest value", "range", lambda s, _, bits: max_amax(s), lambda w, axis, _: weight_max(w, axis)
+        ),
+        Calibrator(
+            "percentile",
+            "clips the largest values",
+            "histogram",
+            lambda s, values, bits: percentile_amax(s, values)[0],
+            parameters=(PERCENTILE,),
+        ),
+        Calibrator("mse", "least squared error", "histogram", lambda s, _, bits: mse_amax(s, bits), weight_mse),
+        Calibrator("entropy", "least KL divergence", "histogram", lambda s, _, bits: entropy_amax(s, bits)),
+    )
+}
+WEIGHT_CALIBRATORS = tuple(name for name, row in CALIBRATORS.items() if row.weight is not None)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A calibrator with the values of its parameters: `percentile 99.9`."""
+
+    name: str
+    values: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        require_choice("calibrator", self.name, CALIBRATORS)
+        wanted = self.row.parameters
+        if len(self.values) != len(wanted):
+            takes = " and ".join(p.name for p in wanted) or "no number"
+            raise InputError(f"calibrator {self.name}: takes {takes}, got {list(self.values)}")
+        for parameter, value in zip(wanted, self.values, strict=True):
+            if not is_number(value, parameter.low, parameter.high):
+                limits = f"[{parameter.low:g}, {parameter.high:g}]"
+                raise InputError(f"{parameter.name}: expected a number in {limits}, got {value!r}")
+        object.__setattr__(self, "values", tuple(map(float, self.values)))
+
+    @staticmethod
+    def parse(text: Any, what: str = "calibrator") -> Calibration:
+        """The inverse of `str`. InputError, with `what` it is for, where the text is not a calibrator."""
+        if isinstance(text, Calibration):
+            return text
+        name, *words = text.split(" ") if isinstance(text, str) else ("",)
+        try:
+            return Calibration(name, tuple(map(float, words)))
+        except ValueError:
+            known = ", ".join(c.usage for c in CALIBRATORS.values())
+            raise InputError(f"{what}: {text!r} is not one of {known}") from None
+
+    @property
+    def row(self) -> Calibrator:
+        return CALIBRATORS[self.name]
+
+    def __str__(self) -> str:
+        """Exact, for files: `percentile 99.9`."""
+        return " ".join((self.name, *(repr(value).removesuffix(".0") for value in self.values)))
+
+    @property
+    def short(self) -> str:
+        """For tables: ten digits at most."""
+        return " ".join((self.name, *(f"{value:.10g}" for value in self.values)))

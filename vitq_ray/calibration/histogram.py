@@ -1,4 +1,7 @@
-"""Histograms of |x| as values: int64 counts over bins of one fixed width, which add exactly and in any order.
+"""Ranges and histograms of tensors as values, which merge exactly and in any order.
+
+A `Range` is the smallest and the largest value seen. A `Histogram` counts |x| in int64 over bins of one fixed width,
+and of each bin how many of its values were negative.
 
 The first batch of a tensor fixes the width, max|x| / 2048; later batches keep it and append bins as the range
 grows, `ceil(max / width)` in all. Bin k counts e(k) <= |x| < e(k+1), where the edge e(k) is k·width rounded to
@@ -34,6 +37,32 @@ class StatisticsError(InputError):
     """A tensor that cannot be described by a histogram; the caller adds the name of the site."""
 
 
+@dataclass(frozen=True)
+class Range:
+    """The smallest and the largest value seen, in tensor units; 0 belongs to every range, as to every integer grid."""
+
+    low: float
+    high: float
+
+    @property
+    def max(self) -> float:
+        """The largest |x| seen."""
+        return max(-self.low, self.high)
+
+    @staticmethod
+    def observe(x: Tensor) -> Range:
+        """The range of one batch of a tensor of any shape. StatisticsError where it is empty or not finite."""
+        low, high = _finite_range(x.detach().float())
+        return Range(min(low, 0.0), max(high, 0.0))
+
+    @staticmethod
+    def empty() -> Range:
+        return Range(0.0, 0.0)
+
+    def merge(self, other: Range) -> Range:
+        return Range(min(self.low, other.low), max(self.high, other.high))
+
+
 @dataclass(frozen=True, eq=False)
 class Histogram:
     """How often |x| fell into each bin.
@@ -42,18 +71,32 @@ class Histogram:
         width: width of a bin, in tensor units.
         counts: (bins,) int64; bin k covers [k·width, (k+1)·width).
         max: the largest |x| seen, in tensor units; 0 for an empty histogram.
+        negative: (bins,) int64, how many of the counts are of x < 0; None in statistics of format 1.
+        range: the smallest and the largest value seen; None as above.
     """
 
     width: float
     counts: Counts
     max: float
+    negative: Counts | None = None
+    range: Range | None = None
 
     def __post_init__(self) -> None:
-        self.counts.setflags(write=False)
+        for array in (self.counts, self.negative):
+            if array is not None:
+                array.setflags(write=False)
+
+    @property
+    def positive(self) -> Counts:
+        """(bins,) int64, how many of the counts are of x >= 0. StatisticsError where signs were not kept."""
+        if self.negative is None:
+            raise StatisticsError("has no signs: these statistics were written by a version that kept |x| only")
+        return self.counts - self.negative
 
     @staticmethod
     def empty(width: float) -> Histogram:
-        return Histogram(width, np.zeros(INITIAL_BINS, np.int64), 0.0)
+        zeros = np.zeros(INITIAL_BINS, np.int64)
+        return Histogram(width, zeros, 0.0, zeros, Range.empty())
 
     @staticmethod
     def observe(x: Tensor, width: float | None = None) -> Histogram:
@@ -63,43 +106,58 @@ class Histogram:
         infinite values, is all zeros while it has to set the width, or has outgrown the width `MAX_BINS` times.
         """
         x = x.detach().float()
-        maximum = _absolute_max(x)
+        seen = Range.observe(x)
         if width is None:
-            width = _first_width(maximum)
-        bins = max(INITIAL_BINS, math.ceil(maximum / width))
+            width = _first_width(seen.max)
+        bins = max(INITIAL_BINS, math.ceil(seen.max / width))
         if bins > MAX_BINS:
             raise StatisticsError(
-                f"range grew from {width * INITIAL_BINS:g} in the first batch to {maximum:g}; "
+                f"range grew from {width * INITIAL_BINS:g} in the first batch to {seen.max:g}; "
                 "the first batch does not represent the data"
             )
-        return Histogram(width, count_bins(x, width, bins), maximum)
+        positive, negative = count_bins(x, width, bins)
+        return Histogram(width, positive + negative, seen.max, negative, seen)
 
     def merge(self, other: Histogram) -> Histogram:
         """The histogram of both; exact, commutative and associative. Widths must be equal."""
         if self.width != other.width:
             raise StatisticsError(f"histograms of widths {self.width!r} and {other.width!r} cannot be merged")
-        longer, shorter = sorted((self.counts, other.counts), key=len, reverse=True)
-        counts = longer.copy()
-        counts[: len(shorter)] += shorter
-        return Histogram(self.width, counts, max(self.max, other.max))
+        signed = self.negative is not None and other.negative is not None
+        return Histogram(
+            self.width,
+            _add(self.counts, other.counts),
+            max(self.max, other.max),
+            _add(self.negative, other.negative) if signed else None,  # type: ignore[arg-type]
+            self.range.merge(other.range) if self.range is not None and other.range is not None else None,
+        )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Histogram):
             return NotImplemented
-        same = self.width == other.width and self.max == other.max
-        return same and np.array_equal(self.counts, other.counts)
+        same = (self.width, self.max, self.range) == (other.width, other.max, other.range)
+        return same and _equal(self.counts, other.counts) and _equal(self.negative, other.negative)
 
     __hash__ = None  # type: ignore[assignment]
 
 
-def _absolute_max(x: Tensor) -> float:
+def _add(a: Counts, b: Counts) -> Counts:
+    longer, shorter = sorted((a, b), key=len, reverse=True)
+    counts = longer.copy()
+    counts[: len(shorter)] += shorter
+    return counts
+
+
+def _equal(a: Counts | None, b: Counts | None) -> bool:
+    return (a is None and b is None) or (a is not None and b is not None and np.array_equal(a, b))
+
+
+def _finite_range(x: Tensor) -> tuple[float, float]:
     if x.numel() == 0:
         raise StatisticsError("the tensor is empty")
-    low, high = torch.aminmax(x)
-    maximum = max(-low.item(), high.item())
-    if not (math.isfinite(low.item()) and math.isfinite(high.item())):  # aminmax propagates NaN
+    low, high = (value.item() for value in torch.aminmax(x))
+    if not (math.isfinite(low) and math.isfinite(high)):  # aminmax propagates NaN
         raise StatisticsError("has NaN or infinite values")
-    return maximum
+    return low, high
 
 
 def _first_width(maximum: float) -> float:
@@ -109,7 +167,10 @@ def _first_width(maximum: float) -> float:
 
 
 def count_bins(x: Tensor, width: float, bins: int) -> Counts:
-    """Counts of |x| in `bins` bins of `width`; float32 `x` of any shape, values past the end go to the last bin."""
+    """Counts of |x| in `bins` bins of `width`: (2, bins), of x >= 0 and of x < 0.
+
+    float32 `x` of any shape, values past the end go to the last bin.
+    """
     if x.device.type != "cpu":
         return _count_bins_torch(x, width, bins)
     flat = _in_memory_order(x).numpy()
@@ -144,10 +205,12 @@ def _inverse(width: float) -> float:
 
 def _count_bins_torch(x: Tensor, width: float, bins: int) -> Counts:
     """The same counts with PyTorch ops, for tensors that live on an accelerator."""
-    magnitude = x.flatten().abs()
+    flat = x.flatten()
+    magnitude = flat.abs()
     index = (magnitude.double() * _inverse(width)).long()
     index += magnitude >= ((index + 1).double() * width).float()
-    return torch.bincount(index.clamp_max(bins - 1), minlength=bins).cpu().numpy()
+    index = index.clamp_max(bins - 1) + bins * (flat < 0)
+    return torch.bincount(index, minlength=2 * bins).reshape(2, bins).cpu().numpy()
 
 
 @cache
@@ -161,10 +224,10 @@ def _jit(function: Callable[..., Counts]) -> Callable[..., Counts]:
 
 @_jit
 def _count_kernel(flat: npt.NDArray[np.float32], width: float, inverse: float, bins: int) -> Counts:
-    # Indices of a block first (vectorized), then the increments, in four copies of the histogram so that equal
-    # neighbours (attention probabilities near 0) do not wait for each other's store.
+    # Indices of a block first (vectorized), then the increments, in copies of the histogram so that equal neighbours
+    # (attention probabilities near 0) do not wait for each other's store. Negative values count in the second half.
     block = 1024
-    copies = np.zeros((4, bins), np.int32)
+    copies = np.zeros((4, 2 * bins), np.int32)
     index = np.empty(block, np.int32)
     last = np.int32(bins - 1)
     for start in range(0, flat.size, block):
@@ -172,7 +235,7 @@ def _count_kernel(flat: npt.NDArray[np.float32], width: float, inverse: float, b
         for j in range(part.size):
             k = np.int32(np.float64(abs(part[j])) * inverse)
             k += np.int32(abs(part[j]) >= np.float32(np.float64(k + 1) * width))
-            index[j] = min(k, last)
+            index[j] = min(k, last) + np.int32(part[j] < 0) * np.int32(bins)
         fours = part.size // 4 * 4
         for j in range(0, fours, 4):
             copies[0, index[j]] += 1
@@ -181,8 +244,9 @@ def _count_kernel(flat: npt.NDArray[np.float32], width: float, inverse: float, b
             copies[3, index[j + 3]] += 1
         for j in range(fours, part.size):
             copies[0, index[j]] += 1
-    counts = np.zeros(bins, np.int64)
+    counts = np.zeros((2, bins), np.int64)
     for c in range(4):
         for k in range(bins):
-            counts[k] += copies[c, k]
+            counts[0, k] += copies[c, k]
+            counts[1, k] += copies[c, bins + k]
     return counts

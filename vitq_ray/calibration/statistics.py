@@ -1,124 +1,204 @@
-"""Look once, decide many times: calibration statistics, and the scales that any setting makes of them.
+"""Look once, decide many times: what the float model's activations look like, from one pass over calibration images.
 
     batches -> float model, every activation tensor observed -> CalibrationStatistics     (seconds to minutes)
-    CalibrationStatistics × QuantSetting -> amax of every site -> applied to the model    (milliseconds)
 
-Statistics are histograms per tensor and per segment of batches. A segment ends at each batch count for which amax
-is wanted (a snapshot); what was seen after n batches is the sum of the segments up to n. Sums are exact, so
-statistics collected by several workers, whole batches each, merge to what one worker would have collected.
+What is kept of a tensor is declared by who needs it: a calibrator's row, the noise forecast. `STATISTICS` is the table
+of what can be kept; the pass collects the union of what was asked for.
+
+Statistics are values per tensor and per segment of batches. A segment ends at each batch count for which amax is wanted
+(a snapshot); what was seen after n batches is the sum of the segments up to n. Sums are exact, so statistics collected
+by several workers, whole batches each, merge to what one worker would have collected.
 """
 
 from __future__ import annotations
 
 import bisect
 import io
-import itertools
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import reduce
+from importlib import metadata
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from vitq_ray.base.config import InputError, QuantSetting, parse_calibrator
-from vitq_ray.calibration.calibrators import Amax, entropy_amax, max_amax, mse_amax, noise_to_signal, percentile_amax
-from vitq_ray.calibration.histogram import Histogram, StatisticsError
-from vitq_ray.quant.fake_quant import fake_quantize
-from vitq_ray.quant.sites import FAMILY_TENSORS, MODES, SITES, WEIGHT, site_key
-from vitq_ray.quant.vit import apply_amax, observing, quant_blocks, site_amax, tensor_keys, weight_scales
+from vitq_ray.base.config import InputError
+from vitq_ray.base.formats import FORMATS, require_format
+from vitq_ray.calibration.histogram import Histogram, Range, StatisticsError
+from vitq_ray.quant.vit import observing, tensor_keys
 
-_FORMAT = 1
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One row of the table of what can be kept of a tensor. Its values have an exact `merge`.
+
+    Attributes:
+        observe: (one batch of a tensor, bin width or None for the first batch) -> value.
+        empty: bin width -> the value of no batch.
+        width_of: bin width that later batches must share; 0 where there is none.
+        pack, unpack: values, in order -> arrays, and back; `unpack` gets the width of each value.
+    """
+
+    observe: Callable[[Tensor, float | None], Any]
+    empty: Callable[[float], Any]
+    width_of: Callable[[Any], float]
+    pack: Callable[[Sequence[Any]], Arrays]
+    unpack: Callable[[Mapping[str, npt.NDArray[Any]], Sequence[float]], list[Any]]
+
+
+def _pack_ranges(values: Sequence[Range]) -> Arrays:
+    return {"low": np.array([v.low for v in values]), "high": np.array([v.high for v in values])}
+
+
+def _unpack_ranges(arrays: Mapping[str, npt.NDArray[Any]], widths: Sequence[float]) -> list[Range]:
+    return [Range(float(low), float(high)) for low, high in zip(arrays["low"], arrays["high"], strict=True)]
+
+
+def _pack_histograms(values: Sequence[Histogram]) -> Arrays:
+    """The counts of all histograms end to end."""
+    arrays = {
+        "max": np.array([h.max for h in values], np.float64),
+        "bins": np.array([len(h.counts) for h in values], np.int64),
+        "counts": np.concatenate([h.counts for h in values]),
+    }
+    signed = [(h.negative, h.range) for h in values if h.negative is not None and h.range is not None]
+    if len(signed) == len(values):
+        arrays |= {"negative": np.concatenate([negative for negative, _ in signed])}
+        arrays |= _pack_ranges([seen for _, seen in signed])
+    return arrays
+
+
+def _unpack_histograms(arrays: Mapping[str, npt.NDArray[Any]], widths: Sequence[float]) -> list[Histogram]:
+    ends = np.cumsum(arrays["bins"])[:-1]
+    parts = np.split(arrays["counts"], ends)
+    rows = zip(widths, parts, map(float, arrays["max"]), strict=True)
+    if "negative" not in arrays:  # format 1
+        return [Histogram(*row) for row in rows]
+    more = zip(np.split(arrays["negative"], ends), _unpack_ranges(arrays, widths), strict=True)
+    return [Histogram(*row, *signs) for row, signs in zip(rows, more, strict=True)]
+
+
+HISTOGRAM, RANGE = "histogram", "range"
+STATISTICS: dict[str, Statistic] = {
+    HISTOGRAM: Statistic(Histogram.observe, Histogram.empty, lambda h: h.width, _pack_histograms, _unpack_histograms),
+    RANGE: Statistic(
+        lambda x, width: Range.observe(x), lambda width: Range.empty(), lambda r: 0.0, _pack_ranges, _unpack_ranges
+    ),
+}
 
 
 @dataclass(frozen=True)
 class CalibrationStatistics:
-    """Histograms of every activation tensor of the float model.
+    """What was seen of every activation tensor of the float model.
 
     Attributes:
         keys: full names of the tensors (see `vit.tensor_keys`).
         snapshots: numbers of batches at which amax can be asked for, ascending.
-        segments: [snapshot][tensor] histograms of the batches between the previous snapshot and this one.
+        kinds: {key of `STATISTICS`: [snapshot][tensor] values of the batches since the previous snapshot}.
         batches: [snapshot] number of batches counted in each segment; a worker's share has fewer than all.
     """
 
     keys: tuple[str, ...]
     snapshots: tuple[int, ...]
-    segments: tuple[tuple[Histogram, ...], ...]
+    kinds: Mapping[str, tuple[tuple[Any, ...], ...]]
     batches: tuple[int, ...]
 
     def __post_init__(self) -> None:
         check_snapshots(self.snapshots)
-        assert [len(row) for row in self.segments] == [len(self.keys)] * len(self.snapshots)
+        for rows in self.kinds.values():
+            if [len(row) for row in rows] != [len(self.keys)] * len(self.snapshots):
+                raise StatisticsError("statistics: not one value for every tensor and snapshot")
 
-    def after(self, num_batches: int) -> tuple[Histogram, ...]:
-        """Histograms of the first `num_batches` batches, one per key; it must be one of the snapshots."""
+    def after(self, num_batches: int, kind: str = HISTOGRAM) -> tuple[Any, ...]:
+        """What the first `num_batches` batches, one of the snapshots, showed of each tensor: one value per key.
+
+        A histogram knows its range: where histograms were kept, they stand for ranges.
+        """
         if num_batches not in self.snapshots:
             known = ", ".join(map(str, self.snapshots))
             raise InputError(f"number of calibration batches: {num_batches} was not collected, only {known}")
         end = self.snapshots.index(num_batches) + 1
         if sum(self.batches[:end]) != num_batches:
             raise StatisticsError(f"{sum(self.batches[:end])} of the first {num_batches} batches were counted")
-        rows = self.segments[:end]
-        return tuple(reduce(Histogram.merge, column) for column in zip(*rows, strict=True))
+        found = kind if kind in self.kinds or kind != RANGE else HISTOGRAM
+        if found not in self.kinds:
+            raise StatisticsError(f"statistics: no {kind} was collected, only {', '.join(self.kinds)}")
+        return tuple(reduce(_merge, column) for column in zip(*self.kinds[found][:end], strict=True))
 
     def merge(self, other: CalibrationStatistics) -> CalibrationStatistics:
-        """Statistics of both sets of batches. Same model, same snapshots and same bin widths are required."""
-        if (self.keys, self.snapshots) != (other.keys, other.snapshots):
+        """Statistics of both sets of batches. Same model, same kinds and snapshots and same bin widths are required."""
+        if (self.keys, self.snapshots, set(self.kinds)) != (other.keys, other.snapshots, set(other.kinds)):
             raise StatisticsError("statistics of different tensors or snapshots cannot be merged")
-        rows = zip(self.segments, other.segments, strict=True)
-        return CalibrationStatistics(
-            self.keys,
-            self.snapshots,
-            tuple(tuple(a.merge(b) for a, b in zip(mine, theirs, strict=True)) for mine, theirs in rows),
-            tuple(a + b for a, b in zip(self.batches, other.batches, strict=True)),
-        )
+        merged = {
+            kind: tuple(tuple(map(_merge, mine, others)) for mine, others in zip(rows, other.kinds[kind], strict=True))
+            for kind, rows in self.kinds.items()
+        }
+        batches = tuple(a + b for a, b in zip(self.batches, other.batches, strict=True))
+        return CalibrationStatistics(self.keys, self.snapshots, merged, batches)
 
     def widths(self) -> dict[str, float]:
         """Bin width of every tensor: what other workers need before they can observe."""
-        return {key: h.width for key, h in zip(self.keys, self.segments[0], strict=True)}
+        first = {kind: rows[0] for kind, rows in self.kinds.items()}
+        of_kind = [[STATISTICS[kind].width_of(value) for value in row] for kind, row in first.items()]
+        return {key: max(widths) for key, *widths in zip(self.keys, *of_kind, strict=True)}
 
     def to_bytes(self) -> bytes:
-        """An `.npz` with the counts of all histograms end to end; no pickle inside."""
-        flat = list(itertools.chain.from_iterable(self.segments))
+        """An `.npz`, no pickle inside: for each kind the values of all tensors, segment after segment."""
+        arrays: dict[str, Any] = {}
+        for kind, rows in self.kinds.items():
+            packed = STATISTICS[kind].pack([value for row in rows for value in row])
+            arrays |= {f"{kind}/{name}": array for name, array in packed.items()}
         buffer = io.BytesIO()
         np.savez_compressed(
             buffer,
-            format=np.array(_FORMAT),
+            format=np.array(FORMATS["statistics"]),
+            vitq_ray=np.array(metadata.version("vitq_ray")),
+            kinds=np.array(list(self.kinds)),
             keys=np.array(self.keys),
             snapshots=np.array(self.snapshots, np.int64),
             batches=np.array(self.batches, np.int64),
-            widths=np.array([h.width for h in self.segments[0]], np.float64),
-            max=np.array([h.max for h in flat], np.float64),
-            bins=np.array([len(h.counts) for h in flat], np.int64),
-            counts=np.concatenate([h.counts for h in flat]),
+            widths=np.array(list(self.widths().values()), np.float64),
+            **arrays,
         )
         return buffer.getvalue()
 
     @staticmethod
-    def from_bytes(data: bytes) -> CalibrationStatistics:
-        """The inverse of `to_bytes`. InputError where the bytes are not that."""
+    def from_bytes(data: bytes, where: str = "statistics") -> CalibrationStatistics:
+        """The inverse of `to_bytes`. InputError, with `where` they come from, where the bytes are not that."""
         try:
-            return CalibrationStatistics._parse(data)
-        except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
-            raise InputError(f"statistics: not a readable statistics file: {error}") from None
+            with np.load(io.BytesIO(data), allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            found = {"format": int(arrays["format"]), "vitq_ray": str(arrays.get("vitq_ray", ""))}
+            return CalibrationStatistics._of_arrays(arrays, require_format("statistics", where, found))
+        except (ValueError, KeyError, IndexError, EOFError, OSError, zipfile.BadZipFile) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{where}: not a readable statistics file: {error}") from None
 
     @staticmethod
-    def _parse(data: bytes) -> CalibrationStatistics:
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            if int(arrays["format"]) != _FORMAT:
-                raise InputError(f"statistics: format {arrays['format']} found, {_FORMAT} expected")
-            keys = tuple(map(str, arrays["keys"]))
-            widths, maxima = arrays["widths"], arrays["max"]
-            parts = np.split(arrays["counts"], np.cumsum(arrays["bins"])[:-1])
-            snapshots, batches = (tuple(map(int, arrays[name])) for name in ("snapshots", "batches"))
-        histograms = [
-            Histogram(float(widths[i % len(keys)]), counts, float(maxima[i])) for i, counts in enumerate(parts)
-        ]
-        rows = tuple(tuple(histograms[i : i + len(keys)]) for i in range(0, len(histograms), len(keys)))
-        return CalibrationStatistics(keys, snapshots, rows, batches)
+    def _of_arrays(arrays: Mapping[str, npt.NDArray[Any]], format_number: int) -> CalibrationStatistics:
+        keys = tuple(map(str, arrays["keys"]))
+        snapshots, batches = (tuple(map(int, arrays[name])) for name in ("snapshots", "batches"))
+        widths = list(map(float, arrays["widths"])) * len(snapshots)
+        names = [HISTOGRAM] if format_number == 1 else [str(kind) for kind in arrays["kinds"]]
+        kinds = {}
+        for kind in names:
+            prefix = "" if format_number == 1 else f"{kind}/"
+            own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+            values = STATISTICS[kind].unpack(own, widths)
+            kinds[kind] = tuple(tuple(values[i : i + len(keys)]) for i in range(0, len(values), len(keys)))
+        return CalibrationStatistics(keys, snapshots, kinds, batches)
+
+
+def _merge(a: Any, b: Any) -> Any:
+    return a.merge(b)
 
 
 def check_snapshots(snapshots: Sequence[int]) -> None:
@@ -133,8 +213,9 @@ def collect_statistics(
     snapshots: Sequence[int],
     widths: Mapping[str, float] | None = None,
     on_batch: Callable[[int, Tensor], None] = lambda index, logits: None,
+    kinds: Iterable[str] = (HISTOGRAM,),
 ) -> CalibrationStatistics:
-    """Run the float model over calibration batches and count every activation tensor.
+    """Run the float model over calibration batches and observe every activation tensor.
 
     Args:
         model: from `quantize_vit`; its quantizers are off meanwhile and dropout is inactive.
@@ -143,27 +224,19 @@ def collect_statistics(
         snapshots: batch counts at which amax will be wanted; the last one is the number of batches.
         widths: bin widths from the statistics of batch 0, for workers that do not see that batch.
         on_batch: sees the index of every batch and the float model's logits, for progress and sanity checks.
+        kinds: what to keep, keys of `STATISTICS`; what settings need is `scales.kinds_needed`.
 
     Raises:
         StatisticsError: naming the site that has non-finite values, or zeros only in the first batch.
     """
     check_snapshots(snapshots)
-    keys = tensor_keys(model)
-    known = dict(widths or {})
-    table: dict[tuple[int, str], Histogram] = {}
-    seen: list[int] = []
+    collector = _Collector(tensor_keys(model), snapshots, tuple(dict.fromkeys(kinds)), dict(widths or {}))
     with _eval_mode(model), torch.inference_mode():
         for index, images in batches:
-            segment = _segment_of(index, snapshots)
-            with observing(model, {key: _observer(key, segment, table, known) for key in keys}):
+            with observing(model, collector.observers(index)):
                 logits = model(images)
-            seen.append(segment)
             on_batch(index, logits)
-    if not known:
-        raise InputError("calibration: no images, at least one batch is needed")
-    rows = ((table.get((s, key)) or Histogram.empty(known[key]) for key in keys) for s in range(len(snapshots)))
-    counted = tuple(seen.count(segment) for segment in range(len(snapshots)))
-    return CalibrationStatistics(keys, tuple(snapshots), tuple(tuple(row) for row in rows), counted)
+    return collector.statistics()
 
 
 @contextmanager
@@ -176,111 +249,48 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _segment_of(index: int, snapshots: Sequence[int]) -> int:
-    if index >= snapshots[-1]:
-        raise ValueError(f"batch {index} is past the last snapshot, {snapshots[-1]} batches")
-    return bisect.bisect_right(snapshots, index)
+class _Collector:
+    """What one pass has seen so far."""
 
+    def __init__(
+        self, keys: tuple[str, ...], snapshots: Sequence[int], kinds: tuple[str, ...], widths: dict[str, float]
+    ) -> None:
+        self._keys, self._snapshots, self._kinds, self._widths = keys, tuple(snapshots), kinds, widths
+        self._values: dict[tuple[str, int, str], Any] = {}  # (kind, segment, tensor)
+        self._seen = [0] * len(self._snapshots)
 
-def _observer(
-    key: str, segment: int, table: dict[tuple[int, str], Histogram], widths: dict[str, float]
-) -> Callable[[Tensor], None]:
-    def observe(x: Tensor) -> None:
-        try:
-            seen = Histogram.observe(x, widths.get(key))
-        except StatisticsError as error:
-            raise StatisticsError(f"{key}: {error}") from None
-        widths[key] = seen.width
-        earlier = table.get((segment, key))
-        table[segment, key] = seen if earlier is None else earlier.merge(seen)
+    def observers(self, index: int) -> dict[str, Callable[[Tensor], None]]:
+        """{tensor: what is called with it} for batch `index`."""
+        if index >= self._snapshots[-1]:
+            raise ValueError(f"batch {index} is past the last snapshot, {self._snapshots[-1]} batches")
+        segment = bisect.bisect_right(self._snapshots, index)
+        self._seen[segment] += 1
+        return {key: self._observer(key, segment) for key in self._keys}
 
-    return observe
+    def _observer(self, key: str, segment: int) -> Callable[[Tensor], None]:
+        def observe(x: Tensor) -> None:
+            try:
+                for kind in self._kinds:
+                    self._take(kind, segment, key, STATISTICS[kind].observe(x, self._widths.get(key) or None))
+            except StatisticsError as error:
+                raise StatisticsError(f"{key}: {error}") from None
 
+        return observe
 
-# (histograms, percentile, bits) -> amax of each
-CALIBRATORS: dict[str, Callable[[Sequence[Histogram], float | None, int], Amax]] = {
-    "max": lambda histograms, percentile, bits: max_amax(histograms),
-    "percentile": lambda histograms, percentile, bits: percentile_amax(histograms, [_given(percentile)])[0],
-    "mse": lambda histograms, percentile, bits: mse_amax(histograms, bits),
-    "entropy": lambda histograms, percentile, bits: entropy_amax(histograms, bits),
-}
+    def _take(self, kind: str, segment: int, key: str, value: Any) -> None:
+        self._widths[key] = max(self._widths.get(key, 0.0), STATISTICS[kind].width_of(value))
+        earlier = self._values.get((kind, segment, key))
+        self._values[kind, segment, key] = value if earlier is None else earlier.merge(value)
 
+    def statistics(self) -> CalibrationStatistics:
+        if not self._widths:
+            raise InputError("calibration: no images, at least one batch is needed")
+        kinds = {
+            kind: tuple(tuple(self._value(kind, s, key) for key in self._keys) for s in range(len(self._snapshots)))
+            for kind in self._kinds
+        }
+        return CalibrationStatistics(self._keys, self._snapshots, kinds, tuple(self._seen))
 
-def _given(percentile: float | None) -> float:
-    assert percentile is not None  # QuantSetting has checked it
-    return percentile
-
-
-class Scales:
-    """The amax of every site for any setting, from statistics and weights; what settings share is computed once."""
-
-    def __init__(self, model: nn.Module, statistics: CalibrationStatistics) -> None:
-        self._model = model
-        self._statistics = statistics
-        self._depth = len(quant_blocks(model))
-        self._histograms = cache(statistics.after)
-        self._calibrated = cache(self._calibrate)
-        self._weights = cache(self._weigh)
-
-    def of(self, setting: QuantSetting) -> dict[str, Tensor]:
-        """{site name: amax} of every site: () for tensors, (rows, 1) for weights in modes that have them so."""
-        bits = setting.weight_bits if setting.weights != "max" else 8  # max|w| knows no bits
-        weights = self._weights(setting.mode, setting.weights, bits)
-        return site_amax(self._tensors(setting), weights, MODES[setting.mode], self._depth)
-
-    def _tensors(self, setting: QuantSetting) -> dict[str, Tensor]:
-        """{tensor name: amax, shape (), float32}."""
-        n, bits = setting.num_batches, setting.act_bits
-        amax = dict(self._calibrated(setting.calibrator, setting.percentile, n, bits))
-        for family, text in setting.family_calibrators.items():
-            own = self._calibrated(*parse_calibrator(text, family), n, bits)
-            names = [site_key(i, tensor) for i in range(self._depth) for tensor in FAMILY_TENSORS[family]]
-            amax |= {name: own[name] for name in names}
-        return amax
-
-    def _calibrate(self, calibrator: str, percentile: float | None, num_batches: int, bits: int) -> dict[str, Tensor]:
-        values = CALIBRATORS[calibrator](self._histograms(num_batches), percentile, bits)
-        return dict(zip(self._statistics.keys, torch.from_numpy(values).float().unbind(), strict=True))
-
-    def _weigh(self, mode: str, calibrator: str, bits: int) -> dict[str, Tensor]:
-        return weight_scales(self._model, MODES[mode], calibrator, bits)
-
-
-def setting_amax(model: nn.Module, statistics: CalibrationStatistics, setting: QuantSetting) -> dict[str, Tensor]:
-    """{site name: amax} of every site, for one setting; as `Scales.of`."""
-    return Scales(model, statistics).of(setting)
-
-
-def apply_setting(model: nn.Module, statistics: CalibrationStatistics, setting: QuantSetting) -> dict[str, Tensor]:
-    """Quantize the model with one setting; returns the amax of every site."""
-    amax = setting_amax(model, statistics, setting)
-    apply_amax(model, amax, setting.mode, setting.weight_bits, setting.act_bits)
-    return amax
-
-
-def predicted_noise(
-    model: nn.Module, statistics: CalibrationStatistics, setting: QuantSetting, amax: Mapping[str, Tensor]
-) -> float:
-    """Sum over the quantized sites of noise over signal power: small for settings that promise to do well.
-
-    A forecast from histograms and weights, without an image: it puts candidates in order, it decides nothing.
-    `amax` is what `setting_amax` gives.
-    """
-    mode = MODES[setting.mode]
-    histograms = dict(zip(statistics.keys, statistics.after(setting.num_batches), strict=True))
-    total = 0.0
-    for index, block in enumerate(quant_blocks(model)):
-        sites = [site for site in SITES if mode.quantizes(site) and site.family != WEIGHT]
-        seen = [histograms[site_key(index, site.tensor)] for site in sites]
-        scales = np.array([float(amax[site_key(index, site.name)]) for site in sites])
-        total += float(noise_to_signal(seen, scales, setting.act_bits).sum())
-        for name, weight in block.weights().items():
-            scale = amax[site_key(index, name)].to(weight.device)
-            error = fake_quantize(weight.detach(), scale, setting.weight_bits, mode.weight_axis) - weight.detach()
-            total += float(error.square().sum() / weight.detach().square().sum())
-    return total
-
-
-def degenerate_sites(amax: Mapping[str, Tensor]) -> list[str]:
-    """Sites with an amax of 0 (in any channel): they quantize to zeros."""
-    return [key for key, value in amax.items() if bool((value == 0).any())]
+    def _value(self, kind: str, segment: int, key: str) -> Any:
+        found = self._values.get((kind, segment, key))
+        return STATISTICS[kind].empty(self._widths[key]) if found is None else found

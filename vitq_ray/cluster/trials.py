@@ -1,6 +1,6 @@
 """Candidates as Ray Tune trials: one step is one chunk of images, on warm, reused workers.
 
-    Referee.next() ──► candidate ──► trial on a worker: take on its scales, evaluate chunk after chunk
+    Referee.next() ──► candidate ──► trial on a worker: follow its plan, evaluate chunk after chunk
     chunk results ──► Referee.take() ──► CONTINUE or STOP                     (a Tune scheduler that says nothing else)
 
 A worker process builds its model once and keeps it; a trial only changes numbers in it. All that is decided is
@@ -31,14 +31,14 @@ from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor, nn
 
-from vitq_ray.base.config import InputError, QuantSetting
+from vitq_ray.base.config import InputError
 from vitq_ray.data.loader import Batch
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.measure.evaluation import Evaluation, evaluate
 from vitq_ray.measure.racing import RaceRules, chunks_left
-from vitq_ray.quant.vit import apply_amax, frozen_weights
+from vitq_ray.quant.plan import Plan
+from vitq_ray.quant.vit import apply_plan, frozen_weights
 
-Amax = dict[str, npt.NDArray[np.float32]]
 Bools = npt.NDArray[np.bool_]
 
 
@@ -131,18 +131,18 @@ class Resources:
 
 @ray.remote(num_cpus=0)
 class _Desk:
-    """Where trials fetch the setting and the scales of their candidate; who comes too early waits."""
+    """Where trials fetch the plan of their candidate; who comes too early waits."""
 
     def __init__(self) -> None:
-        self._scales: dict[str, tuple[QuantSetting, Amax]] = {}
+        self._plans: dict[str, Plan] = {}
 
-    async def put(self, name: str, setting: QuantSetting, amax: Amax) -> None:
-        self._scales[name] = setting, amax
+    async def put(self, name: str, plan: Plan) -> None:
+        self._plans[name] = plan
 
-    async def get(self, name: str) -> tuple[QuantSetting, Amax]:
-        while name not in self._scales:
+    async def get(self, name: str) -> Plan:
+        while name not in self._plans:
             await asyncio.sleep(0.01)
-        return self._scales[name]
+        return self._plans[name]
 
 
 @dataclass(frozen=True)
@@ -159,10 +159,9 @@ class Shared:
     threads: int
     use_gpu: bool
 
-    def add(self, name: str, setting: QuantSetting, amax: Mapping[str, Tensor]) -> None:
+    def add(self, name: str, plan: Plan) -> None:
         """Make a candidate known to the trials."""
-        arrays = {site: value.detach().cpu().numpy() for site, value in amax.items()}
-        self.desk.put.remote(name, setting, arrays)
+        self.desk.put.remote(name, plan)
 
 
 def share(
@@ -189,7 +188,7 @@ def share(
 
 
 class Worker:
-    """One process: a quantized model that takes on the scales of one candidate after the other."""
+    """One process: a quantized model that follows the plan of one candidate after the other."""
 
     def __init__(self, shared: Shared) -> None:
         torch.set_num_threads(shared.threads)
@@ -202,10 +201,8 @@ class Worker:
 
     def take_on(self, name: str) -> None:
         """Become a candidate."""
-        setting, amax = ray.get(self.shared.desk.get.remote(name))
         self._frozen.close()
-        scales = {site: torch.from_numpy(value.copy()) for site, value in amax.items()}
-        apply_amax(self.model, scales, setting.mode, setting.weight_bits, setting.act_bits)
+        apply_plan(self.model, ray.get(self.shared.desk.get.remote(name)))
         self._frozen.enter_context(frozen_weights(self.model))
 
     def evaluate(self, start: int, end: int) -> Evaluation:
@@ -257,7 +254,7 @@ class CandidateTrial(tune.Trainable):
         }
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Nothing: results are in the driver already, scales at the desk."""
+        """Nothing: results are in the driver already, plans at the desk."""
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Nothing, as above."""

@@ -54,12 +54,13 @@ class BatchWorker:
         return self._transform.normalize(images.clone().to(self._device))
 
     def observe(
-        self, index: int, batch: Batch, snapshots: Sequence[int], widths: dict[str, float]
+        self, index: int, batch: Batch, snapshots: Sequence[int], widths: dict[str, float], kinds: tuple[str, ...]
     ) -> tuple[CalibrationStatistics, Tensor]:
         """Statistics of one calibration batch, and the float model's logits (B, classes)."""
         logits: list[Tensor] = []
         inputs = [(index, self._input(batch.images))]
-        statistics = collect_statistics(self._model, inputs, snapshots, widths, lambda _, y: logits.append(y.cpu()))
+        keep = lambda _, y: logits.append(y.cpu())  # noqa: E731
+        statistics = collect_statistics(self._model, inputs, snapshots, widths, keep, kinds)
         return statistics, logits[0]
 
     def classify(self, batch: Batch) -> tuple[Evaluation, Tensor]:
@@ -155,7 +156,7 @@ def collect_on(
     def items() -> Iterator[tuple[Any, ...]]:
         for index, batch in batches:
             indices.append(index)
-            yield index, batch, tuple(snapshots), widths
+            yield index, batch, tuple(snapshots), widths, tuple(first.kinds)
 
     statistics = first
     for i, (part, logits) in enumerate(pool.map("observe", items())):

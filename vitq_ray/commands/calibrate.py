@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitq_ray.base.config import InputError, QuantSetting
+from vitq_ray.base.config import InputError
 from vitq_ray.base.files import output_folder, write_json
-from vitq_ray.calibration.statistics import CalibrationStatistics, apply_setting, collect_statistics, degenerate_sites
+from vitq_ray.calibration.scales import apply_setting, kinds_needed
+from vitq_ray.calibration.setting import Setting
+from vitq_ray.calibration.statistics import CalibrationStatistics, collect_statistics
 from vitq_ray.cluster.start import cluster
 from vitq_ray.cluster.workers import WorkerPool, collect_on, evaluate_on, torch_threads
 from vitq_ray.commands import options as cli
@@ -34,6 +36,7 @@ from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.measure.evaluation import Evaluation, evaluate, sanity_problem
 from vitq_ray.models.checkpoint import Sidecar, save_calibrated
 from vitq_ray.models.load import LoadedModel, load_model
+from vitq_ray.quant.plan import Plan
 from vitq_ray.quant.quantizer import State
 from vitq_ray.quant.sites import WEIGHT
 from vitq_ray.quant.vit import frozen_weights, quant_blocks, quantize_vit, sites_of
@@ -59,7 +62,7 @@ class Job:
     """What a run works with, made by `prepare`."""
 
     args: argparse.Namespace
-    setting: QuantSetting
+    setting: Setting
     loaded: LoadedModel
     model: nn.Module
     transform: EvalTransform
@@ -125,15 +128,17 @@ def collect(
     job: Job, batches: Iterator[tuple[int, Batch]], on_batch: Callable[[int, Tensor], None]
 ) -> CalibrationStatistics:
     """Statistics of the batches: collected here, or on workers, to which batch 0 tells the bin widths."""
-    args, snapshots = job.args, [job.args.num_calib_batch]
+    args, snapshots, kinds = job.args, [job.args.num_calib_batch], kinds_needed([job.setting])
 
     def inputs() -> Iterator[tuple[int, Tensor]]:
         return ((index, job.to_input(batch.images)) for index, batch in batches)
 
     if args.num_workers is None:
-        return collect_statistics(job.model, inputs(), snapshots, on_batch=on_batch)
+        return collect_statistics(job.model, inputs(), snapshots, on_batch=on_batch, kinds=kinds)
     with torch_threads(args.threads_per_worker):
-        statistics = collect_statistics(job.model, itertools.islice(inputs(), 1), snapshots, on_batch=on_batch)
+        statistics = collect_statistics(
+            job.model, itertools.islice(inputs(), 1), snapshots, on_batch=on_batch, kinds=kinds
+        )
     with pool(job) as workers:
         return collect_on(workers, batches, snapshots, statistics, on_batch)
 
@@ -203,15 +208,12 @@ def result_of(job: Job, evaluation: Evaluation, on_calib: Evaluation, used: list
     }
 
 
-def sidecar_of(job: Job, evaluation: Evaluation, result: dict[str, Any]) -> Sidecar:
+def sidecar_of(job: Job, plan: Plan, evaluation: Evaluation, result: dict[str, Any]) -> Sidecar:
     loaded = job.loaded
-    return Sidecar(
-        setting=job.setting,
-        geometry=loaded.geometry,
-        mean=loaded.mean,
-        std=loaded.std,
-        interpolation=loaded.interpolation,
-        weights_fingerprint=loaded.fingerprint,
+    return Sidecar.of(
+        loaded,
+        job.setting,
+        plan,
         data_fingerprint=job.val.fingerprint,
         seed=job.args.seed,
         crop_pct=job.args.crop_pct,
@@ -238,19 +240,20 @@ def run(job: Job, watch: cli.Stopwatch) -> None:
     if problem := sanity_problem(on_calib, job.loaded.geometry.num_classes):
         cli.warn(f"{problem} (measured on the calibration images)")
     with watch.stage("scales"):
-        amax = apply_setting(job.model, statistics, job.setting)
+        plan = apply_setting(job.model, statistics, job.setting)
     print_summary(job.model)
-    for site in degenerate_sites(amax):
+    for site in plan.degenerate_sites():
         cli.warn(f"{site}: amax is 0, this tensor quantizes to zeros")
     with watch.stage("evaluate"):
         evaluation = evaluate_all(job)
     if evaluation.images == 0:
         raise InputError(f"{args.data_path}: no readable image in val")
     result = result_of(job, evaluation, on_calib, used)
-    result["degenerate_sites"] = degenerate_sites(amax)
+    result["degenerate_sites"] = plan.degenerate_sites()
     folder = Path(args.calib_output_path)
     with watch.stage("save"):
-        path = save_calibrated(folder, cli.checkpoint_name(args), job.model, sidecar_of(job, evaluation, result))
+        sidecar = sidecar_of(job, plan, evaluation, result)
+        path = save_calibrated(folder, cli.checkpoint_name(args), job.model, plan, sidecar)
     write_json(folder / "result.json", {**result, "seconds": watch.seconds})
     report(job, evaluation, path, watch)
 

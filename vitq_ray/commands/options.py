@@ -21,13 +21,17 @@ from typing import Any, NoReturn, TypeVar
 import rich.progress
 import torch
 
-from vitq_ray.base.config import CALIBRATORS, MAX_BITS, MIN_BITS, MODES, InputError, QuantSetting
+from vitq_ray.base.config import InputError
 from vitq_ray.base.files import one_line
+from vitq_ray.calibration.calibrators import CALIBRATORS, Calibration
+from vitq_ray.calibration.setting import Setting
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.models.geometry import AUTO
 from vitq_ray.models.load import LoadedModel
 from vitq_ray.qat.loop import DivergedError
 from vitq_ray.qat.recipe import RECIPE_OPTIONS, RecipeOption
+from vitq_ray.quant.plan import MAX_BITS, MIN_BITS
+from vitq_ray.quant.sites import MODES
 
 T = TypeVar("T")
 
@@ -138,14 +142,20 @@ def add_setting_options(parser: Parser) -> None:
     parser.add("--aprec", type=number(int, MIN_BITS, MAX_BITS), default=8, help="bits of activations")
 
 
-def setting_from(args: argparse.Namespace) -> QuantSetting:
+def setting_from(args: argparse.Namespace) -> Setting:
     """The setting that the options describe; the percentile belongs to the percentile calibrator only."""
     percentile = DEFAULT_PERCENTILE if args.percentile is None else args.percentile
-    if args.calibrator != "percentile":
-        if args.percentile is not None:
-            warn(f"--percentile {args.percentile:g} is not used by the {args.calibrator} calibrator")
-        percentile = None
-    return QuantSetting(args.quant_mode, args.calibrator, percentile, args.num_calib_batch, args.wprec, args.aprec)
+    if args.calibrator != "percentile" and args.percentile is not None:
+        warn(f"--percentile {args.percentile:g} is not used by the {args.calibrator} calibrator")
+    values = (percentile,) if args.calibrator == "percentile" else ()
+    return Setting(
+        mode=args.quant_mode,
+        calibrator=Calibration(args.calibrator, values),
+        num_batches=args.num_calib_batch,
+        batch_size=args.calib_batchsz,
+        weight_bits=args.wprec,
+        act_bits=args.aprec,
+    )
 
 
 def apply_sample_defaults(args: argparse.Namespace) -> None:

@@ -33,7 +33,8 @@ from torch import nn
 
 from vitq_ray.base.config import InputError
 from vitq_ray.base.files import exists, output_folder, write_json
-from vitq_ray.calibration.statistics import apply_setting, collect_statistics
+from vitq_ray.calibration.scales import apply_setting, kinds_needed
+from vitq_ray.calibration.statistics import collect_statistics
 from vitq_ray.cluster.qat_group import (
     MAX_FAILURES,
     QatMetrics,
@@ -58,7 +59,7 @@ from vitq_ray.qat.recipe import QatConfig, recipe_of
 from vitq_ray.qat.state import EpochReport, QatOutcome, epoch_row
 from vitq_ray.qat.task import Judgement, QatTask, Recorder, read_judgement, run_task
 from vitq_ray.qat.teacher import TEACHER_LOGITS
-from vitq_ray.quant.vit import float_copy, quantize_vit
+from vitq_ray.quant.vit import float_copy, quantize_vit, scales_of
 from vitq_ray.run.folder import default_folder, read_bad_images, record_bad_images
 
 # What may differ between a run and its continuation: it does not change what is computed.
@@ -195,8 +196,8 @@ def require_same(args: argparse.Namespace, given: dict[str, Any], sidecar: Sidec
                 setting.mode,
                 setting.weight_bits,
                 setting.act_bits,
-                setting.calibrator,
-                setting.percentile,
+                setting.calibrator.name,
+                next(iter(setting.calibrator.values), None),
                 setting.num_batches,
             ),
             strict=True,
@@ -223,23 +224,22 @@ def calibrate(args: argparse.Namespace, folder: Path, watch: cli.Stopwatch) -> N
     batches = iter_batches(index, ids, transform, size, args.decode_threads, args.on_bad_image)
     images = (transform.normalize(batch.images) for batch in itertools.islice(batches, count))
     with watch.stage("calibrate"):
-        statistics = collect_statistics(model, enumerate(cli.track(images, count, "calibrate")), [count])
-        apply_setting(model, statistics, setting)
+        shown = enumerate(cli.track(images, count, "calibrate"))
+        statistics = collect_statistics(model, shown, [count], kinds=kinds_needed([setting]))
+        plan = apply_setting(model, statistics, setting)
     calibration = {"split": "train", "batches": count, "batch_size": size, "data_fingerprint": index.fingerprint}
-    sidecar = Sidecar(
-        setting=setting,
-        geometry=loaded.geometry,
-        mean=loaded.mean,
-        std=loaded.std,
-        interpolation=loaded.interpolation,
-        weights_fingerprint=loaded.fingerprint,
+    sidecar = Sidecar.of(
+        loaded,
+        setting,
+        plan,
         data_fingerprint=val.fingerprint,
         seed=args.seed,
         crop_pct=args.crop_pct,
         calibration=calibration,
+        accuracy={},
         versions=cli.versions(),
     )
-    save_calibrated(folder, cli.checkpoint_name(args), model, sidecar)
+    save_calibrated(folder, cli.checkpoint_name(args), model, plan, sidecar)
 
 
 def make_data(args: argparse.Namespace, given: dict[str, Any], start: CalibratedModel) -> tuple[QatData, Ids, str]:
@@ -389,7 +389,8 @@ def save(job: Job, outcome: QatOutcome, judgement: Judgement) -> Path:
         accuracy=counts.accuracy(),
         versions=cli.versions(),
     )
-    return save_calibrated(job.folder, cli.checkpoint_name(job.args), model, sidecar, suffix="qat")
+    plan = start.plan.with_amax(scales_of(model))
+    return save_calibrated(job.folder, cli.checkpoint_name(job.args), model, plan, sidecar, suffix="qat")
 
 
 def result_of(job: Job, outcome: QatOutcome, judgement: Judgement) -> dict[str, Any]:

@@ -23,9 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitq_ray.base.config import InputError, QuantSetting
+from vitq_ray.base.config import InputError
 from vitq_ray.base.files import write_json
-from vitq_ray.calibration.statistics import CalibrationStatistics, apply_setting, collect_statistics
+from vitq_ray.base.formats import require_format
+from vitq_ray.calibration.setting import Setting, read_setting
+from vitq_ray.calibration.statistics import CalibrationStatistics, collect_statistics
 from vitq_ray.cluster.metrics import Metrics
 from vitq_ray.cluster.qat_trials import run_training
 from vitq_ray.cluster.start import Cluster
@@ -47,7 +49,8 @@ from vitq_ray.models.weights import weights_fingerprint
 from vitq_ray.qat.ranks import QatData, steps_per_epoch
 from vitq_ray.qat.state import read_outcome
 from vitq_ray.qat.teacher import TEACHER_LOGITS
-from vitq_ray.quant.vit import float_copy, frozen_weights, quantize_vit, quantizers_off
+from vitq_ray.quant.plan import Plan
+from vitq_ray.quant.vit import apply_plan, float_copy, frozen_weights, quantize_vit, quantizers_off, scales_of
 from vitq_ray.run.folder import RunFolder, first_difference, read_bad_images, record_bad_images
 from vitq_ray.search.asha import Epoch, QatContest, TrainingRun, training_runs
 from vitq_ray.search.contest import Candidate, Contest, Listeners, race_rules
@@ -68,7 +71,7 @@ class Search:
 
     args: argparse.Namespace
     space: SearchSpace
-    defaults: QuantSetting
+    defaults: Setting
     loaded: LoadedModel
     model: nn.Module
     transform: EvalTransform
@@ -80,7 +83,7 @@ class Search:
     watch: cli.Stopwatch = field(default_factory=cli.Stopwatch)
     bad_images: list[tuple[str, str]] = field(default_factory=list)
 
-    fixed: tuple[QuantSetting, ...] | None = None  # with --from-run: what is tried, instead of the space
+    fixed: tuple[Setting, ...] | None = None  # with --from-run: what is tried, instead of the space
 
     def to_input(self, images: Tensor) -> Tensor:
         """uint8 (B, S, S, 3) -> float32 (B, 3, S, S) on the driver's device."""
@@ -139,12 +142,15 @@ def prepare(args: argparse.Namespace) -> Search:
     return search
 
 
-def settings_of_run(path: Path) -> tuple[QuantSetting, ...]:
+def settings_of_run(path: Path) -> tuple[Setting, ...]:
     """The best setting of a finished search and those tied with it."""
     try:
-        candidates = json.loads((path / "result.json").read_bytes())["candidates"].values()
+        result = json.loads((path / "result.json").read_bytes())
+        found = require_format("result", str(path / "result.json"), result)
+        size = RunFolder(path).read_run()["options"]["calib_batchsz"]
+        candidates = result["candidates"].values()
         chosen = [c for outcome in ("best", "tied") for c in candidates if c["outcome"] == outcome]
-        return tuple(QuantSetting.from_dict(c["setting"]) for c in chosen if c["same_as"] is None)
+        return tuple(read_setting(c["setting"], found, size) for c in chosen if c["same_as"] is None)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"--from-run: {path} is not the folder of a finished search ({reason})") from None
@@ -348,8 +354,8 @@ def race(
     shared = share(search.model, images, rules, search.transform, args.batch_size, search.resources)
     with live.LiveRace(field_of_race, baseline) as table:
 
-        def on_candidate(candidate: Candidate, amax: Mapping[str, Tensor]) -> None:
-            shared.add(candidate.name, candidate.setting, amax)
+        def on_candidate(candidate: Candidate) -> None:
+            shared.add(candidate.name, candidate.plan)
             table.enter(candidate.name, candidate.setting.label)
 
         def on_chunk(name: str, images: int) -> None:
@@ -382,11 +388,11 @@ def _count_states(race: Race, metrics: Metrics) -> None:
         metrics.set("vitq_candidates", count, state=state)
 
 
-def report(search: Search, statistics: CalibrationStatistics, winner: Candidate) -> tuple[Evaluation, Evaluation]:
+def report(search: Search, winner: Candidate) -> tuple[Evaluation, Evaluation]:
     """(winner, float model) on the report images; the model has the winner's scales afterwards."""
     ids, size = search.splits.report, search.args.batch_size
     batches = cli.track(search.stream(search.val, ids, size), -(-len(ids) // size), "report")
-    apply_setting(search.model, statistics, winner.setting)
+    apply_plan(search.model, winner.plan)
 
     def float_logits(x: Tensor) -> Tensor:
         with quantizers_off(search.model):
@@ -399,16 +405,13 @@ def report(search: Search, statistics: CalibrationStatistics, winner: Candidate)
     return results["winner"], results["float"]
 
 
-def sidecar_of(search: Search, setting: QuantSetting, accuracy: dict[str, Any]) -> Sidecar:
+def sidecar_of(search: Search, setting: Setting, plan: Plan, accuracy: dict[str, Any]) -> Sidecar:
     """What is said of a checkpoint of this search."""
     loaded, args = search.loaded, search.args
-    return Sidecar(
-        setting=setting,
-        geometry=loaded.geometry,
-        mean=loaded.mean,
-        std=loaded.std,
-        interpolation=loaded.interpolation,
-        weights_fingerprint=loaded.fingerprint,
+    return Sidecar.of(
+        loaded,
+        setting,
+        plan,
         data_fingerprint=search.val.fingerprint,
         seed=args.seed,
         crop_pct=args.crop_pct,
@@ -427,9 +430,9 @@ def sidecar_of(search: Search, setting: QuantSetting, accuracy: dict[str, Any]) 
 
 def save_best(search: Search, folder: RunFolder, winner: Candidate, accuracy: dict[str, Any]) -> Path:
     """best/: the setting and the calibrated checkpoint of the model as it is now. Returns the checkpoint's path."""
-    sidecar = sidecar_of(search, winner.setting, accuracy)
+    sidecar = sidecar_of(search, winner.setting, winner.plan, accuracy)
     write_json(folder.best / "setting.json", winner.setting.to_dict())
-    return save_calibrated(folder.best, cli.checkpoint_name(search.args), search.model, sidecar)
+    return save_calibrated(folder.best, cli.checkpoint_name(search.args), search.model, winner.plan, sidecar)
 
 
 # QAT ----------------------------------------------------------------------------------------------------------------
@@ -460,12 +463,10 @@ def misses_target(search: Search, contest: Contest, baseline: Evaluation) -> boo
     return not met
 
 
-def train(
-    search: Search, space: QatSpace, folder: RunFolder, statistics: CalibrationStatistics, contest: Contest
-) -> Trained:
+def train(search: Search, space: QatSpace, folder: RunFolder, contest: Contest) -> Trained:
     """QAT from the best and tied settings; the best epoch by the selection images, reported on the report images."""
     home = folder.path / "qat"
-    starts = _save_starts(search, home / "starts", statistics, contest, space.starts)
+    starts = _save_starts(search, home / "starts", contest, space.starts)
     runs = training_runs(space, list(starts), search.args.seed)
     training = QatContest(runs, space, folder.append)
     training.replay(folder.events())
@@ -484,18 +485,16 @@ def train(
     return _report_trained(search, folder, training, best, starts)
 
 
-def _save_starts(
-    search: Search, home: Path, statistics: CalibrationStatistics, contest: Contest, count: int
-) -> dict[str, str]:
+def _save_starts(search: Search, home: Path, contest: Contest, count: int) -> dict[str, str]:
     """{candidate: path of its checkpoint} of the best and tied settings, best first."""
     outcome = contest.outcome()
     names = [n for n in contest.race.names if outcome[n] in ("best", "tied")]
     names.sort(key=lambda n: (outcome[n] != "best", -float(contest.race.correct(n).mean())))
     paths = {}
     for name in names[:count]:
-        setting = contest.candidates[name].setting
-        apply_setting(search.model, statistics, setting)
-        paths[name] = str(save_calibrated(home, name, search.model, sidecar_of(search, setting, {})).absolute())
+        chosen = contest.candidates[name]
+        sidecar = sidecar_of(search, chosen.setting, chosen.plan, {})
+        paths[name] = str(save_calibrated(home, name, search.model, chosen.plan, sidecar).absolute())
     return paths
 
 
@@ -534,7 +533,8 @@ def _report_trained(
         calibration={**start.sidecar.calibration, "qat": recipe},
         accuracy={"qat": evaluation.summary()},
     )
-    path = save_calibrated(folder.best, cli.checkpoint_name(search.args), model, sidecar, suffix="qat")
+    plan = start.plan.with_amax(scales_of(model))
+    path = save_calibrated(folder.best, cli.checkpoint_name(search.args), model, plan, sidecar, suffix="qat")
     histories = {name: [asdict(epoch) for epoch in epochs] for name, epochs in training.history.items()}
     summary = {
         **evaluation.summary(),
@@ -573,12 +573,12 @@ def run(search: Search, folder: RunFolder, ray_cluster: Cluster) -> None:
     assert best is not None  # the first candidate is never stopped
     winner = contest.candidates[best]
     with search.watch.stage("report"):
-        of_winner, of_float = report(search, statistics, winner)
+        of_winner, of_float = report(search, winner)
     counts = {"winner": of_winner.summary(), "float": of_float.summary()}
     path = save_best(search, folder, winner, counts)
     trained = None
     if search.space.qat is not None and misses_target(search, contest, baseline):
-        trained = train(search, search.space.qat, folder, statistics, contest)
+        trained = train(search, search.space.qat, folder, contest)
     folder.append("winner", name=winner.name, report=counts["winner"])
     result = _result(search, folder, contest, results, winner, counts)
     folder.write_result(result if trained is None else {**result, "qat": trained.summary})

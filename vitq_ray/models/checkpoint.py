@@ -18,28 +18,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitq_ray.base.config import Config, InputError, QuantSetting
+from vitq_ray.base.config import Config, InputError
 from vitq_ray.base.files import atomic_file, exists, read_bytes, write_json
+from vitq_ray.base.formats import FORMATS, require_format
+from vitq_ray.calibration.setting import Setting, read_setting
 from vitq_ray.models.fastertransformer import from_fastertransformer, is_fastertransformer, to_fastertransformer
 from vitq_ray.models.geometry import Geometry, build_model, named_geometry
-from vitq_ray.models.load import Channels, LoadedModel
-from vitq_ray.models.weights import read_state, weights_fingerprint
-from vitq_ray.quant.sites import MODES, WEIGHT
-from vitq_ray.quant.vit import apply_amax, quant_blocks, quantize_vit, sites_of
+from vitq_ray.models.load import Channels, LoadedModel, load_model
+from vitq_ray.models.weights import read_checkpoint, read_state, weights_fingerprint
+from vitq_ray.quant.plan import Plan, SitePlan, SiteRule, rule_of
+from vitq_ray.quant.sites import MODES, sites_of_blocks
+from vitq_ray.quant.vit import apply_plan, quantize_vit, site_weights
 
-_FORMAT = 1
 _AMAX = "._amax"
+_DECIDES = ("mean", "std", "interpolation", "crop_pct", "setting", "geometry", "sites")  # the logits of a checkpoint
 
 
 @dataclass(frozen=True)
 class Sidecar(Config):
     """What `<name>_calib.json` holds.
 
-    `calibration`, `accuracy` and `versions` are for the reader; the rest is needed to run the checkpoint.
-    `checkpoint_fingerprint` ties the `.pth` and what is said of it here together (`fingerprint_of`).
+    `calibration`, `accuracy` and `versions` are for the reader; the rest is needed to run the checkpoint. `sites` is
+    what every site of the plan does apart from its amax, which the `.pth` has. `checkpoint_fingerprint` ties the `.pth`
+    and what is said of it here together (`fingerprint_of`).
     """
 
-    setting: QuantSetting
+    setting: Setting
     geometry: Geometry
     mean: Channels
     std: Channels
@@ -47,67 +51,144 @@ class Sidecar(Config):
     weights_fingerprint: str
     data_fingerprint: str
     seed: int
+    sites: dict[str, SiteRule]
     crop_pct: float | None = None
     checkpoint_fingerprint: str = ""
     calibration: dict[str, Any] = field(default_factory=dict)
     accuracy: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-    format: int = _FORMAT
+    format: int = FORMATS["sidecar"]
 
     def __post_init__(self) -> None:
-        if self.format != _FORMAT:
-            raise InputError(f"checkpoint sidecar: format {self.format} found, {_FORMAT} expected")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise InputError(f"mean, std: expected three numbers each, std > 0, got {self.mean} and {self.std}")
         if self.geometry.timm_name is not None:
             named_geometry(str(self.geometry.timm_name))  # raises for what timm cannot build
+        wanted = sites_of_blocks(self.geometry.depth)
+        for key in sorted(set(wanted) ^ set(self.sites)):
+            problem = "is missing" if key in wanted else "is not a site"
+            raise InputError(f"sites: {key} {problem} of a model of {self.geometry.depth} blocks")
+
+    @staticmethod
+    def of(
+        loaded: LoadedModel,
+        setting: Setting,
+        plan: Plan,
+        data_fingerprint: str,
+        seed: int,
+        crop_pct: float | None,
+        calibration: Mapping[str, Any],
+        accuracy: Mapping[str, Any],
+        versions: Mapping[str, str],
+    ) -> Sidecar:
+        """What is said of a plan for this model. `data_fingerprint` is that of the images it was judged on."""
+        return Sidecar(
+            setting=setting,
+            geometry=loaded.geometry,
+            mean=loaded.mean,
+            std=loaded.std,
+            interpolation=loaded.interpolation,
+            weights_fingerprint=loaded.fingerprint,
+            data_fingerprint=data_fingerprint,
+            seed=seed,
+            sites=plan.rules,
+            crop_pct=crop_pct,
+            calibration=dict(calibration),
+            accuracy=dict(accuracy),
+            versions=dict(versions),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        sites = {key: rule.to_dict() for key, rule in self.sites.items()}
+        own = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {**own, "setting": self.setting.to_dict(), "geometry": self.geometry.to_dict(), "sites": sites}
 
     @classmethod
-    def read(cls, path: str) -> Sidecar:
-        """Parse and validate a sidecar; InputError naming the file otherwise."""
+    def parse(cls, values: Mapping[str, Any], path: str) -> Sidecar:
+        """From the JSON of any known format; InputError naming the file otherwise."""
         try:
-            values = dict(json.loads(read_bytes(path, "the JSON sidecar of a calibrated checkpoint")))
-            values["setting"] = QuantSetting.from_dict(values.get("setting", {}), complete=True)
+            found = require_format("sidecar", path, values)
+            values = dict(values)
+            calibration = values.get("calibration", {})
+            size = calibration.get("batch_size", 8) if isinstance(calibration, Mapping) else 8
+            values["setting"] = read_setting(values.get("setting", {}), found, size)
             values["geometry"] = Geometry.from_dict(values.get("geometry", {}), complete=True)
             for key in ("mean", "std"):
                 values[key] = tuple(map(float, values.get(key, ())))
-            return cls.from_dict(values, complete=True)
-        except (ValueError, TypeError) as error:
+            if found == 1:
+                values["sites"] = _rules_of_mode(values["setting"], values["geometry"].depth)
+            sites = values.get("sites", {})
+            values["sites"] = {key: _site_rule(rule) for key, rule in sites.items()}
+            return cls.from_dict({**values, "format": FORMATS["sidecar"]}, complete=True)
+        except (ValueError, TypeError, AttributeError) as error:
+            if str(error).startswith(f"{path}: "):
+                raise
             raise InputError(f"{path}: not a sidecar of a calibrated checkpoint: {error}") from None
 
 
-def save_calibrated(folder: Path, name: str, model: torch.nn.Module, sidecar: Sidecar, suffix: str = "calib") -> Path:
-    """Write `<name>_<suffix>.pth` and `.json`; returns the path of the `.pth`. The sidecar comes last."""
+def _site_rule(values: Any) -> SiteRule:
+    return values if isinstance(values, SiteRule) else SiteRule.from_dict(values, complete=True)
+
+
+def _rules_of_mode(setting: Setting, depth: int) -> dict[str, SiteRule]:
+    """What sidecars of format 1 left to mode and bits."""
+    mode = MODES[setting.mode]
+    return {
+        key: rule_of(mode, site, setting.weight_bits, setting.act_bits) for key, site in sites_of_blocks(depth).items()
+    }
+
+
+def _read_sidecar(path: str) -> tuple[Sidecar, dict[str, Any]]:
+    """A sidecar, and its JSON as the file has it."""
+    data = read_bytes(path, "the JSON sidecar of a calibrated checkpoint")
+    try:
+        values = json.loads(data)
+    except ValueError as error:
+        raise InputError(f"{path}: not a sidecar of a calibrated checkpoint: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: not a sidecar of a calibrated checkpoint: a {type(values).__name__}")
+    return Sidecar.parse(values, path), values
+
+
+def save_calibrated(
+    folder: Path, name: str, model: torch.nn.Module, plan: Plan, sidecar: Sidecar, suffix: str = "calib"
+) -> Path:
+    """Write `<name>_<suffix>.pth` and `.json`; returns the path of the `.pth`. The sidecar comes last.
+
+    `model` has the weights; those that the plan changes are saved as the plan has them, scales always.
+    """
     path = folder / f"{name}_{suffix}.pth"
-    state = fastertransformer_state(model, sidecar.geometry)
-    sidecar = dataclasses.replace(sidecar, checkpoint_fingerprint=fingerprint_of(state, sidecar))
+    state = fastertransformer_state(model, plan, sidecar.geometry)
+    fingerprint = fingerprint_of(state, json.loads(json.dumps(sidecar.to_dict())))
     with atomic_file(path) as stream:
         torch.save(state, stream)
+    sidecar = dataclasses.replace(sidecar, checkpoint_fingerprint=fingerprint)
     write_json(path.with_suffix(".json"), sidecar.to_dict())
     return path
 
 
-def fingerprint_of(state: Mapping[str, Tensor], sidecar: Sidecar) -> str:
-    """sha256 of every tensor of a checkpoint and of what the sidecar says that decides its logits."""
-    said = {name: getattr(sidecar, name) for name in ("mean", "std", "interpolation", "crop_pct")}
-    said |= {"setting": sidecar.setting.to_dict(), "geometry": sidecar.geometry.to_dict()}
+def fingerprint_of(state: Mapping[str, Tensor], described: Mapping[str, Any]) -> str:
+    """sha256 of every tensor of a checkpoint and of what its sidecar's JSON says that decides its logits."""
+    said = {name: described[name] for name in _DECIDES if name in described}  # format 1 has no `sites`
     text = json.dumps(said, sort_keys=True) + weights_fingerprint(state)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def fastertransformer_state(model: torch.nn.Module, geometry: Geometry) -> dict[str, Tensor]:
-    """Weights and `_amax` of every site of a quantized model, under FasterTransformer's names, in its order."""
-    weights = {k: v for k, v in model.state_dict().items() if not k.endswith(_AMAX)}
-    amax = {key + _AMAX: quantizer.amax for key, _, quantizer in sites_of(model)}
+def fastertransformer_state(model: torch.nn.Module, plan: Plan, geometry: Geometry) -> dict[str, Tensor]:
+    """Weights and `_amax` of every site, under FasterTransformer's names, in its order."""
+    weights = {k: v for k, v in model.state_dict().items() if not k.endswith(_AMAX)} | dict(plan.weights)
+    amax = {key + _AMAX: value for key, value in plan.amax.items()}
     state = to_fastertransformer(weights, geometry) | amax
     return {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
 
 
 @dataclass(frozen=True)
 class CalibratedModel:
-    """A quantized model ready to run, and what its sidecar says of it."""
+    """A quantized model ready to run, the plan that it follows, and what its sidecar says of it."""
 
     loaded: LoadedModel
+    plan: Plan
     sidecar: Sidecar
 
 
@@ -118,19 +199,33 @@ def is_calibrated(path: str) -> bool:
 
 def load_calibrated(path: str) -> CalibratedModel:
     """Read a calibrated checkpoint and its sidecar. InputError for anything missing, extra or misshapen."""
+    return _calibrated(path, read_state(path))
+
+
+def open_checkpoint(path: str, model_type: str, img_size: int | None) -> LoadedModel | CalibratedModel:
+    """A float model, or a calibrated one where the file is that, from one reading of the file.
+
+    `model_type` and `img_size` are as in `load_model`, for float checkpoints.
+    """
+    checkpoint = read_checkpoint(path)
+    if is_fastertransformer(checkpoint.arrays):
+        return _calibrated(path, checkpoint.arrays)
+    return load_model(model_type, checkpoint, img_size)
+
+
+def _calibrated(path: str, state: Mapping[str, Tensor]) -> CalibratedModel:
     stem, dot, _ = path.rpartition(".")
     sidecar_path = (stem if dot and "/" not in path[len(stem) :] else path) + ".json"
     if not exists(sidecar_path):
         raise InputError(f"{sidecar_path}: not found; a calibrated checkpoint needs its JSON sidecar beside it")
-    sidecar = Sidecar.read(sidecar_path)
-    state = read_state(path)
+    sidecar, described = _read_sidecar(sidecar_path)
     model = quantize_vit(build_model(sidecar.geometry))
     _load_weights(path, model, from_fastertransformer(state, sidecar.geometry))
-    setting = sidecar.setting
-    amax = _amax_of(path, model, state, setting)
-    if fingerprint_of(state, sidecar) != sidecar.checkpoint_fingerprint:
+    sites = _sites_of(path, model, state, sidecar)
+    if fingerprint_of(state, described) != sidecar.checkpoint_fingerprint:
         raise InputError(f"{path}: is not the checkpoint that {sidecar_path} describes; one of the two was changed")
-    apply_amax(model, amax, setting.mode, setting.weight_bits, setting.act_bits)
+    plan = Plan(sidecar.setting.mode, sites)
+    apply_plan(model, plan)
     loaded = LoadedModel(
         model=model.eval(),
         geometry=sidecar.geometry,
@@ -139,7 +234,7 @@ def load_calibrated(path: str) -> CalibratedModel:
         interpolation=sidecar.interpolation,
         fingerprint=sidecar.weights_fingerprint,
     )
-    return CalibratedModel(loaded, sidecar)
+    return CalibratedModel(loaded, plan, sidecar)
 
 
 def _load_weights(path: str, model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -154,21 +249,19 @@ def _load_weights(path: str, model: torch.nn.Module, weights: Mapping[str, Tenso
     model.load_state_dict(dict(weights), strict=False)
 
 
-def _amax_of(
-    path: str, model: torch.nn.Module, state: Mapping[str, Tensor], setting: QuantSetting
-) -> dict[str, Tensor]:
-    """{site name: amax} of the file, checked: every site present, of the mode's shape, not negative."""
-    rows = {name: len(weight) for name, weight in quant_blocks(model)[0].weights().items()}
-    known = {key for key, _, _ in sites_of(model)}
-    for key in sorted({k.removesuffix(_AMAX) for k in state if k.endswith(_AMAX)} - known):
+def _sites_of(path: str, model: torch.nn.Module, state: Mapping[str, Tensor], sidecar: Sidecar) -> dict[str, SitePlan]:
+    """The plan of every site, checked: its amax is there, of the shape of its axis, not negative."""
+    rows = {key: len(weight) for key, weight in site_weights(model).items()}
+    for key in sorted({k.removesuffix(_AMAX) for k in state if k.endswith(_AMAX)} - set(sidecar.sites)):
         raise InputError(f"{path}: {key}{_AMAX} belongs to no quantizer of this model")
-    amax = {}
-    for key, site, _ in sites_of(model):
+    sites = {}
+    for key in sites_of_blocks(sidecar.geometry.depth):
         if key + _AMAX not in state:
             raise InputError(f"{path}: {key}{_AMAX} is missing")
-        per_channel = site.family == WEIGHT and MODES[setting.mode].weight_axis is not None
-        amax[key] = _checked_amax(path, key, state[key + _AMAX], (rows[site.name], 1) if per_channel else ())
-    return amax
+        rule = sidecar.sites[key]
+        shape = () if rule.axis is None else (rows.get(key, 1), 1)
+        sites[key] = SitePlan(_checked_amax(path, key, state[key + _AMAX], shape), rule)
+    return sites
 
 
 def _checked_amax(path: str, key: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -62,7 +62,7 @@ class LoadedModel:
 
 
 def load_model(
-    model_type: str, pretrained: str | Path, img_size: int | None = None, num_classes: int | None = None
+    model_type: str, pretrained: str | Path | Checkpoint, img_size: int | None = None, num_classes: int | None = None
 ) -> LoadedModel:
     """Load a float classifier strictly.
 
@@ -71,15 +71,15 @@ def load_model(
     file does not tell its number of heads: `auto` then assumes width // 64, logs so, and reads only the plain
     layout (class token, biases, final norm); any other needs the timm name.
 
-    `pretrained` is a path or `s3://` URI of an `.npz`, `.pth` or `.safetensors`. The classes are those of its
-    head. Where `img_size`, in pixels, differs from the file's, position embeddings are resized: of `.npz`
-    files as Google does, of timm files as timm does.
+    `pretrained` is a path or `s3://` URI of an `.npz`, `.pth` or `.safetensors`, or what `read_checkpoint` made of
+    one. The classes are those of its head. Where `img_size`, in pixels, differs from the file's, position embeddings
+    are resized: of `.npz` files as Google does, of timm files as timm does.
 
     Raises InputError for an unknown name, an unreadable file, another architecture, missing, extra or
     misshapen arrays, NaN, no classifier, or a `num_classes` that is not the file's.
     """
     named = named_geometry(model_type)
-    checkpoint = read_checkpoint(str(pretrained))
+    checkpoint = pretrained if isinstance(pretrained, Checkpoint) else read_checkpoint(str(pretrained))
     require_known_layout(checkpoint)
     found = google_architecture(checkpoint) if checkpoint.is_google else timm_architecture(checkpoint)
     if num_classes not in (None, found.num_classes):

@@ -166,7 +166,7 @@ def _prepare(
         raise InputError("distillation: needs a teacher, there is none")
     folder.mkdir(parents=True, exist_ok=True)
     student = copy.deepcopy(start.loaded.model).to(ranks.device).requires_grad_(True)
-    learned = learn_amax(student, start.sidecar.setting.mode) if config.learn_amax else []
+    learned = learn_amax(student, start.plan) if config.learn_amax else []
     generator = torch.Generator(ranks.device)
     add_dropout(student, config.dropout, generator)
 

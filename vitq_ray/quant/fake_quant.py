@@ -38,13 +38,23 @@ def integer_range(bits: int) -> tuple[int, int]:
 
 
 def scale_of(amax: Tensor, bits: int) -> Tensor:
-    """Step size amax / qmax, same shape as `amax`; a zero amax yields a scale that quantizes everything to 0."""
-    scale = (amax / integer_range(bits)[1]).clamp_min(_SMALLEST_SCALE)
-    return torch.where(amax > 0, scale, torch.full_like(scale, _SCALE_OF_ZERO_AMAX))
+    """Step size amax / qmax of the symmetric grid, same shape as `amax`."""
+    return step_of(amax, integer_range(bits)[1])
+
+
+def step_of(amax: Tensor, largest: int) -> Tensor:
+    """amax / largest level, same shape as `amax`; a zero amax yields a step that quantizes everything to 0."""
+    step = (amax / largest).clamp_min(_SMALLEST_SCALE)
+    return torch.where(amax > 0, step, torch.full_like(step, _SCALE_OF_ZERO_AMAX))
 
 
 def fake_quantize(
-    x: Tensor, amax: Tensor, bits: int = 8, axis: int | None = None, learned_over: int | None = None
+    x: Tensor,
+    amax: Tensor,
+    bits: int = 8,
+    axis: int | None = None,
+    learned_over: int | None = None,
+    levels: tuple[int, int] | None = None,
 ) -> Tensor:
     """Quantize and dequantize `x`, with a straight-through gradient inside [-amax, amax].
 
@@ -55,16 +65,20 @@ def fake_quantize(
         bits: 2 to 8.
         axis: the channel axis of `x`, or None for one scale.
         learned_over: None for an amax without gradient; else it gets LSQ's, and this is LSQ's number of elements.
+        levels: smallest and largest integer less the zero point, where the grid is not the symmetric one of `bits`:
+            (0, 255) for unsigned 8 bits. The step is amax / largest level.
     """
-    return _FakeQuantize.apply(x, amax, bits, axis, learned_over)
+    return _FakeQuantize.apply(x, amax, levels or integer_range(bits), axis, learned_over)
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, amax: Tensor, bits: int, axis: int | None, learned_over: int | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, amax: Tensor, levels: tuple[int, int], axis: int | None, learned_over: int | None
+    ) -> Tensor:
         ctx.save_for_backward(x, amax)
-        ctx.bits, ctx.axis, ctx.learned_over = bits, axis, learned_over
-        return _forward(x, scale_of(amax, bits), integer_range(bits), axis)
+        ctx.levels, ctx.axis, ctx.learned_over = levels, axis, learned_over
+        return _forward(x, step_of(amax, levels[1]), levels, axis)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
@@ -72,16 +86,22 @@ class _FakeQuantize(torch.autograd.Function):
         x, amax = ctx.saved_tensors
         of_amax = None
         if ctx.learned_over is not None and ctx.needs_input_grad[1]:
-            of_amax = _lsq_gradient(grad, x, amax, ctx.bits, ctx.axis) / math.sqrt(
-                ctx.learned_over * integer_range(ctx.bits)[1]
-            )
-        return grad * (x.abs() <= _along(amax, x, ctx.axis)), of_amax, None, None, None
+            of_amax = _lsq_gradient(grad, x, amax, ctx.levels, ctx.axis) / math.sqrt(ctx.learned_over * ctx.levels[1])
+        return grad * _inside(x, _along(amax, x, ctx.axis), ctx.levels), of_amax, None, None, None
 
 
-def _lsq_gradient(grad: Tensor, x: Tensor, amax: Tensor, bits: int, axis: int | None) -> Tensor:
+def _inside(x: Tensor, amax: Tensor, levels: tuple[int, int]) -> Tensor:
+    """Where the gradient goes straight through: from -amax, or from the smallest level if that is nearer, to amax."""
+    low, high = levels
+    if low <= -high:
+        return x.abs() <= amax
+    return (x <= amax) & (x >= low * step_of(amax, high))
+
+
+def _lsq_gradient(grad: Tensor, x: Tensor, amax: Tensor, levels: tuple[int, int], axis: int | None) -> Tensor:
     """Σ grad · ∂x̂/∂amax over the elements of each scale, in the shape of `amax`; 0 where amax is 0."""
-    low, high = integer_range(bits)
-    level = x * _along(scale_of(amax, bits), x, axis).reciprocal()
+    low, high = levels
+    level = x * _along(step_of(amax, high), x, axis).reciprocal()
     slope = torch.where(level >= high, high, torch.where(level <= low, low, level.round() - level)).mul_(grad)
     others = [d for d in range(x.ndim) if axis is None or d != axis % x.ndim]
     return (slope.sum(others) / high).reshape(amax.shape) * (amax > 0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitq_ray.quant.fake_quant import fake_quantize
+from vitq_ray.quant.plan import SiteRule
 
 # Sees a tensor as it passes. It must not keep it: the model may go on to write into its memory.
 Observer = Callable[[Tensor], None]
@@ -34,8 +35,7 @@ class TensorQuantizer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.state = State.OFF
-        self.bits = 8
-        self.axis: int | None = None
+        self.rule = SiteRule()
         self._observer: Observer | None = None
         self._frozen: Tensor | None = None
         self._batched = True
@@ -44,6 +44,14 @@ class TensorQuantizer(nn.Module):
     @property
     def amax(self) -> Tensor:
         return self._amax
+
+    @property
+    def bits(self) -> int:
+        return self.rule.bits
+
+    @property
+    def axis(self) -> int | None:
+        return self.rule.axis
 
     def forward(self, x: Tensor) -> Tensor:
         if self.state is State.OFF:
@@ -56,7 +64,9 @@ class TensorQuantizer(nn.Module):
 
     def _quantize(self, x: Tensor) -> Tensor:
         # In float32 also under autocast: in bfloat16 the levels past 64 of 8 bits would be rounded twice.
-        return fake_quantize(x.float(), self._amax, self.bits, self.axis, self._learned_over(x))
+        return fake_quantize(
+            x.float(), self._amax, axis=self.axis, learned_over=self._learned_over(x), levels=self.rule.levels
+        )
 
     def _learned_over(self, x: Tensor) -> int | None:
         """Elements per scale for LSQ, of one image: the batch size must not change the gradient's scale."""
@@ -70,19 +80,21 @@ class TensorQuantizer(nn.Module):
         self._amax = amax
         self._batched = batched
 
-    def set_amax(self, amax: Tensor, bits: int, axis: int | None) -> None:
-        """Take over new scales, in place where the shape allows it, so that compiled code sees them."""
+    def take(self, amax: Tensor, rule: SiteRule) -> None:
+        """Do what a plan says of this site; scales are taken over in place where the shape allows it, so that compiled
+        code sees them."""
         if self._amax.shape == amax.shape:
             with torch.no_grad():
                 self._amax.copy_(amax)
         else:
             self._amax = amax.detach().clone().to(self._amax.device, torch.float32)
-        self.bits, self.axis = bits, axis
+        self.rule = rule
+        self.state = State.QUANTIZE if rule.on else State.OFF
         self._frozen = None
 
     def freeze(self, x: Tensor) -> None:
         """Quantize `x` now and return that from every call: for weights, which do not change in evaluation."""
-        self._frozen = fake_quantize(x, self._amax, self.bits, self.axis).detach()
+        self._frozen = fake_quantize(x, self._amax, axis=self.axis, levels=self.rule.levels).detach()
 
     def thaw(self) -> None:
         """Undo `freeze`."""

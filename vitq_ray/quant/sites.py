@@ -8,14 +8,8 @@ their scales. Every site is calibrated and saved in every mode.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
-
-import torch
-from torch import Tensor
-
-from vitq_ray.quant.fake_quant import fake_quantize
+from functools import cache
 
 LAYER_PREFIX = "transformer.encoder.layer."
 WEIGHT = "weight"  # the one family whose tensors are parameters, not activations
@@ -95,6 +89,11 @@ FUSED_GROUPS: tuple[tuple[str, ...], ...] = (
     tuple(f"attn.matmul_{name}_input_quantizer" for name in "qkv"),
 )
 
+# Sites that are one quantizer under several names: what is done to one is done to all.
+SHARED_SITES: tuple[tuple[str, ...], ...] = (
+    tuple(f"attn.{name}._input_quantizer" for name in ("query", "key", "value")),
+)
+
 FAMILIES = frozenset(site.family for site in SITES)
 
 _INT32_OUT = frozenset({"layernorm_input", "residual", "local", "softmax_input", "aftergemm"})
@@ -108,49 +107,23 @@ MODES: dict[str, Mode] = {
     )
 }
 
-V = TypeVar("V")
-
 
 def site_key(block: int, name: str) -> str:
     """Full FasterTransformer name of a site, without the `._amax` of its buffer."""
     return f"{LAYER_PREFIX}{block}.{name}"
 
 
+@cache
+def sites_of_blocks(depth: int) -> dict[str, Site]:
+    """{full FasterTransformer name: site} of a model of `depth` blocks, block by block."""
+    return {site_key(index, site.name): site for index in range(depth) for site in SITES}
+
+
+def local_name(key: str) -> str:
+    """`0.attn.query._input_quantizer` of a full name: block index and site, which rules' patterns match."""
+    return key.removeprefix(LAYER_PREFIX)
+
+
 def observed_tensors() -> tuple[str, ...]:
     """Names of the distinct activation tensors of a block, in site order."""
     return tuple(dict.fromkeys(site.tensor for site in SITES if site.family != WEIGHT))
-
-
-# Tensors of a block that a setting can give a calibrator of their own.
-FAMILY_TENSORS: dict[str, tuple[str, ...]] = {
-    "attention_probabilities": ("attn.matmul_a_input_quantizer",),
-    "gelu_output": ("ffn.fc2._input_quantizer",),
-    "gemm_outputs": tuple(f"{gemm}._aftergemm_quantizer" for gemm in GEMMS),
-}
-
-
-def weight_amax(weight: Tensor, mode: Mode) -> Tensor:
-    """max|w|: shape (rows, 1) per output channel, () per tensor. `weight` is (rows, columns)."""
-    magnitude = weight.detach().abs()
-    return magnitude.amax() if mode.weight_axis is None else magnitude.amax(dim=1, keepdim=True)
-
-
-def weight_amax_mse(weight: Tensor, mode: Mode, bits: int) -> Tensor:
-    """Of 1.00, 0.99, … 0.30 times max|w|, the amax with the least squared error; the largest on a tie. Same shapes."""
-    largest = weight_amax(weight, mode)
-    best, least = largest, torch.full_like(largest, torch.inf)
-    for percent in range(100, 29, -1):
-        amax = largest * (percent / 100)
-        squared = (fake_quantize(weight.detach(), amax, bits, mode.weight_axis) - weight.detach()).square()
-        error = squared.sum() if mode.weight_axis is None else squared.sum(dim=1, keepdim=True)
-        best, least = torch.where(error < least, amax, best), torch.minimum(error, least)
-    return best
-
-
-def fuse(amax: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One block's {site name: amax} with query, key and value sharing the maximum; the input is left alone."""
-    fused = dict(amax)
-    for group in FUSED_GROUPS:
-        largest = torch.stack([amax[name] for name in group]).amax(dim=0)
-        fused.update(dict.fromkeys(group, largest))
-    return fused

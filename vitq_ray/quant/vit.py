@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,20 +21,9 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
+from vitq_ray.quant.plan import Plan
 from vitq_ray.quant.quantizer import Observer, State, TensorQuantizer
-from vitq_ray.quant.sites import (
-    FUSED_GROUPS,
-    MODES,
-    SITES,
-    WEIGHT,
-    Mode,
-    Site,
-    fuse,
-    observed_tensors,
-    site_key,
-    weight_amax,
-    weight_amax_mse,
-)
+from vitq_ray.quant.sites import FUSED_GROUPS, MODES, SITES, WEIGHT, Site, observed_tensors, site_key
 
 
 class GemmQuantizers(nn.Module):
@@ -230,20 +218,23 @@ def sites_of(model: nn.Module) -> Iterator[tuple[str, Site, TensorQuantizer]]:
 
 @contextmanager
 def quantizers_off(model: nn.Module) -> Iterator[nn.Module]:
-    """The float model, for as long as the context lasts; the states come back whatever happens."""
+    """The float model, with the weights it had before any plan, for as long as the context lasts."""
     before = [(quantizer, quantizer.state) for _, _, quantizer in sites_of(model)]
+    changed = _restore_weights(model)
     try:
         for quantizer, _ in before:
             quantizer.state = State.OFF
         yield model
     finally:
+        _change_weights(model, changed)
         for quantizer, state in before:
             quantizer.restore(state)
 
 
 def float_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model with all quantizers off, for good."""
+    """A copy of the model with all quantizers off and the weights it had before any plan, for good."""
     twin = copy.deepcopy(model)
+    _restore_weights(twin)
     for _, _, quantizer in sites_of(twin):
         quantizer.state = State.OFF
     return twin
@@ -272,65 +263,73 @@ def _representatives(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
             yield site_key(index, tensor), block.quantizer(tensor)
 
 
-def weight_scales(model: nn.Module, mode: Mode, calibrator: str = "max", bits: int = 8) -> dict[str, Tensor]:
-    """{full site name: amax, () or (rows, 1)} of all weights; not fused yet. `calibrator` is `max` or `mse`."""
-    scale = weight_amax if calibrator == "max" else partial(weight_amax_mse, bits=bits)
+def site_weights(model: nn.Module) -> dict[str, Tensor]:
+    """{full name of a weight site: the (rows, columns) weight it quantizes}."""
     return {
-        site_key(index, name): scale(weight, mode)
+        site_key(index, name): weight
         for index, block in enumerate(quant_blocks(model))
         for name, weight in block.weights().items()
     }
 
 
-def site_amax(
-    tensor_amax: Mapping[str, Tensor], weight_amax: Mapping[str, Tensor], mode: Mode, depth: int
-) -> dict[str, Tensor]:
-    """amax of every site from that of every activation tensor and weight, fused where the mode fuses.
+def apply_plan(model: nn.Module, plan: Plan) -> None:
+    """Make the model do what a plan says: scales, states, and the weights that the plan changes.
 
-    Args:
-        tensor_amax: {full name as in `tensor_keys`: shape ()}.
-        weight_amax: as from `weight_scales`.
-        depth: number of blocks.
-
-    Returns:
-        {full site name: () or (rows, 1)}, the sites that the mode leaves out included.
+    Weights that an earlier plan changed are first as they were. InputError where the plan is of another model.
     """
-    result: dict[str, Tensor] = {}
-    for index in range(depth):
-        amax = {
-            s.name: weight_amax[site_key(index, s.name)]
-            if s.family == WEIGHT
-            else tensor_amax[site_key(index, s.tensor)]
-            for s in SITES
-        }
-        amax = fuse(amax) if mode.fuse_qkv else amax
-        result |= {site_key(index, site.name): amax[site.name] for site in SITES}
-    return result
+    if [key for key, _, _ in sites_of(model)] != list(plan.sites):
+        raise InputError(f"plan: has {len(plan.sites)} sites, which are not those of this model")
+    _restore_weights(model)
+    _change_weights(model, plan.weights)
+    for key, _, quantizer in sites_of(model):
+        quantizer.take(plan.sites[key].amax, plan.sites[key].rule)
 
 
-def apply_amax(model: nn.Module, amax: Mapping[str, Tensor], mode_name: str, weight_bits: int, act_bits: int) -> None:
-    """Switch the model to quantized execution with these scales (as from `site_amax` or a checkpoint)."""
-    mode = MODES[mode_name]
-    for key, site, quantizer in sites_of(model):
-        is_weight = site.family == WEIGHT
-        axis = mode.weight_axis if is_weight else None
-        quantizer.set_amax(amax[key], weight_bits if is_weight else act_bits, axis)
-        quantizer.state = State.QUANTIZE if mode.quantizes(site) else State.OFF
+def _change_weights(model: nn.Module, changes: Mapping[str, Tensor]) -> None:
+    """Take over changed weights, in place; what they were is kept with the model for `_restore_weights`."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in changes.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise InputError(f"plan: changes {name!r} of shape {tuple(tensor.shape)}, which this model does not have")
+    before = _weights_before(model)
+    with torch.no_grad():
+        for name, tensor in changes.items():
+            before[name] = parameters[name].detach().clone()
+            parameters[name].copy_(tensor)
 
 
-def learn_amax(model: nn.Module, mode_name: str) -> list[tuple[nn.Parameter, int]]:
-    """Turn amax of every active quantizer into a parameter; those that the mode fuses share one.
+def _restore_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Undo `_change_weights`; returns what was undone."""
+    parameters, before = dict(model.named_parameters()), _weights_before(model)
+    changed = {name: parameters[name].detach().clone() for name in before}
+    with torch.no_grad():
+        for name, tensor in before.items():
+            parameters[name].copy_(tensor)
+    before.clear()
+    return changed
+
+
+def _weights_before(model: nn.Module) -> dict[str, Tensor]:
+    return cast("dict[str, Tensor]", model.__dict__.setdefault("_weights_before_plan", {}))
+
+
+def scales_of(model: nn.Module) -> dict[str, Tensor]:
+    """{site: amax} as the model has it now, learned ones included."""
+    return {key: quantizer.amax for key, _, quantizer in sites_of(model)}
+
+
+def learn_amax(model: nn.Module, plan: Plan) -> list[tuple[nn.Parameter, int]]:
+    """Turn amax of every quantizer that the plan has on into a parameter; those that its mode fuses share one.
 
     Sites whose amax is 0 stay as they are: they have no step to learn. Returns (parameter, bits), each once.
     """
-    mode = MODES[mode_name]
-    leader = {name: group[0] for group in FUSED_GROUPS for name in group} if mode.fuse_qkv else {}
+    leader = {name: group[0] for group in FUSED_GROUPS for name in group} if MODES[plan.mode].fuse_qkv else {}
     learned: list[tuple[nn.Parameter, int]] = []
-    for block in quant_blocks(model):
+    for index, block in enumerate(quant_blocks(model)):
         made: dict[str, nn.Parameter] = {}
         for site in SITES:
-            quantizer = block.quantizer(site.name)
-            if quantizer.state is not State.QUANTIZE or not bool((quantizer.amax > 0).all()):
+            quantizer, on = block.quantizer(site.name), plan.sites[site_key(index, site.name)].rule.on
+            if not on or not bool((quantizer.amax > 0).all()):
                 continue
             if not isinstance(quantizer.amax, nn.Parameter):  # the inputs of query, key and value are one quantizer
                 key = leader.get(site.name, site.name)
@@ -344,9 +343,8 @@ def learn_amax(model: nn.Module, mode_name: str) -> list[tuple[nn.Parameter, int
 @contextmanager
 def frozen_weights(model: nn.Module) -> Iterator[None]:
     """Quantize the weights once instead of in every forward pass: the same numbers, for evaluation only."""
-    pairs = [
-        (block.quantizer(name), weight) for block in quant_blocks(model) for name, weight in block.weights().items()
-    ]
+    quantizers = {key: quantizer for key, _, quantizer in sites_of(model)}
+    pairs = [(quantizers[key], weight) for key, weight in site_weights(model).items()]
     try:
         for quantizer, weight in pairs:
             quantizer.freeze(weight)

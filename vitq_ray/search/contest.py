@@ -9,22 +9,23 @@ decisions, and goes on from there. No Ray, no clock: see `racing`.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor, nn
+from torch import nn
 
-from vitq_ray.base.config import InputError, QuantSetting
-from vitq_ray.calibration.statistics import CalibrationStatistics, Scales, predicted_noise
+from vitq_ray.base.config import InputError
+from vitq_ray.base.formats import FORMATS, require_format
+from vitq_ray.calibration.scales import Scales, noise_per_site, total_noise
+from vitq_ray.calibration.setting import Setting, read_setting
+from vitq_ray.calibration.statistics import CalibrationStatistics
 from vitq_ray.measure.evaluation import Evaluation
 from vitq_ray.measure.metrics import pack_text, unpack_text
 from vitq_ray.measure.racing import Decision, Race, RaceRules, standings
-from vitq_ray.quant.sites import MODES
-from vitq_ray.quant.vit import sites_of
+from vitq_ray.quant.plan import Plan
 from vitq_ray.run.folder import RunFolder
 from vitq_ray.search.proposals import Proposals
 
@@ -33,25 +34,16 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Candidate:
-    """One setting of the search; `same_as` names the earlier candidate whose scales it shares, if any.
+    """One setting of the search and its plan: what races is what is saved.
 
-    `noise` is `predicted_noise` of the setting.
+    `noise` is the forecast of `scales.total_noise`; `same_as` names the earlier candidate with the same plan, if any.
     """
 
     name: str
-    setting: QuantSetting
+    setting: Setting
+    plan: Plan = field(compare=False)
     noise: float
     same_as: str | None = None
-
-
-def scale_key(model: nn.Module, amax: Mapping[str, Tensor], setting: QuantSetting) -> str:
-    """Equal for settings that compute the same model: mode, bits, and amax of the sites the mode quantizes."""
-    mode = MODES[setting.mode]
-    digest = hashlib.sha256(f"{setting.mode} {setting.weight_bits} {setting.act_bits}".encode())
-    for key, site, _ in sites_of(model):
-        if mode.quantizes(site):
-            digest.update(amax[key].detach().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -59,12 +51,12 @@ class Listeners:
     """Who else wants to know; each is called after the log was written.
 
     Attributes:
-        on_candidate: a candidate with scales of its own, and these.
+        on_candidate: a candidate with a plan of its own.
         on_chunk: name, images of the chunk.
         on_decision: what the race decided.
     """
 
-    on_candidate: Callable[[Candidate, Mapping[str, Tensor]], None] = lambda candidate, amax: None
+    on_candidate: Callable[[Candidate], None] = lambda candidate: None
     on_chunk: Callable[[str, int], None] = lambda name, images: None
     on_decision: Callable[[Decision], None] = lambda decision: None
 
@@ -154,38 +146,44 @@ class Contest:
             self._proposals.tell({c.setting: self._score(c) for c in self._round})
         settings = self._proposals.next_round()
         self._exhausted = not settings
-        made = [(s, amax, self._noise(s, amax)) for s in settings for amax in (self._scales.of(s),)]
+        made = [(setting, plan, self._noise(setting, plan)) for setting, plan in self._plans(settings)]
         self._round = [self._enter(*row) for row in sorted(made, key=lambda row: row[2])]
         self._replay(c.name for c in self._round)
 
-    def _noise(self, setting: QuantSetting, amax: Mapping[str, Tensor]) -> float:
-        return predicted_noise(self._model, self._statistics, setting, amax)
+    def _plans(self, settings: Iterable[Setting]) -> Iterator[tuple[Setting, Plan]]:
+        return ((setting, self._scales.plan(setting)) for setting in settings)
 
-    def _enter(self, setting: QuantSetting, amax: Mapping[str, Tensor], noise: float) -> Candidate:
-        key = scale_key(self._model, amax, setting)
-        candidate = Candidate(f"c{len(self.candidates):03d}", setting, noise, self._first_with.get(key))
+    def _noise(self, setting: Setting, plan: Plan) -> float:
+        return total_noise(noise_per_site(self._model, self._statistics, setting.num_batches, plan))
+
+    def _enter(self, setting: Setting, plan: Plan, noise: float) -> Candidate:
+        key = plan.key
+        candidate = Candidate(f"c{len(self.candidates):03d}", setting, plan, noise, self._first_with.get(key))
         self._log_candidate(candidate)
         self.candidates[candidate.name] = candidate
         if candidate.same_as is None:
             self._first_with[key] = candidate.name
             self.race.enter(candidate.name)
             self.correct5[candidate.name] = np.zeros(self.race.rules.images, bool)
-            self._listeners.on_candidate(candidate, amax)
+            self._listeners.on_candidate(candidate)
         return candidate
 
     def _log_candidate(self, candidate: Candidate) -> None:
-        logged = self._logged.settings.get(candidate.name)
+        logged = self._logged.candidates.get(candidate.name)
         if logged is None:
             self._folder.append(
                 "candidate",
+                format=FORMATS["log"],
                 name=candidate.name,
                 setting=candidate.setting.to_dict(),
                 predicted_noise=candidate.noise,
                 same_as=candidate.same_as,
             )
-        elif logged != candidate.setting.to_dict():
+            return
+        found = require_format("log", str(self._folder.log), logged)
+        if (known := read_setting(logged["setting"], found, candidate.setting.batch_size)) != candidate.setting:
             raise InputError(
-                f"{self._folder.log}: candidate {candidate.name} is {QuantSetting.from_dict(logged).label!r}, "
+                f"{self._folder.log}: candidate {candidate.name} is {known.label!r}, "
                 f"but {candidate.setting.label!r} is proposed now; this run cannot be resumed"
             )
 
@@ -229,23 +227,23 @@ class Contest:
 class _Log:
     """What trials.jsonl holds of a contest."""
 
-    settings: dict[str, dict[str, Any]]
+    candidates: dict[str, dict[str, Any]]
     chunks: dict[str, list[dict[str, Any]]]
     decided: frozenset[str]
 
     @staticmethod
     def of(events: Iterable[Mapping[str, Any]]) -> _Log:
-        settings: dict[str, dict[str, Any]] = {}
+        candidates: dict[str, dict[str, Any]] = {}
         chunks: dict[str, list[dict[str, Any]]] = {}
         decided = set()
         for event in events:
             if event["event"] == "candidate":
-                settings[event["name"]] = event["setting"]
+                candidates[event["name"]] = dict(event)
             elif event["event"] == "chunk":
                 chunks.setdefault(event["name"], []).append(dict(event))
             elif event["event"] == "decision":
                 decided.add(event["name"])
-        return _Log(settings, chunks, frozenset(decided))
+        return _Log(candidates, chunks, frozenset(decided))
 
 
 def _decision_fields(decision: Decision) -> dict[str, Any]:

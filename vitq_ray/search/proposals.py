@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 import optuna
 
-from vitq_ray.base.config import InputError, QuantSetting
+from vitq_ray.base.config import InputError
+from vitq_ray.calibration.setting import Setting
 from vitq_ray.search.space import SearchSpace, setting_of
 
 SEARCH_ALGORITHMS = ("grid", "random", "optuna")
@@ -22,41 +23,41 @@ _ROUND = 8  # settings that Optuna proposes at once
 class Proposals(Protocol):
     """A source of settings."""
 
-    def next_round(self) -> list[QuantSetting]:
+    def next_round(self) -> list[Setting]:
         """Settings that were not proposed before; empty when there are no more."""
 
-    def tell(self, scores: Mapping[QuantSetting, float]) -> None:
+    def tell(self, scores: Mapping[Setting, float]) -> None:
         """How the settings of the last round did: larger is better."""
 
 
 class ListProposals:
     """One round, known beforehand."""
 
-    def __init__(self, settings: Sequence[QuantSetting]) -> None:
+    def __init__(self, settings: Sequence[Setting]) -> None:
         self._settings = list(settings)
 
-    def next_round(self) -> list[QuantSetting]:
+    def next_round(self) -> list[Setting]:
         settings, self._settings = self._settings, []
         return settings
 
-    def tell(self, scores: Mapping[QuantSetting, float]) -> None:
+    def tell(self, scores: Mapping[Setting, float]) -> None:
         """Nothing to learn for."""
 
 
 class OptunaProposals:
     """Optuna's TPE sampler (Bergstra et al., 2011): rounds of 8, each from the scores of all before it."""
 
-    def __init__(self, space: SearchSpace, defaults: QuantSetting, count: int, seed: int) -> None:
+    def __init__(self, space: SearchSpace, defaults: Setting, count: int, seed: int) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=2 * _ROUND)
         self._study = optuna.create_study(direction="maximize", sampler=sampler)
-        self._values = space.values(defaults)
+        self._values, self._defaults = space.values(defaults), defaults
         self._left = count
-        self._scores: dict[QuantSetting, float] = {}
-        self._asked: list[tuple[optuna.Trial, QuantSetting]] = []
+        self._scores: dict[Setting, float] = {}
+        self._asked: list[tuple[optuna.Trial, Setting]] = []
 
-    def next_round(self) -> list[QuantSetting]:
-        fresh: dict[QuantSetting, None] = {}
+    def next_round(self) -> list[Setting]:
+        fresh: dict[Setting, None] = {}
         wanted = min(_ROUND, self._left)
         for _ in range(20 * wanted):
             if len(fresh) == wanted:
@@ -71,22 +72,20 @@ class OptunaProposals:
         self._left -= len(fresh)
         return list(fresh)
 
-    def _suggest(self, trial: optuna.Trial) -> QuantSetting:
+    def _suggest(self, trial: optuna.Trial) -> Setting:
         row: dict[str, Any] = {}
         for field, values in self._values.items():
             row[field] = values[trial.suggest_int(field, 0, len(values) - 1)] if len(values) > 1 else values[0]
-        return setting_of(row)
+        return setting_of(row, self._defaults)
 
-    def tell(self, scores: Mapping[QuantSetting, float]) -> None:
+    def tell(self, scores: Mapping[Setting, float]) -> None:
         self._scores |= scores
         for trial, setting in self._asked:
             self._study.tell(trial, self._scores[setting])
         self._asked = []
 
 
-def proposals(
-    algorithm: str, space: SearchSpace, defaults: QuantSetting, num_samples: int | None, seed: int
-) -> Proposals:
+def proposals(algorithm: str, space: SearchSpace, defaults: Setting, num_samples: int | None, seed: int) -> Proposals:
     """The source that `--search-alg` and `--num-samples` ask for."""
     if algorithm == "grid":
         if num_samples is not None:

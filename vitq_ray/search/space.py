@@ -7,9 +7,15 @@
         "num_batches": (2, 8, 32),
     }
 
-The fields are those of `QuantSetting`: also `weight_bits`, `act_bits`, `weights` (`max`, `mse`) and, for tensors with
-a calibrator of their own, `attention_probabilities`, `gelu_output`, `gemm_outputs` (`None`, `max`, `mse`, `entropy`,
-`percentile 99.9`).
+The fields are those of `Setting`: also `weight_bits`, `act_bits` and `weights` (`max`, `mse`). A calibrator's numbers
+are fields, too, named as in the table of calibrators. Rules for single sites are spelled in one of two ways:
+
+    "*.attn.matmul_a_input_quantizer": (None, "mse", "percentile 99.9", "x 0.9", "6 bits", "off")    a field of its own
+    "rules": ((), ("0.attn.* -> 6 bits", "*.ffn.fc2.* -> mse"))                                      lists of rules
+
+A key with a dot or a star is a site pattern, and its values are what those sites do (`None`: what the others do);
+`attention_probabilities`, `gelu_output` and `gemm_outputs` are names for three patterns (`setting.SITE_GROUPS`).
+
 A file may also define `QAT`: what to train the best settings with (`QatSpace`), where calibration alone misses the
 target. Ranges are written `loguniform(low, high)`.
 
@@ -30,10 +36,17 @@ from typing import Any
 
 import numpy as np
 
-from vitq_ray.base.config import Config, InputError, QuantSetting, require_int
+from vitq_ray.base.config import Config, InputError, require_int
+from vitq_ray.calibration.calibrators import CALIBRATORS
+from vitq_ray.calibration.setting import SITE_GROUPS, Calibration, Rule, Setting, require_sites, rules_of
 from vitq_ray.qat.recipe import RECIPE_OPTIONS
 
-FIELDS = tuple(field.name for field in dataclasses.fields(QuantSetting))
+PARAMETERS = tuple(dict.fromkeys(p.name for row in CALIBRATORS.values() for p in row.parameters))
+# Columns of a space, in the order in which a grid is gone through; further site patterns come last.
+FIELDS = (
+    *("mode", "calibrator", *PARAMETERS, "num_batches", "weight_bits", "act_bits"),
+    *(*SITE_GROUPS, "weights", "rules", "transforms", "corrections"),
+)
 
 
 def percentiles(low: float, high: float, count: int) -> tuple[float, ...]:
@@ -125,43 +138,90 @@ def _checked_values(name: str, values: Any) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """What to try: {field of QuantSetting: values}, and then perhaps with QAT."""
+    """What to try: {column: values}, and then perhaps with QAT. A column is one of `FIELDS` or a site pattern."""
 
     name: str
     choices: Mapping[str, tuple[Any, ...]]
     qat: QatSpace | None = None
 
-    def grid(self, defaults: QuantSetting) -> list[QuantSetting]:
+    def grid(self, defaults: Setting) -> list[Setting]:
         """Every distinct setting, in the order of the file; `defaults` fill the fields that it leaves out."""
-        rows = itertools.product(*self.values(defaults).values())
-        return list(dict.fromkeys(setting_of(dict(zip(FIELDS, row, strict=True))) for row in rows))
+        columns = self.values(defaults)
+        rows = itertools.product(*columns.values())
+        return list(dict.fromkeys(setting_of(dict(zip(columns, row, strict=True)), defaults) for row in rows))
 
-    def values(self, defaults: QuantSetting) -> dict[str, tuple[Any, ...]]:
-        """{field: what to try}, all fields; `defaults` fill those that the file leaves out."""
-        return {field: self.choices.get(field, (getattr(defaults, field),)) for field in FIELDS}
+    def values(self, defaults: Setting) -> dict[str, tuple[Any, ...]]:
+        """{column: what to try}, all columns; `defaults` fill those that the file leaves out."""
+        own = {name: (value,) for name, value in _columns_of(defaults).items()}
+        patterns = {name: values for name, values in self.choices.items() if name not in FIELDS}
+        return {name: self.choices.get(name, own[name]) for name in FIELDS} | patterns
 
-    def size(self, defaults: QuantSetting) -> int:
+    def size(self, defaults: Setting) -> int:
         """Combinations of the values; settings that are the same count more than once."""
         return math.prod(len(values) for values in self.values(defaults).values())
 
-    def sample(self, defaults: QuantSetting, count: int, seed: int) -> list[QuantSetting]:
+    def sample(self, defaults: Setting, count: int, seed: int) -> list[Setting]:
         """Up to `count` distinct random settings; fewer only where the space has hardly more."""
         rng = np.random.default_rng(seed)
         values = self.values(defaults)
-        found: dict[QuantSetting, None] = {}
+        found: dict[Setting, None] = {}
         for _ in range(50 * count):
             row = {field: choices[int(rng.integers(len(choices)))] for field, choices in values.items()}
-            found.setdefault(setting_of(row))
+            found.setdefault(setting_of(row, defaults))
             if len(found) == count:
                 break
         return list(found)
 
+    def calibrations(self, defaults: Setting) -> list[Calibration]:
+        """Every calibrator of activations that a setting of this space can have: what statistics are collected for."""
+        values = self.values(defaults)
+        found = [_calibration({**_columns_of(defaults), **row}) for row in _rows(values, ("calibrator", *PARAMETERS))]
+        rules = [rule for rules in values["rules"] for rule in map(Rule.parse, rules)]
+        rules += [rule for name in values for rule in _rules_of_column(name, values[name])]
+        return list(dict.fromkeys((*found, *(rule.calibrator for rule in rules if rule.calibrator is not None))))
 
-def setting_of(row: dict[str, Any]) -> QuantSetting:
-    """Only the percentile calibrator has a percentile; the others collapse to one setting."""
-    if row["calibrator"] != "percentile":
-        row = row | {"percentile": None}
-    return QuantSetting.from_dict(row)
+    def require_sites(self, depth: int) -> None:
+        """InputError naming a pattern of this space that matches no site of a model of `depth` blocks."""
+        require_sites([rule for name, values in self.choices.items() for rule in _rules_of_column(name, values)], depth)
+        require_sites([Rule.parse(rule) for rules in self.choices.get("rules", ()) for rule in rules], depth)
+
+
+def _is_pattern(column: str) -> bool:
+    return column in SITE_GROUPS or "." in column or "*" in column
+
+
+def _rules_of_column(column: str, values: Sequence[Any]) -> tuple[Rule, ...]:
+    return tuple(rule for value in values for rule in rules_of({column: value})) if _is_pattern(column) else ()
+
+
+def _rows(values: Mapping[str, tuple[Any, ...]], columns: Sequence[str]) -> list[dict[str, Any]]:
+    rows = itertools.product(*(values[name] for name in columns))
+    return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def _columns_of(setting: Setting) -> dict[str, Any]:
+    """A setting as one row of a space."""
+    columns = {name: getattr(setting, name, None) for name in FIELDS}  # parameters and site groups: None
+    numbers = zip(setting.calibrator.row.parameters, setting.calibrator.values, strict=True)
+    return {**columns, "calibrator": setting.calibrator.name, **{p.name: value for p, value in numbers}}
+
+
+def _calibration(row: Mapping[str, Any]) -> Calibration:
+    """The calibrator of a row: with its numbers in the text, or in columns of their own, or by default."""
+    text = row["calibrator"]
+    if isinstance(text, Calibration) or not isinstance(text, str) or text not in CALIBRATORS:
+        return Calibration.parse(text)
+    wanted = CALIBRATORS[text].parameters
+    return Calibration(text, tuple(p.default if row[p.name] is None else row[p.name] for p in wanted))
+
+
+def setting_of(row: Mapping[str, Any], defaults: Setting) -> Setting:
+    """The setting of a row; numbers of other calibrators than the row's do not matter, so such rows are one setting."""
+    own = {name: value for name, value in row.items() if name in Setting.__dataclass_fields__}
+    if not isinstance(row["rules"], tuple | list):
+        raise InputError(f"rules: expected a list of rules, got {row['rules']!r}")
+    rules = (*map(Rule.parse, row["rules"]), *rules_of({name: row[name] for name in row if _is_pattern(name)}))
+    return Setting(**{**own, "calibrator": _calibration(row), "rules": rules, "batch_size": defaults.batch_size})
 
 
 def load_space(path: str) -> SearchSpace:
@@ -182,8 +242,11 @@ def space_of(space: Any, path: str, qat: Any = None) -> SearchSpace:
     if not isinstance(space, Mapping):
         raise InputError(f"{path}: SPACE is {type(space).__name__}, expected a dictionary of field: values")
     for field in space:
-        if field not in FIELDS:
-            raise InputError(f"{path}: SPACE has the key {field!r}; the keys are {', '.join(FIELDS)}")
+        if not isinstance(field, str) or not (field in FIELDS or _is_pattern(field)):
+            raise InputError(
+                f"{path}: SPACE has the key {field!r}; the keys are {', '.join(FIELDS)}, or a site pattern with a dot "
+                "or a star"
+            )
     try:
         choices = {field: _checked_values(f"SPACE[{field!r}]", values) for field, values in space.items()}
         checked = SearchSpace(Path(path).stem, choices, None if qat is None else qat_space_of(qat))
@@ -195,10 +258,12 @@ def space_of(space: Any, path: str, qat: Any = None) -> SearchSpace:
 
 def _check_values(space: SearchSpace) -> None:
     """Every value on its own, in an otherwise good setting; a grid can be too large to build."""
+    good = _columns_of(Setting())
     for field, values in space.choices.items():
         for value in values:
-            row = QuantSetting().to_dict() | {field: value}
-            setting_of(row | ({"calibrator": "percentile"} if field == "percentile" else {}))
+            users = [name for name, row in CALIBRATORS.items() if field in (p.name for p in row.parameters)]
+            setting = setting_of({**good, **({"calibrator": users[0]} if users else {}), field: value}, Setting())
+            require_sites(setting.rules)
 
 
 def _place(error: BaseException, path: str) -> str:

@@ -1,0 +1,283 @@
+"""From settings to plans: fusion, rules, keys, declared statistics; and plans in a model."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from tests.conftest import make_setting, plan_by_hand
+from vitq_ray.base.config import InputError
+from vitq_ray.calibration import calibrators
+from vitq_ray.calibration.calibrators import Calibrator, Parameter
+from vitq_ray.calibration.histogram import StatisticsError
+from vitq_ray.calibration.scales import Scales, apply_setting, kinds_needed, noise_per_site, plan_of
+from vitq_ray.calibration.setting import Setting
+from vitq_ray.calibration.statistics import CalibrationStatistics, collect_statistics
+from vitq_ray.quant.plan import Plan, SitePlan, SiteRule
+from vitq_ray.quant.quantizer import State
+from vitq_ray.quant.sites import MODES
+from vitq_ray.quant.vit import apply_plan, float_copy, quantizers_off, site_weights, sites_of
+
+LAYER = "transformer.encoder.layer."
+
+
+@pytest.fixture
+def statistics(quant_vit: VisionTransformer, images: Tensor) -> CalibrationStatistics:
+    return collect_statistics(quant_vit, [(0, images)], [1])
+
+
+@pytest.fixture
+def scales(quant_vit: VisionTransformer, statistics: CalibrationStatistics) -> Scales:
+    return Scales(quant_vit, statistics)
+
+
+BASE = make_setting("ft2", "max", 1)
+
+
+def with_rules(*rules: str, base: Setting = BASE) -> Setting:
+    return replace(base, rules=rules)  # type: ignore[arg-type]
+
+
+def same(a: Plan, b: Plan) -> bool:
+    return a.rules == b.rules and all(torch.equal(a.amax[key], b.amax[key]) for key in a.sites)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("mode", MODES)
+def test_max_is_what_the_tables_say(
+    mode: str, bits: int, scales: Scales, quant_vit: VisionTransformer, images: Tensor
+) -> None:
+    """Weight axis, fusion, sites left out."""
+    assert same(scales.plan(make_setting(mode, "max", 1, bits)), plan_by_hand(quant_vit, images, mode, bits))
+
+
+def test_rules_change_the_sites_they_match_and_no_other(scales: Scales) -> None:
+    plain = scales.plan(BASE)
+    ruled = scales.plan(
+        with_rules(
+            "0.ffn.fc1._input_quantizer -> percentile 90", "1.ffn.* -> 5 bits", "1.ffn.fc2.* -> off", "*.out.* -> x 0.5"
+        )
+    )
+    percentile = scales.plan(make_setting("ft2", "percentile 90", 1))
+    for key, site in ruled.sites.items():
+        expected = plain.sites[key]
+        if key == f"{LAYER}0.ffn.fc1._input_quantizer":
+            assert torch.equal(site.amax, percentile.amax[key])
+        elif ".out." in key:
+            assert torch.equal(site.amax, expected.amax * 0.5)
+        else:
+            assert torch.equal(site.amax, expected.amax), key
+        in_ffn = key.startswith(f"{LAYER}1.ffn.")
+        assert site.rule.bits == (5 if in_ffn else 8)
+        assert site.rule.on == (expected.rule.on and not key.startswith(f"{LAYER}1.ffn.fc2."))
+
+
+def test_a_later_rule_wins(scales: Scales) -> None:
+    plan = scales.plan(with_rules("* -> 4 bits", "0.* -> 6 bits"))
+    assert {site.rule.bits for key, site in plan.sites.items() if key.startswith(f"{LAYER}0.")} == {6}
+    assert {site.rule.bits for key, site in plan.sites.items() if key.startswith(f"{LAYER}1.")} == {4}
+
+
+def test_calibrators_work_at_the_bits_of_a_rule(scales: Scales) -> None:
+    plan = scales.plan(with_rules("*.fc1._input_quantizer -> 3 bits", base=make_setting("ft2", "mse", 1)))
+    other = scales.plan(make_setting("ft2", "mse", 1, 3))
+    key = f"{LAYER}0.ffn.fc1._input_quantizer"
+    assert torch.equal(plan.amax[key], other.amax[key])
+    assert not torch.equal(plan.amax[key], scales.plan(make_setting("ft2", "mse", 1)).amax[key])
+
+
+def test_one_quantizer_under_three_names_is_changed_as_one(scales: Scales, quant_vit: VisionTransformer) -> None:
+    plan = scales.plan(with_rules("0.attn.key._input_quantizer -> off"))
+    for name in ("query", "key", "value"):
+        assert not plan.sites[f"{LAYER}0.attn.{name}._input_quantizer"].rule.on
+    apply_plan(quant_vit, plan)
+    off = [key for key, _, quantizer in sites_of(quant_vit) if quantizer.state is State.OFF]
+    assert off == [key for key, site in plan.sites.items() if not site.rule.on]
+
+
+def test_rules_are_applied_before_scales_are_fused(scales: Scales) -> None:
+    plan = scales.plan(with_rules("0.attn.matmul_q_input_quantizer -> x 100"))
+    names = [f"{LAYER}0.attn.matmul_{name}_input_quantizer" for name in "qkv"]
+    largest = 100 * scales.plan(make_setting("ft1", "max", 1)).amax[names[0]]
+    assert [plan.amax[name] for name in names] == [largest] * 3
+
+
+@pytest.mark.parametrize("rule", ["0.attn.matmul_q_input_quantizer -> 6 bits", "1.attn.key._weight_quantizer -> off"])
+def test_fused_sites_are_not_parted(rule: str, scales: Scales) -> None:
+    with pytest.raises(InputError, match="whose scale it shares in this mode differ in bits or in being off"):
+        scales.plan(with_rules(rule))
+    scales.plan(with_rules(rule, base=make_setting("ft1", "max", 1)))  # nothing is fused there
+
+
+def test_weights_take_only_calibrators_for_weights(scales: Scales) -> None:
+    both = scales.plan(with_rules("1.ffn.* -> percentile 90"))
+    plain = scales.plan(BASE)
+    key = f"{LAYER}1.ffn.fc1._weight_quantizer"
+    assert torch.equal(both.amax[key], plain.amax[key])
+    assert not torch.equal(
+        both.amax[f"{LAYER}1.ffn.fc1._input_quantizer"], plain.amax[f"{LAYER}1.ffn.fc1._input_quantizer"]
+    )
+    mse = scales.plan(with_rules("1.ffn.* -> mse", base=make_setting("ft2", "max", 1, 3)))
+    assert mse.amax[key] < plain.amax[key]
+    with pytest.raises(InputError, match="percentile 90 cannot calibrate the weights it matches"):
+        scales.plan(with_rules("*._weight_quantizer -> percentile 90"))
+
+
+def test_a_pattern_without_a_site_is_refused(scales: Scales) -> None:
+    with pytest.raises(InputError, match=r"rule '2\.\* -> off': its pattern matches no site of the 2 blocks"):
+        scales.plan(with_rules("2.* -> off"))
+
+
+# Keys ---------------------------------------------------------------------------------------------------------------
+
+
+def changed(plan: Plan, key: str, amax: Tensor | None = None, **rule: object) -> Plan:
+    site = plan.sites[key]
+    new = SitePlan(site.amax if amax is None else amax, replace(site.rule, **rule))  # type: ignore[arg-type]
+    return replace(plan, sites={**plan.sites, key: new})
+
+
+def test_plans_that_compute_the_same_have_one_key(scales: Scales) -> None:
+    plan = scales.plan(make_setting("ft1", "max", 1))
+    on, off = f"{LAYER}0.ffn.fc1._input_quantizer", f"{LAYER}0.layernorm_input1_quantizer"
+    assert plan.key == scales.plan(make_setting("ft1", "percentile 100", 1)).key
+    assert plan.key == changed(plan, off, torch.tensor(3.0)).key
+    others = [
+        changed(plan, on, torch.tensor(3.0)),
+        changed(plan, on, bits=7),
+        changed(plan, on, on=False),
+        changed(plan, on, signed=False),
+        changed(plan, on, zero_point=1),
+        replace(plan, weights={"head.bias": torch.zeros(7)}),
+        replace(plan, weights={"head.bias": torch.ones(7)}),
+    ]
+    assert len({plan.key, *(other.key for other in others)}) == 8
+
+
+def test_plans_travel_between_processes(scales: Scales) -> None:
+    plan = replace(scales.plan(with_rules("0.* -> 6 bits")), weights={"head.bias": torch.ones(7)})
+    back = pickle.loads(pickle.dumps(plan))
+    assert same(back, plan)
+    assert back.key == plan.key
+    assert torch.equal(back.weights["head.bias"], torch.ones(7))
+
+
+# Plans in a model ---------------------------------------------------------------------------------------------------
+
+
+def run(model: torch.nn.Module, images: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return model(images)
+
+
+def test_changed_weights_come_and_go_with_their_plan(
+    quant_vit: VisionTransformer, scales: Scales, images: Tensor
+) -> None:
+    exact = run(quant_vit, images)
+    plain = scales.plan(BASE)
+    apply_plan(quant_vit, plain)
+    quantized = run(quant_vit, images)
+    weights = {"blocks.0.mlp.fc1.weight": torch.zeros(128, 32), "head.bias": torch.full((7,), 5.0)}
+    changed_plan = replace(plain, weights=weights)
+    apply_plan(quant_vit, changed_plan)
+    shifted = run(quant_vit, images)
+    assert torch.equal(quant_vit.head.bias, weights["head.bias"])
+    with quantizers_off(quant_vit):
+        assert torch.equal(run(quant_vit, images), exact), "the float model has its own weights"
+    assert torch.equal(run(quant_vit, images), shifted)
+    assert torch.equal(run(float_copy(quant_vit), images), exact)
+    apply_plan(quant_vit, changed_plan)  # again: what was before is still known
+    apply_plan(quant_vit, plain)
+    assert torch.equal(run(quant_vit, images), quantized)
+    assert not torch.equal(shifted, quantized)
+
+
+def test_plans_of_other_models_are_refused(quant_vit: VisionTransformer, scales: Scales) -> None:
+    plan = scales.plan(BASE)
+    sites = dict(list(plan.sites.items())[:29])
+    with pytest.raises(InputError, match="has 29 sites, which are not those of this model"):
+        apply_plan(quant_vit, replace(plan, sites=sites))
+    with pytest.raises(InputError, match=r"changes 'head.bias' of shape \(3,\), which this model does not have"):
+        apply_plan(quant_vit, replace(plan, weights={"head.bias": torch.zeros(3)}))
+
+
+@pytest.mark.parametrize("zero_point", [0, 3, 100])
+@pytest.mark.parametrize(("signed", "low"), [(False, 0), (True, -128)])
+def test_grids_are_those_of_pytorch(signed: bool, low: int, zero_point: int) -> None:
+    """Unsigned grids and zero points, against PyTorch's own kernel."""
+    from vitq_ray.quant.fake_quant import fake_quantize
+
+    rule = SiteRule(8, None, True, signed, zero_point)
+    x, amax = torch.linspace(-3, 3, 1001), torch.tensor(2.0)
+    scale = float(SitePlan(amax, rule).scale)
+    assert scale == pytest.approx(2.0 / (low + 255 - zero_point))
+    expected = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, low, low + 255)
+    got = fake_quantize(x, amax, levels=rule.levels)
+    assert ((got - expected).abs() > 1e-5).float().mean() < 0.01, "a rounding at a half may differ"
+    x.requires_grad_(True)
+    fake_quantize(x, amax, levels=rule.levels).sum().backward()
+    inside = (x <= 2.0) & (x >= max(rule.levels[0], -rule.levels[1]) * scale)
+    assert torch.equal(x.grad.bool(), inside)
+
+
+# Parts --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_calibrator_is_a_function_and_a_row(
+    monkeypatch: pytest.MonkeyPatch, scales: Scales, statistics: CalibrationStatistics
+) -> None:
+    """What the table is for: a further row works in settings, rules and texts at once."""
+    share = Parameter("share", 0, 1, 0.5, "of the largest value")
+    row = Calibrator(
+        "part", "a share of max", "range", lambda seen, v, bits: v[0] * np.array([s.max for s in seen]), None, (share,)
+    )
+    monkeypatch.setitem(calibrators.CALIBRATORS, "part", row)
+    half, whole = scales.plan(make_setting("ft1", "part 0.5", 1)), scales.plan(make_setting("ft1", "max", 1))
+    for key in statistics.keys:
+        assert float(half.amax[key]) == pytest.approx(0.5 * float(whole.amax[key]))
+    ruled = scales.plan(with_rules("0.* -> part 0.25", base=make_setting("ft1", "max", 1)))
+    assert float(ruled.amax[statistics.keys[0]]) == pytest.approx(0.25 * float(whole.amax[statistics.keys[0]]))
+    with pytest.raises(InputError, match=r"'part 2' is not one of .*part S \(0 to 1\)"):
+        make_setting("ft1", "part 2")
+
+
+def test_only_what_is_needed_is_collected(quant_vit: VisionTransformer, images: Tensor) -> None:
+    assert kinds_needed([make_setting("ft1", "max")]) == ("range",)
+    assert kinds_needed([make_setting("ft1", "max"), make_setting("ft1", "mse")]) == ("histogram",)
+    assert kinds_needed([with_rules("0.* -> entropy")]) == ("histogram",)
+    ranges = collect_statistics(quant_vit, enumerate(images.split(12)), [1, 2], kinds=("range",))
+    whole = collect_statistics(quant_vit, enumerate(images.split(12)), [1, 2])
+    for n in (1, 2):
+        setting = make_setting("ft2", "max", n)
+        assert same(plan_of(quant_vit, ranges, setting), plan_of(quant_vit, whole, setting))
+    assert CalibrationStatistics.from_bytes(ranges.to_bytes()) == ranges
+    with pytest.raises(StatisticsError, match="no histogram was collected, only range"):
+        plan_of(quant_vit, ranges, make_setting("ft2", "mse", 2))
+
+
+def test_noise_is_of_the_sites_that_are_on(
+    quant_vit: VisionTransformer, statistics: CalibrationStatistics, scales: Scales
+) -> None:
+    plan = scales.plan(with_rules("0.ffn.* -> off", "1.ffn.* -> 2 bits", base=make_setting("ft1", "max", 1)))
+    noise = noise_per_site(quant_vit, statistics, 1, plan)
+    assert set(noise) == {key for key, site in plan.sites.items() if site.rule.on}
+    exact = noise_per_site(quant_vit, statistics, 1, scales.plan(make_setting("ft1", "max", 1)))
+    coarse = [key for key in noise if noise[key] != exact[key]]
+    assert coarse == [key for key in noise if key.startswith(f"{LAYER}1.ffn.")]
+    assert all(noise[key] > 100 * exact[key] for key in coarse)
+
+
+def test_a_setting_applied_is_the_plan_returned(
+    quant_vit: VisionTransformer, statistics: CalibrationStatistics
+) -> None:
+    plan = apply_setting(quant_vit, statistics, with_rules("*.fc2.* -> 4 bits"))
+    for key, _, quantizer in sites_of(quant_vit):
+        assert quantizer.rule == plan.sites[key].rule
+        assert torch.equal(quantizer.amax, plan.sites[key].amax)
+    assert set(site_weights(quant_vit)) <= set(plan.sites)

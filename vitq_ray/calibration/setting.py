@@ -1,0 +1,258 @@
+"""A setting: what is asked for, as a hashable value. A search races settings; a checkpoint says which one it has.
+
+    mode, calibrator, number and size of calibration batches, bits, calibrator of weights
+    then rules, in order:      site pattern -> calibrator | factor on amax | bits | off
+    then named transforms and corrections with their strengths
+
+A rule is written as text, `0.attn.* -> percentile 99.9`, `*.ffn.fc2._input_quantizer -> x 0.9`,
+`*.attn.matmul_a_input_quantizer -> 6 bits`, `*.attn.softmax_input_quantizer -> off`. Its pattern is matched as
+`fnmatch` does against `<block>.<site>`; `SITE_GROUPS` has names for patterns that are often wanted. Later rules win.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vitq_ray.base.config import Config, InputError, is_number, require_choice, require_int
+from vitq_ray.calibration.calibrators import CALIBRATORS, PERCENTILE, WEIGHT_CALIBRATORS, Calibration
+from vitq_ray.quant.plan import MAX_BITS, MIN_BITS
+from vitq_ray.quant.sites import MODES, local_name, sites_of_blocks
+
+SITE_GROUPS: dict[str, str] = {
+    "attention_probabilities": "*.attn.matmul_a_input_quantizer",
+    "gelu_output": "*.ffn.fc2._input_quantizer",
+    "gemm_outputs": "*._aftergemm_quantizer",
+}
+TRANSFORMS: tuple[str, ...] = ()  # changes of the weights that leave the float model as it is; none yet
+CORRECTIONS: tuple[str, ...] = ()  # changes of the weights that undo a part of the quantization error; none yet
+_ARROW = " -> "
+_PERCENTILE, _MAX = Calibration("percentile", (PERCENTILE.default,)), Calibration("max")
+_ANY_DEPTH = 100  # blocks that a pattern is tried on where the model is not known yet
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the sites that match a pattern do instead: exactly one of calibrator, factor, bits and off.
+
+    Attributes:
+        sites: pattern, or a name of `SITE_GROUPS`.
+        calibrator: for the matched sites it can calibrate: weights only where it is one of `WEIGHT_CALIBRATORS`.
+        factor: on amax, > 0.
+        bits: 2 to 8.
+        off: the sites stay in floating point.
+    """
+
+    sites: str
+    calibrator: Calibration | None = None
+    factor: float | None = None
+    bits: int | None = None
+    off: bool = False
+
+    def __post_init__(self) -> None:
+        given = [self.calibrator is not None, self.factor is not None, self.bits is not None, self.off]
+        if sum(given) != 1:
+            raise InputError(f"rule of {self.sites}: expected one of {_ACTIONS}")
+        if self.factor is not None and not (is_number(self.factor, 0) and self.factor > 0):
+            raise InputError(f"rule of {self.sites}: factor: expected a number > 0, got {self.factor!r}")
+        if self.bits is not None:
+            require_int(f"rule of {self.sites}: bits", self.bits, MIN_BITS, MAX_BITS)
+
+    @property
+    def pattern(self) -> str:
+        return SITE_GROUPS.get(self.sites, self.sites)
+
+    def matches(self, key: str) -> bool:
+        """Whether it is about the site of this full name."""
+        return fnmatch.fnmatchcase(local_name(key), self.pattern)
+
+    @staticmethod
+    def parse(value: Any) -> Rule:
+        """A rule from its text, or as a pair (sites, action). InputError naming it where it is neither."""
+        if isinstance(value, Rule):
+            return value
+        sites, action = value if isinstance(value, tuple | list) and len(value) == 2 else ("", None)
+        if isinstance(value, str) and _ARROW in value:
+            sites, _, action = value.partition(_ARROW)
+        if not isinstance(sites, str) or not sites or not isinstance(action, str):
+            raise InputError(f"rule: {value!r} is not of the form 'site pattern{_ARROW}{_ACTIONS}'")
+        return Rule(sites, **_parse_action(sites, action))
+
+    def __str__(self) -> str:
+        return f"{self.sites}{_ARROW}{self.action}"
+
+    @property
+    def action(self) -> str:
+        """The text behind the arrow."""
+        if self.factor is not None:
+            return f"x {self.factor!r}".removesuffix(".0")
+        if self.bits is not None:
+            return f"{self.bits} bits"
+        return "off" if self.off else str(self.calibrator)
+
+
+_ACTIONS = f"{' | '.join(c.usage for c in CALIBRATORS.values())} | x FACTOR | BITS bits | off"
+
+
+def _parse_action(sites: str, action: str) -> dict[str, Any]:
+    words = action.split()
+    try:
+        if words == ["off"]:
+            return {"off": True}
+        if len(words) == 2 and words[0] == "x":
+            return {"factor": float(words[1])}
+        if len(words) == 2 and words[1] in ("bits", "bit"):
+            return {"bits": int(words[0])}
+        return {"calibrator": Calibration.parse(action)}
+    except ValueError:
+        raise InputError(f"rule of {sites}: {action!r} is not one of {_ACTIONS}") from None
+
+
+def require_sites(rules: Iterable[Rule], depth: int | None = None) -> None:
+    """InputError naming the first rule whose pattern matches no site of a model of `depth` blocks (None: of any)."""
+    keys = list(sites_of_blocks(_ANY_DEPTH if depth is None else depth))
+    for rule in rules:
+        if not any(map(rule.matches, keys)):
+            blocks = "" if depth is None else f" of the {depth} blocks"
+            raise InputError(
+                f"rule {str(rule)!r}: its pattern matches no site{blocks}; sites are named as {local_name(keys[0])!r}, "
+                f"patterns as '*.ffn.fc1.*' or {', '.join(SITE_GROUPS)}"
+            )
+
+
+@dataclass(frozen=True)
+class Technique:
+    """A named transform or correction with its strength."""
+
+    name: str
+    strength: float = 1.0
+
+    @staticmethod
+    def parse(value: Any, what: str, known: tuple[str, ...]) -> Technique:
+        """From `name` or `name strength`; InputError, with `what` it is, for a name that is not known."""
+        if isinstance(value, Technique):
+            return value
+        name, _, strength = value.partition(" ") if isinstance(value, str) else ("", "", "")
+        if name not in known:
+            raise InputError(f"{what}: {value!r} is not one of {', '.join(known) or 'none, there are none yet'}")
+        try:
+            return Technique(name, float(strength or 1))
+        except ValueError:
+            raise InputError(f"{what} {name}: strength: expected a number, got {strength!r}") from None
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.strength!r}".removesuffix(".0")
+
+
+@dataclass(frozen=True)
+class Setting(Config):
+    """One candidate: everything that turns calibration statistics into a plan. Texts are parsed where it is built.
+
+    Attributes:
+        mode: which sites are quantized, along which axis, fused or not: a key of `sites.MODES`.
+        calibrator: of activations, e.g. `percentile 99.99`.
+        num_batches, batch_size: calibration batches, and images in each.
+        weight_bits, act_bits: 2 to 8.
+        weights: calibrator of weights.
+        rules: for single sites, in order; a later one wins.
+        transforms, corrections: by name, with strengths.
+    """
+
+    mode: str = "ft2"
+    calibrator: Calibration = _PERCENTILE
+    num_batches: int = 10
+    batch_size: int = 8
+    weight_bits: int = 8
+    act_bits: int = 8
+    weights: Calibration = _MAX
+    rules: tuple[Rule, ...] = ()
+    transforms: tuple[Technique, ...] = ()
+    corrections: tuple[Technique, ...] = ()
+
+    def __post_init__(self) -> None:
+        require_choice("quant mode", self.mode, MODES)
+        require_int("number of calibration batches", self.num_batches, 1)
+        require_int("images of a calibration batch", self.batch_size, 1)
+        require_int("weight bits", self.weight_bits, MIN_BITS, MAX_BITS)
+        require_int("activation bits", self.act_bits, MIN_BITS, MAX_BITS)
+        self._set("calibrator", Calibration.parse(self.calibrator))
+        self._set("weights", _of_weights(self.weights))
+        self._set("rules", tuple(map(Rule.parse, _sequence("rules", self.rules))))
+        for name, known in (("transforms", TRANSFORMS), ("corrections", CORRECTIONS)):
+            values = _sequence(name, getattr(self, name))
+            self._set(name, tuple(Technique.parse(value, name, known) for value in values))
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it: calibrators, rules and techniques as texts."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        texts = {name: [str(item) for item in values[name]] for name in ("rules", "transforms", "corrections")}
+        return {**values, "calibrator": str(self.calibrator), "weights": str(self.weights), **texts}
+
+    @property
+    def label(self) -> str:
+        """Short name for tables, e.g. `ft2 percentile 99.99 n=10 w8a8`."""
+        own = [] if self.weights == _MAX else [f"weights={self.weights}"]
+        own += [str(item) for item in (*self.rules, *self.transforms, *self.corrections)]
+        tail = "".join(f" {text}," for text in own).rstrip(",")
+        bits = f"w{self.weight_bits}a{self.act_bits}"
+        return f"{self.mode} {self.calibrator.short} n={self.num_batches} {bits}{tail}"
+
+
+def _of_weights(value: Any) -> Calibration:
+    calibration = Calibration.parse(value, "calibrator of weights")
+    require_choice("calibrator of weights", calibration.name, WEIGHT_CALIBRATORS)
+    return calibration
+
+
+def _sequence(name: str, value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, tuple | list):
+        raise InputError(f"{name}: expected a list, got {value!r}")
+    return tuple(value)
+
+
+def read_setting(values: Any, format_number: int, batch_size: int = 8) -> Setting:
+    """The setting that a file of this format holds. `batch_size` is for format 1, which kept it elsewhere.
+
+    Raises InputError for anything missing, unknown or impossible.
+    """
+    if format_number > 1:
+        return Setting.from_dict(values, complete=True)
+    old = _Format1.from_dict(values, complete=True)
+    percentile = () if old.percentile is None else (old.percentile,)
+    own = {name: getattr(old, name) for name in SITE_GROUPS}
+    return Setting(
+        mode=old.mode,
+        calibrator=Calibration(old.calibrator, percentile),
+        num_batches=old.num_batches,
+        batch_size=batch_size,
+        weight_bits=old.weight_bits,
+        act_bits=old.act_bits,
+        weights=Calibration.parse(old.weights),
+        rules=tuple(Rule(name, Calibration.parse(text)) for name, text in own.items() if text is not None),
+    )
+
+
+@dataclass(frozen=True)
+class _Format1(Config):
+    """A setting as files of format 1 have it."""
+
+    mode: str
+    calibrator: str
+    percentile: float | None
+    num_batches: int
+    weight_bits: int
+    act_bits: int
+    attention_probabilities: str | None
+    gelu_output: str | None
+    gemm_outputs: str | None
+    weights: str
+
+
+def rules_of(columns: Mapping[str, str | None]) -> tuple[Rule, ...]:
+    """Rules from {site pattern: action, or None for no rule}."""
+    return tuple(Rule.parse((sites, action)) for sites, action in columns.items() if action is not None)

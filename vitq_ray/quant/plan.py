@@ -1,0 +1,152 @@
+"""A plan: what every site does, as a value. Whatever runs, saves or compares a model reads this and nothing else.
+
+    setting + statistics + weights  ->  Plan  ->  quantized model, checkpoint, trials, noise forecast
+
+What a setting asks for is in `calibration.setting`; how it becomes a plan is in `calibration.scales`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitq_ray.base.config import Config, InputError, require_int
+from vitq_ray.quant.fake_quant import step_of
+from vitq_ray.quant.sites import MODES, WEIGHT, Mode, Site, sites_of_blocks
+
+MIN_BITS, MAX_BITS = 2, 8
+
+
+@dataclass(frozen=True)
+class SiteRule(Config):
+    """What a site does, apart from its scale: the part of a plan that a JSON file can hold.
+
+    Attributes:
+        bits: 2 to 8.
+        axis: 0 for one scale per row of a weight, None for one scale.
+        on: quantizes; a site that is off is calibrated and saved all the same.
+        signed: the integers are [-2^(bits-1), 2^(bits-1) - 1], else [0, 2^bits - 1].
+        zero_point: the integer that 0 becomes; 0 where the grid is symmetric.
+    """
+
+    bits: int = 8
+    axis: int | None = None
+    on: bool = True
+    signed: bool = True
+    zero_point: int = 0
+
+    def __post_init__(self) -> None:
+        require_int("bits", self.bits, MIN_BITS, MAX_BITS)
+        low = -(2 ** (self.bits - 1)) if self.signed else 0
+        require_int("zero point", self.zero_point, low, low + 2**self.bits - 2)
+        if self.axis not in (None, 0):
+            raise InputError(f"axis: {self.axis!r} is not one of None, 0")
+
+    @property
+    def levels(self) -> tuple[int, int]:
+        """Smallest and largest integer, less the zero point: (-128, 127) at 8 bits, (0, 255) unsigned."""
+        low = -(2 ** (self.bits - 1)) if self.signed else 0
+        return low - self.zero_point, low + 2**self.bits - 1 - self.zero_point
+
+
+@dataclass(frozen=True, eq=False)
+class SitePlan:
+    """One site: its rule, and amax in tensor units, float32: () or with axis 0 (rows, 1).
+
+    amax is what the largest integer stands for: the scale is amax / 127 for symmetric 8 bits, amax / 255 unsigned.
+    """
+
+    amax: Tensor
+    rule: SiteRule = SiteRule()
+
+    @property
+    def scale(self) -> Tensor:
+        """Step between two integers, same shape as amax."""
+        return step_of(self.amax, self.rule.levels[1])
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What every site of a model does.
+
+    Attributes:
+        mode: name of the mode it was made for, which says which scales are fused.
+        sites: {full FasterTransformer name: its plan}, all sites, in the order of `sites.sites_of_blocks`.
+        weights: {timm name: tensor} of the weights and biases that a technique has changed; none where it is empty.
+    """
+
+    mode: str
+    sites: Mapping[str, SitePlan]
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Equal for plans that compute the same model: rule and amax of every site that is on, and changed weights."""
+        digest = hashlib.sha256()
+        for name, site in self.sites.items():
+            if site.rule.on:
+                digest.update(f"{name} {dataclasses.astuple(site.rule)} ".encode())
+                digest.update(_array(site.amax).tobytes())
+        for name, tensor in sorted(self.weights.items()):
+            digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+            digest.update(_array(tensor).tobytes())
+        return digest.hexdigest()
+
+    @property
+    def amax(self) -> dict[str, Tensor]:
+        """{site: amax}, sites that are off included."""
+        return {name: site.amax for name, site in self.sites.items()}
+
+    @property
+    def rules(self) -> dict[str, SiteRule]:
+        """{site: what it does apart from its scale}."""
+        return {name: site.rule for name, site in self.sites.items()}
+
+    def with_amax(self, amax: Mapping[str, Tensor]) -> Plan:
+        """The same plan with other scales, such as learned ones; every site must be there."""
+        sites = {name: SitePlan(amax[name].detach().cpu().clone(), site.rule) for name, site in self.sites.items()}
+        return dataclasses.replace(self, sites=sites)
+
+    def degenerate_sites(self) -> list[str]:
+        """Sites with an amax of 0 (in any channel): they quantize to zeros."""
+        return [name for name, site in self.sites.items() if bool((site.amax == 0).any())]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tensors as arrays, which travel between processes many times faster."""
+        return {**self.__dict__, **_mapped(self, _array)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__dict__.update(_mapped(self, lambda array: torch.from_numpy(np.array(array))))
+
+
+def _mapped(plan: Plan, change: Callable[[Any], Any]) -> dict[str, Any]:
+    sites = {name: SitePlan(change(site.amax), site.rule) for name, site in plan.sites.items()}
+    return {"sites": sites, "weights": {name: change(tensor) for name, tensor in plan.weights.items()}}
+
+
+def _array(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().numpy()
+
+
+def rule_of(mode: Mode, site: Site, weight_bits: int, act_bits: int) -> SiteRule:
+    """What a mode does at a site, at these bits."""
+    is_weight = site.family == WEIGHT
+    bits = weight_bits if is_weight else act_bits
+    return SiteRule(bits, mode.weight_axis if is_weight else None, mode.quantizes(site))
+
+
+def plan_of_mode(mode: str, amax: Mapping[str, Tensor], weight_bits: int, act_bits: int, depth: int) -> Plan:
+    """The plan of a mode with these amax values, without any rule of its own for a site."""
+    sites = sites_of_blocks(depth)
+    return Plan(
+        mode,
+        {key: SitePlan(amax[key], rule_of(MODES[mode], site, weight_bits, act_bits)) for key, site in sites.items()},
+    )
