@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import make_setting
 from vitq_ray.base.config import InputError
+from vitq_ray.calibration.setting import Setting
+from vitq_ray.search.proposals import proposals
 from vitq_ray.search.space import load_space, percentiles
 
 SPACES = Path(__file__).resolve().parents[1] / "search_spaces"
@@ -45,9 +48,79 @@ def test_bundled_space_has_48_distinct_settings() -> None:
     assert {s.num_batches for s in settings} == {2, 8, 32}
 
 
+def labels(path: str, defaults: Setting | None = None) -> list[str]:
+    return [setting.label for setting in load_space(path).grid(defaults or make_setting())]
+
+
+def test_site_patterns_are_columns(tmp_path: Path) -> None:
+    text = """SPACE = {"mode": ["ft1"], "calibrator": ["max"], "num_batches": [2],
+        "0.attn.*": [None, "mse"], "gelu_output": [None, "x 0.9", "off"]}"""
+    assert labels(write(tmp_path, text)) == [
+        # gelu_output is a name of the table and comes before patterns of the file, in the grid and among the rules
+        "ft1 max n=2 w8a8",
+        "ft1 max n=2 w8a8 0.attn.* -> mse",
+        "ft1 max n=2 w8a8 gelu_output -> x 0.9",
+        "ft1 max n=2 w8a8 gelu_output -> x 0.9, 0.attn.* -> mse",
+        "ft1 max n=2 w8a8 gelu_output -> off",
+        "ft1 max n=2 w8a8 gelu_output -> off, 0.attn.* -> mse",
+    ]
+
+
+def test_lists_of_rules(tmp_path: Path) -> None:
+    text = """SPACE = {"calibrator": ["max"], "rules": [(), ["1.* -> 6 bits", ("0.ffn.*", "percentile 99")]]}"""
+    assert labels(write(tmp_path, text)) == [
+        "ft2 max n=10 w8a8",
+        "ft2 max n=10 w8a8 1.* -> 6 bits, 0.ffn.* -> percentile 99",
+    ]
+
+
+def test_numbers_in_the_text_or_in_a_column(tmp_path: Path) -> None:
+    text = 'SPACE = {"calibrator": ["percentile 99", "percentile", "max"], "percentile": [99.5, 99.9]}'
+    assert labels(write(tmp_path, text)) == [
+        "ft2 percentile 99 n=10 w8a8",
+        "ft2 percentile 99.5 n=10 w8a8",
+        "ft2 percentile 99.9 n=10 w8a8",
+        "ft2 max n=10 w8a8",
+    ]
+
+
+def test_columns_that_are_left_out_are_those_of_the_command_line(tmp_path: Path) -> None:
+    defaults = make_setting("ft1", "percentile 97", 3, batch_size=5, rules=("1.* -> 5 bits",))
+    settings = load_space(write(tmp_path, 'SPACE = {"act_bits": [4]}')).grid(defaults)
+    assert settings == [replace(defaults, act_bits=4)]
+
+
+def test_patterns_are_checked_against_the_model(tmp_path: Path) -> None:
+    space = load_space(write(tmp_path, 'SPACE = {"5.*": [None, "off"], "rules": [["7.ffn.* -> 4 bits"]]}'))
+    space.require_sites(depth=8)
+    with pytest.raises(InputError, match=r"rule '5\.\* -> off': its pattern matches no site of the 4 blocks"):
+        space.require_sites(depth=4)
+    with pytest.raises(InputError, match=r"rule '7\.ffn\.\* -> 4 bits': its pattern matches no site"):
+        space.require_sites(depth=6)
+
+
+@pytest.mark.parametrize("algorithm", ["random", "optuna"])
+def test_rules_are_drawn_too(algorithm: str, tmp_path: Path) -> None:
+    text = """SPACE = {"mode": ["ft1", "ft2"], "*.fc2.*": [None, "mse", "5 bits"],
+        "rules": [[], ["0.* -> 6 bits"], ["1.* -> off"]]}"""
+    source = proposals(algorithm, load_space(write(tmp_path, text)), make_setting(), 18, 0)
+    found: list[Setting] = []
+    while settings := source.next_round():
+        found += settings
+        source.tell(dict.fromkeys(settings, 0.5))
+    assert len({tuple(map(str, s.rules)) for s in found}) == 9
+    assert len(found) == len(set(found)) == 18
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ('SPACE = {"3.attn.qury*": ["off"]}', r"rule '3.attn.qury\* -> off': its pattern matches no site; sites are"),
+        ('SPACE = {"0.attn.*": ["8 bit", "half"]}', r"mine\.py: rule of 0.attn.\*: 'half' is not one of max"),
+        ('SPACE = {"0.attn.*": [4]}', r"rule: \('0.attn.\*', 4\) is not of the form"),
+        ('SPACE = {"rules": ["0.* -> off"]}', "rules: expected a list of rules, got '0"),
+        ('SPACE = {"transforms": [["rotation"]]}', "transforms: 'rotation' is not one of none"),
+        ('SPACE = {"weights": ["entropy"]}', "calibrator of weights: 'entropy' is not one of max, mse"),
         ("SPACE = {", r"mine\.py: line 1: SyntaxError"),
         ("x = 1\ny = x / 0", r"mine\.py: line 2: ZeroDivisionError: division by zero"),
         ("x = 1", "SPACE is NoneType, expected a dictionary"),

@@ -172,14 +172,6 @@ class SearchSpace:
                 break
         return list(found)
 
-    def calibrations(self, defaults: Setting) -> list[Calibration]:
-        """Every calibrator of activations that a setting of this space can have: what statistics are collected for."""
-        values = self.values(defaults)
-        found = [_calibration({**_columns_of(defaults), **row}) for row in _rows(values, ("calibrator", *PARAMETERS))]
-        rules = [rule for rules in values["rules"] for rule in map(Rule.parse, rules)]
-        rules += [rule for name in values for rule in _rules_of_column(name, values[name])]
-        return list(dict.fromkeys((*found, *(rule.calibrator for rule in rules if rule.calibrator is not None))))
-
     def require_sites(self, depth: int) -> None:
         """InputError naming a pattern of this space that matches no site of a model of `depth` blocks."""
         require_sites([rule for name, values in self.choices.items() for rule in _rules_of_column(name, values)], depth)
@@ -192,11 +184,6 @@ def _is_pattern(column: str) -> bool:
 
 def _rules_of_column(column: str, values: Sequence[Any]) -> tuple[Rule, ...]:
     return tuple(rule for value in values for rule in rules_of({column: value})) if _is_pattern(column) else ()
-
-
-def _rows(values: Mapping[str, tuple[Any, ...]], columns: Sequence[str]) -> list[dict[str, Any]]:
-    rows = itertools.product(*(values[name] for name in columns))
-    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def _columns_of(setting: Setting) -> dict[str, Any]:
