@@ -28,7 +28,8 @@ from vitq_ray.quant.plan import Plan, plan_of_mode
 from vitq_ray.quant.sites import FUSED_GROUPS, MODES, WEIGHT, site_key
 from vitq_ray.quant.vit import observing, quantize_vit, site_weights, sites_of, tensor_keys
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+DATA = Path(__file__).resolve().parent / "data"
+REFERENCE = DATA / "reference"  # numbers of an independent implementation
 
 
 def tiny_vit(seed: int = 0, **overrides: object) -> VisionTransformer:
@@ -103,15 +104,6 @@ def quant_vit() -> VisionTransformer:
 def images() -> torch.Tensor:
     """(24, 3, 16, 16) float32 in about [-3, 3]."""
     return torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture
-def reference() -> Path:
-    """The folder of independent reference numbers; skips where it is absent."""
-    folder = SHARED / "reference" / "public"
-    if not folder.is_dir():
-        pytest.skip("reference numbers (../shared/reference) are not on this machine")
-    return folder
 
 
 CLASSES, SIZE = 7, 16

@@ -24,6 +24,7 @@ from timm.models.resnetv2 import ResNetV2
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
+from tests.conftest import REFERENCE
 from vitq_ray.base.config import InputError
 from vitq_ray.models.geometry import GOOGLE_MODEL_TYPES, Geometry, build_model, geometry_of, named_geometry
 from vitq_ray.models.google import google_arrays
@@ -31,7 +32,6 @@ from vitq_ray.models.load import load_model
 from vitq_ray.models.weights import read_state, weights_fingerprint
 from vitq_ray.quant.vit import require_supported
 
-REFERENCE = Path(__file__).parents[2] / "shared" / "reference" / "public"
 Arrays = dict[str, np.ndarray]
 
 TINY = {"width": 32, "depth": 2, "heads": 4, "mlp": 48, "patch": 8, "grid": 4, "classes": 5}
@@ -712,7 +712,6 @@ def test_bad_timm_arrays(tmp_path: Path, change: Callable[[dict[str, Tensor]], A
 # ---- the reference ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"needs the reference numbers in {REFERENCE}")
 def test_float_logits_of_the_reference() -> None:
     loaded = load_model("auto", REFERENCE / "model.npz")
     meta = json.loads((REFERENCE / "meta.json").read_text())

@@ -1,4 +1,4 @@
-"""Conformance with numbers from an independent implementation of DESIGN section 4 (../shared/reference)."""
+"""Conformance with numbers from an independent implementation of DESIGN section 4 (tests/data/reference)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import make_setting
+from tests.conftest import REFERENCE, make_setting
 from vitq_ray.calibration.scales import apply_setting, plan_of
 from vitq_ray.calibration.statistics import CalibrationStatistics, collect_statistics
 from vitq_ray.data.loader import iter_batches
@@ -53,10 +53,7 @@ class Reference:
 
 @pytest.fixture(scope="module")
 def ref() -> Reference:
-    folder = Path(__file__).resolve().parents[2] / "shared" / "reference" / "public"
-    if not folder.is_dir():
-        pytest.skip("reference numbers (../shared/reference) are not on this machine")
-    return Reference(folder)
+    return Reference(REFERENCE)
 
 
 # Activations differ between CPUs by a few float32 roundings, and amax with them. In the searches of mse and entropy one
@@ -94,6 +91,13 @@ def test_amax_of_every_mode(mode: str, ref: Reference) -> None:
     setting = make_setting(mode, "percentile 99.99", ref.meta["num_batches"][-1])
     amax = plan_of(ref.model, ref.statistics, setting).amax
     assert assert_amax(amax, ref.expected, f"amax_{mode}/") >= 87
+
+
+def test_every_amax_of_the_reference_is_compared(ref: Reference) -> None:
+    values = [value for name, value in ref.expected.items() if name.startswith("amax")]
+    assert sum(value.size for value in values) == 27_108
+    prefixes = {name[: name.index("transformer.")] for name in ref.expected if name.startswith("amax")}
+    assert prefixes == {f"amax/{name}/{n}/" for name in CALIBRATORS for n in (1, 2, 4)} | {f"amax_{m}/" for m in MODES}
 
 
 def test_float_logits(ref: Reference) -> None:
