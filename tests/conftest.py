@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
+import ray
 import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
@@ -196,3 +198,10 @@ def ray_cluster() -> Iterator[None]:
     """One small Ray for all tests that need it."""
     with cluster(num_cpus=2, object_store_bytes=300_000_000, dashboard=False):
         yield
+
+
+def scrape() -> str:
+    """What Prometheus reads from the metrics port of a node of the running Ray."""
+    node = ray.nodes()[0]
+    with urlopen(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=10) as page:
+        return str(page.read().decode())

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +22,7 @@ import ray
 import torch
 from torch import nn
 
-from tests.conftest import make_project
+from tests.conftest import make_project, scrape
 from tests.test_qat_loop import CONFIG, TRANSFORM, Setup, calibrated
 from vitq_ray.base.config import InputError
 from vitq_ray.cluster.qat_group import Plan, QatMetrics, Workers, plan_workers, run_on_workers, worker_bytes
@@ -218,9 +219,24 @@ def test_what_is_recorded_can_be_followed(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_metrics_are_set(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path, QatMetrics("run"))
-    recorder.step(step_report(1))
-    recorder.epoch(EpochReport(1, 2, 0.5, Counts(10, {"top1_correct": 5, "top5_correct": 9}), True))
+    """As Prometheus reads them, of a run that no other test uses."""
+    recorder = Recorder(tmp_path, QatMetrics("metered"))
+    recorder.step(StepReport(2, 7, 10, 0.625, 0.1, 1.0, 8, 96.0))
+    recorder.epoch(EpochReport(2, 7, 0.5, Counts(10, {"top1_correct": 5, "top5_correct": 9}), True))
+    expected = {"epoch": 2, "step": 7, "loss": 0.625, "images_per_second": 96, "selection_top1": 0.5}
+    read = {}
+    for _ in range(100):
+        read = qat_metrics(scrape(), "metered")
+        if len(read) == len(expected):
+            break
+        time.sleep(0.4)
+    assert read == expected
+
+
+def qat_metrics(text: str, run: str) -> dict[str, float]:
+    """{name: value} of one run on a page of metrics."""
+    lines = (line for line in text.splitlines() if line.startswith("ray_vitq_qat_") and f'run="{run}"' in line)
+    return {line.partition("{")[0].removeprefix("ray_vitq_qat_"): float(line.rpartition(" ")[2]) for line in lines}
 
 
 def test_bad_images_of_several_ranks_are_listed_once(tmp_path: Path) -> None:

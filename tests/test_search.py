@@ -16,11 +16,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import ray
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from tests.conftest import Project, descendants, load_script, make_project, make_setting, tiny_vit
+from tests.conftest import Project, descendants, load_script, make_project, make_setting, scrape, tiny_vit
 from vitq_ray.base.config import InputError
 from vitq_ray.calibration.scales import Scales, apply_setting
 from vitq_ray.calibration.setting import Setting
@@ -448,14 +447,6 @@ def test_metrics_are_served(finished: Path) -> None:
     assert 'run="run"' in text
     assert 'state="finished"' in text
     assert "ray_vitq_calibration_batches" in text
-
-
-def scrape() -> str:
-    from urllib.request import urlopen
-
-    node = ray.nodes()[0]
-    with urlopen(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=10) as page:
-        return str(page.read().decode())
 
 
 def until(good: Callable[[str], bool], read: Callable[[], str], seconds: float = 40) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,24 +28,32 @@ METRICS: dict[str, Metric] = {
         Gauge, "top-1 of a candidate on the images it has seen, a fraction", ("run", "candidate")
     ),
     "vitq_best_accuracy": Metric(Gauge, "largest selection top-1 of the finished candidates, a fraction"),
+    "vitq_qat_epoch": Metric(Gauge, "epoch of QAT"),
+    "vitq_qat_step": Metric(Gauge, "step of QAT, over all epochs"),
+    "vitq_qat_loss": Metric(Gauge, "training loss of the last step"),
+    "vitq_qat_images_per_second": Metric(Gauge, "training speed of the last step"),
+    "vitq_qat_selection_top1": Metric(Gauge, "top-1 on the selection images after the last epoch, a fraction"),
 }
 
 
 class Metrics:
-    """The metrics of one run; needs a running Ray."""
+    """The metrics of one run; needs a running Ray. Each is made when it is first used."""
 
-    def __init__(self, run: str, table: Mapping[str, Metric] = METRICS) -> None:
+    def __init__(self, run: str) -> None:
         self._tags = {"run": run}
-        self._metrics: dict[str, Any] = {
-            name: metric.kind(name, description=metric.description, tag_keys=metric.tags)
-            for name, metric in table.items()
-        }
+        self._metrics: dict[str, Any] = {}
 
     def add(self, name: str, count: float, **tags: str) -> None:
         """Count up a Counter."""
         if count:  # Ray refuses to add nothing
-            self._metrics[name].inc(count, tags=self._tags | tags)
+            self._metric(name).inc(count, tags=self._tags | tags)
 
     def set(self, name: str, value: float, **tags: str) -> None:
         """Set a Gauge."""
-        self._metrics[name].set(value, tags=self._tags | tags)
+        self._metric(name).set(value, tags=self._tags | tags)
+
+    def _metric(self, name: str) -> Any:
+        if name not in self._metrics:
+            row = METRICS[name]
+            self._metrics[name] = row.kind(name, description=row.description, tag_keys=row.tags)
+        return self._metrics[name]

@@ -30,10 +30,10 @@ import ray.train.torch
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.metrics import Gauge
 
 from vitq_ray.base.config import InputError
 from vitq_ray.base.files import one_line, write_json
+from vitq_ray.cluster.metrics import Metrics
 from vitq_ray.cluster.stream import share, stream_batches
 from vitq_ray.data.loader import Batch
 from vitq_ray.data.samples import Ids, SampleIndex
@@ -54,24 +54,14 @@ class QatMetrics:
     """Ray's metrics of a training run."""
 
     def __init__(self, run: str) -> None:
-        names = {
-            "epoch": "epoch of QAT",
-            "step": "step of QAT, over all epochs",
-            "loss": "training loss of the last step",
-            "images_per_second": "training speed of the last step",
-            "selection_top1": "top-1 on the selection images after the last epoch, a fraction",
-        }
-        self._gauges = {name: Gauge(f"vitq_qat_{name}", text, tag_keys=("run",)) for name, text in names.items()}
-        for gauge in self._gauges.values():
-            gauge.set_default_tags({"run": run})
+        self._metrics = Metrics(run)
 
     def step(self, report: StepReport) -> None:
-        for name, gauge in self._gauges.items():
-            if name != "selection_top1":
-                gauge.set(float(getattr(report, name)))
+        for name in ("epoch", "step", "loss", "images_per_second"):
+            self._metrics.set(f"vitq_qat_{name}", float(getattr(report, name)))
 
     def epoch(self, report: EpochReport) -> None:
-        self._gauges["selection_top1"].set(report.selection.top1)
+        self._metrics.set("vitq_qat_selection_top1", report.selection.top1)
 
 
 # Workers ------------------------------------------------------------------------------------------------------------

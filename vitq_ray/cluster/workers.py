@@ -10,6 +10,7 @@ again, and its batch is computed again.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from vitq_ray.base.config import InputError
 from vitq_ray.calibration.statistics import CalibrationStatistics, collect_statistics
 from vitq_ray.data.loader import Batch
 from vitq_ray.data.transforms import EvalTransform
+from vitq_ray.measure.calibration import Collect, Numbered, OnLogits, ToInput, collect_here
 from vitq_ray.measure.evaluation import Evaluation, evaluate
 
 T = TypeVar("T")
@@ -163,6 +165,28 @@ def collect_on(
         statistics = statistics.merge(part)
         on_batch(indices[i], logits)
     return statistics
+
+
+def collect_with(open_pool: Callable[[], WorkerPool], threads: int = 1) -> Collect:
+    """How a `calibration_pass` collects on workers: batch 0 here, since it sets the bin widths, the others there.
+
+    `open_pool` is called once batch 0 is done; `threads` is what a worker computes with.
+    """
+
+    def collect(
+        model: nn.Module,
+        batches: Numbered,
+        snapshots: Sequence[int],
+        to_input: ToInput,
+        on_logits: OnLogits,
+        kinds: Iterable[str],
+    ) -> CalibrationStatistics:
+        with torch_threads(threads):
+            first = collect_here(model, itertools.islice(batches, 1), snapshots, to_input, on_logits, kinds)
+        with open_pool() as pool:
+            return collect_on(pool, batches, snapshots, first, on_logits)
+
+    return collect
 
 
 def evaluate_on(

@@ -11,8 +11,7 @@ Writes `<name>_calib.pth`, its sidecar `<name>_calib.json`, and `result.json`.
 from __future__ import annotations
 
 import argparse
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +24,14 @@ from vitq_ray.base.config import InputError
 from vitq_ray.base.files import output_folder, write_json
 from vitq_ray.calibration.scales import apply_setting, kinds_needed
 from vitq_ray.calibration.setting import Setting
-from vitq_ray.calibration.statistics import CalibrationStatistics, collect_statistics
 from vitq_ray.cluster.start import cluster
-from vitq_ray.cluster.workers import WorkerPool, collect_on, evaluate_on, torch_threads
+from vitq_ray.cluster.workers import WorkerPool, collect_with, evaluate_on
 from vitq_ray.commands import options as cli
 from vitq_ray.data.loader import Batch, iter_batches
 from vitq_ray.data.samples import SampleIndex, open_split
 from vitq_ray.data.splits import calibration_ids, default_calib_split, require_images
 from vitq_ray.data.transforms import EvalTransform
+from vitq_ray.measure.calibration import CalibrationPass, calibration_pass, collect_here
 from vitq_ray.measure.evaluation import Evaluation, evaluate, sanity_problem
 from vitq_ray.models.checkpoint import Sidecar, save_calibrated
 from vitq_ray.models.load import LoadedModel, load_model
@@ -96,51 +95,22 @@ def prepare(args: argparse.Namespace) -> Job:
     return Job(args, setting, loaded, model, cli.eval_transform(loaded, args.crop_pct), device, calib, split, val, [])
 
 
-def calibrate(job: Job) -> tuple[CalibrationStatistics, Evaluation, list[int]]:
+def calibrate(job: Job) -> CalibrationPass:
     """One float pass: statistics, how well the float model did on these images, and which images they were."""
     args = job.args
     # Every image of the split in order, so that others move up where a broken one is skipped.
     ids = calibration_ids(len(job.calib), len(job.calib), args.calib_order, args.seed)
-    batches = itertools.islice(job.batches(job.calib, ids, args.calib_batchsz), args.num_calib_batch)
-    seen: list[tuple[Tensor, Tensor]] = []  # labels and sample ids of every batch
-    judged: list[Evaluation] = []
-
-    def full() -> Iterator[tuple[int, Batch]]:
-        for index, batch in enumerate(cli.track(batches, args.num_calib_batch, "calibrate")):
-            if len(batch.labels) == args.calib_batchsz:
-                seen.append((batch.labels, batch.sample_ids))
-                yield index, batch
-
-    def judge(index: int, logits: Tensor) -> None:
-        judged.append(Evaluation.of_logits(logits, *seen[index]))
-
-    statistics = collect(job, full(), judge)
-    used = [int(i) for _, ids in seen for i in ids]
-    if len(seen) < args.num_calib_batch:
-        raise InputError(
-            f"calibration: {args.num_calib_batch} batches of {args.calib_batchsz} asked for, the readable images of "
-            f"{job.calib_split} make {len(seen)}"
-        )
-    return statistics, Evaluation.concatenate(judged), used
-
-
-def collect(
-    job: Job, batches: Iterator[tuple[int, Batch]], on_batch: Callable[[int, Tensor], None]
-) -> CalibrationStatistics:
-    """Statistics of the batches: collected here, or on workers, to which batch 0 tells the bin widths."""
-    args, snapshots, kinds = job.args, [job.args.num_calib_batch], kinds_needed([job.setting])
-
-    def inputs() -> Iterator[tuple[int, Tensor]]:
-        return ((index, job.to_input(batch.images)) for index, batch in batches)
-
-    if args.num_workers is None:
-        return collect_statistics(job.model, inputs(), snapshots, on_batch=on_batch, kinds=kinds)
-    with torch_threads(args.threads_per_worker):
-        statistics = collect_statistics(
-            job.model, itertools.islice(inputs(), 1), snapshots, on_batch=on_batch, kinds=kinds
-        )
-    with pool(job) as workers:
-        return collect_on(workers, batches, snapshots, statistics, on_batch)
+    batches = cli.track(job.batches(job.calib, ids, args.calib_batchsz), args.num_calib_batch, "calibrate")
+    return calibration_pass(
+        job.model,
+        batches,
+        args.calib_batchsz,
+        [args.num_calib_batch],
+        job.to_input,
+        collect_here if args.num_workers is None else collect_with(lambda: pool(job), args.threads_per_worker),
+        kinds=kinds_needed([job.setting]),
+        bad_images=job.bad_images,
+    )
 
 
 def evaluate_all(job: Job) -> Evaluation:
@@ -181,7 +151,7 @@ def quantized_weight_share(model: nn.Module) -> float:
     return quantized / sum(parameter.numel() for parameter in model.parameters())
 
 
-def result_of(job: Job, evaluation: Evaluation, on_calib: Evaluation, used: list[int]) -> dict[str, Any]:
+def result_of(job: Job, evaluation: Evaluation, seen: CalibrationPass) -> dict[str, Any]:
     args = job.args
     return {
         **evaluation.summary(),
@@ -195,9 +165,9 @@ def result_of(job: Job, evaluation: Evaluation, on_calib: Evaluation, used: list
             "order": args.calib_order,
             "batches": args.num_calib_batch,
             "batch_size": args.calib_batchsz,
-            "sample_ids": used,
-            "images_also_evaluated": len(used) if job.calib_split == "val" else 0,
-            "float_top1": on_calib.top1,
+            "sample_ids": seen.sample_ids.tolist(),
+            "images_also_evaluated": len(seen.sample_ids) if job.calib_split == "val" else 0,
+            "float_top1": seen.evaluation.top1,
             "data_fingerprint": job.calib.fingerprint,
         },
         "bad_images": cli.bad_image_rows(job.bad_images),
@@ -236,11 +206,11 @@ def run(job: Job, watch: cli.Stopwatch) -> None:
     """Calibrate, evaluate, save, report."""
     args = job.args
     with watch.stage("calibrate"):
-        statistics, on_calib, used = calibrate(job)
-    if problem := sanity_problem(on_calib, job.loaded.geometry.num_classes):
+        seen = calibrate(job)
+    if problem := sanity_problem(seen.evaluation, job.loaded.geometry.num_classes):
         cli.warn(f"{problem} (measured on the calibration images)")
     with watch.stage("scales"):
-        plan = apply_setting(job.model, statistics, job.setting)
+        plan = apply_setting(job.model, seen.statistics, job.setting)
     print_summary(job.model)
     for site in plan.degenerate_sites():
         cli.warn(f"{site}: amax is 0, this tensor quantizes to zeros")
@@ -248,7 +218,7 @@ def run(job: Job, watch: cli.Stopwatch) -> None:
         evaluation = evaluate_all(job)
     if evaluation.images == 0:
         raise InputError(f"{args.data_path}: no readable image in val")
-    result = result_of(job, evaluation, on_calib, used)
+    result = result_of(job, evaluation, seen)
     result["degenerate_sites"] = plan.degenerate_sites()
     folder = Path(args.calib_output_path)
     with watch.stage("save"):

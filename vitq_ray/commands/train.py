@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -34,7 +33,6 @@ from torch import nn
 from vitq_ray.base.config import InputError
 from vitq_ray.base.files import exists, output_folder, write_json
 from vitq_ray.calibration.scales import apply_setting, kinds_needed
-from vitq_ray.calibration.statistics import collect_statistics
 from vitq_ray.cluster.qat_group import (
     MAX_FAILURES,
     QatMetrics,
@@ -50,6 +48,7 @@ from vitq_ray.commands.progress import TrainingProgress
 from vitq_ray.data.loader import iter_batches
 from vitq_ray.data.samples import Ids, open_split
 from vitq_ray.data.splits import Splits, calibration_ids, make_splits, require_images
+from vitq_ray.measure.calibration import calibration_pass
 from vitq_ray.measure.evaluation import Counts, wilson_interval
 from vitq_ray.models.checkpoint import CalibratedModel, Sidecar, is_calibrated, load_calibrated, save_calibrated
 from vitq_ray.models.load import load_model
@@ -221,12 +220,21 @@ def calibrate(args: argparse.Namespace, folder: Path, watch: cli.Stopwatch) -> N
     transform = cli.eval_transform(loaded, args.crop_pct)
     model = quantize_vit(loaded.model)
     ids = calibration_ids(len(index), len(index), "shuffled", args.seed)
-    batches = iter_batches(index, ids, transform, size, args.decode_threads, args.on_bad_image)
-    images = (transform.normalize(batch.images) for batch in itertools.islice(batches, count))
+    bad_images: list[tuple[str, str]] = []
+    batches = iter_batches(index, ids, transform, size, args.decode_threads, args.on_bad_image, bad_images)
+    shown = cli.track(batches, count, "calibrate")
     with watch.stage("calibrate"):
-        shown = enumerate(cli.track(images, count, "calibrate"))
-        statistics = collect_statistics(model, shown, [count], kinds=kinds_needed([setting]))
-        plan = apply_setting(model, statistics, setting)
+        seen = calibration_pass(
+            model,
+            shown,
+            size,
+            [count],
+            transform.normalize,
+            kinds=kinds_needed([setting]),
+            bad_images=bad_images,
+        )
+        plan = apply_setting(model, seen.statistics, setting)
+    record_bad_images(folder.parent, bad_images)
     calibration = {"split": "train", "batches": count, "batch_size": size, "data_fingerprint": index.fingerprint}
     sidecar = Sidecar.of(
         loaded,

@@ -12,7 +12,6 @@ search that was killed goes on from there (`resume`).
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -27,19 +26,20 @@ from vitq_ray.base.config import InputError
 from vitq_ray.base.files import write_json
 from vitq_ray.base.formats import require_format
 from vitq_ray.calibration.setting import Setting, read_setting
-from vitq_ray.calibration.statistics import CalibrationStatistics, collect_statistics
+from vitq_ray.calibration.statistics import CalibrationStatistics
 from vitq_ray.cluster.metrics import Metrics
 from vitq_ray.cluster.qat_trials import run_training
 from vitq_ray.cluster.start import Cluster
 from vitq_ray.cluster.stream import stream_batches
 from vitq_ray.cluster.trials import ImageSet, Resources, nodes_for, require_room, run_trials, share
-from vitq_ray.cluster.workers import WorkerPool, collect_on, torch_threads
+from vitq_ray.cluster.workers import WorkerPool, collect_with, torch_threads
 from vitq_ray.commands import live
 from vitq_ray.commands import options as cli
 from vitq_ray.data.loader import Batch
 from vitq_ray.data.samples import Ids, SampleIndex, open_split
 from vitq_ray.data.splits import Splits, default_calib_split, make_splits, race_order
 from vitq_ray.data.transforms import EvalTransform
+from vitq_ray.measure.calibration import calibration_pass, collect_here
 from vitq_ray.measure.evaluation import Evaluation, evaluate, evaluate_variants, sanity_problem
 from vitq_ray.measure.metrics import pack_text, unpack_text
 from vitq_ray.measure.racing import Decision, Race, Verdict
@@ -280,35 +280,27 @@ def calibrate(search: Search, folder: RunFolder, metrics: Metrics) -> Calibratio
     if folder.statistics.exists():
         return CalibrationStatistics.from_bytes(folder.statistics.read_bytes())
     size, wanted = search.args.calib_batchsz, search.snapshots[-1]
-    batches = search.stream(search.calib, search.splits.calibration, size)
-    shown = cli.track(enumerate(batches), wanted, "calibrate")
-    full = itertools.islice(((i, batch) for i, batch in shown if len(batch.labels) == size), wanted)
-    statistics = _collect(search, full, metrics)
-    if sum(statistics.batches) < wanted:
-        raise InputError(
-            f"calibration: {wanted} batches of {size} asked for, {sum(statistics.batches)} are left without the "
-            f"{len(search.bad_images)} broken images"
-        )
+    batches = cli.track(search.stream(search.calib, search.splits.calibration, size), wanted, "calibrate")
+    args = search.args
+
+    def pool() -> WorkerPool:
+        gpus = search.resources.gpus
+        return WorkerPool(search.model, search.transform, args.num_workers, args.threads_per_trial, gpus)
+
+    with torch_threads(args.threads_per_trial):
+        statistics = calibration_pass(
+            search.model,
+            batches,
+            size,
+            search.snapshots,
+            search.to_input,
+            collect_here if args.num_workers == 1 else collect_with(pool, args.threads_per_trial),
+            lambda: metrics.add("vitq_calibration_batches", 1),
+            bad_images=search.bad_images,
+        ).statistics
     record_bad_images(folder.path, list(search.bad_images))  # a resumed search does not read these images again
     folder.write_statistics(statistics.to_bytes())
     return statistics
-
-
-def _collect(search: Search, batches: Iterator[tuple[int, Batch]], metrics: Metrics) -> CalibrationStatistics:
-    """Batch 0 here, since it sets the bin widths; the others on the workers, if there are several."""
-    args, count = search.args, lambda index, logits: metrics.add("vitq_calibration_batches", 1)
-
-    def inputs() -> Iterator[tuple[int, Tensor]]:
-        return ((i, search.to_input(batch.images)) for i, batch in batches)
-
-    with torch_threads(args.threads_per_trial):
-        if args.num_workers == 1:
-            return collect_statistics(search.model, inputs(), search.snapshots, on_batch=count)
-        first = itertools.islice(inputs(), 1)
-        statistics = collect_statistics(search.model, first, search.snapshots, on_batch=count)
-    gpus = search.resources.gpus
-    with WorkerPool(search.model, search.transform, args.num_workers, args.threads_per_trial, gpus) as pool:
-        return collect_on(pool, batches, search.snapshots, statistics, on_batch=count)
 
 
 def selection(search: Search, folder: RunFolder) -> tuple[ImageSet, Evaluation]:
