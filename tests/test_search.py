@@ -111,11 +111,15 @@ def start_trials(
 
 
 def test_trials_give_what_the_driver_gives(
-    ray_cluster: None, statistics: CalibrationStatistics, tmp_path: Path
+    ray_cluster: None, statistics: CalibrationStatistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = image_set()
+    images, pending = image_set(), "TUNE_MAX_PENDING_TRIALS_PG"
+    monkeypatch.setenv(pending, "7")
     referee = Recorder(list(SETTINGS), len(images), stop="b")
+    seen = set()
+    referee.on_take = lambda name: seen.add(os.environ[pending])
     start_trials(referee, statistics, images, RaceRules(33, 10), tmp_path / "tune")
+    assert (seen, os.environ[pending]) == ({"2"}, "7"), "set for the trials, and as before afterwards"
     assert referee.done == {"a": 33, "b": 10, "c": 33}
     for name, setting in SETTINGS.items():
         here = evaluate_here(setting, statistics, images).correct[: referee.done[name]]

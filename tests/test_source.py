@@ -305,10 +305,36 @@ def test_a_task_hands_over_its_images_in_blocks(size: int, rows: list[int], tmp_
     assert np.concatenate([block["sample_id"] for block in blocks]).tolist() == ids.tolist()
 
 
-def test_ray_still_has_the_constants_that_are_shortened() -> None:
-    source._hurry_ray_data()
-    assert isinstance(ResourceManager.__dict__["GLOBAL_LIMITS_UPDATE_INTERVAL_S"], property)
-    assert streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S == source._POLL_INTERVAL_S
+def constants() -> tuple[object, object]:
+    """What of Ray Data is shortened: the class attribute itself, and the number of seconds."""
+    attribute = ResourceManager.__dict__["GLOBAL_LIMITS_UPDATE_INTERVAL_S"]
+    return attribute, streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S
+
+
+@pytest.mark.skipif(not ray.__version__.startswith(source._KNOWN_RAY), reason="another Ray is left alone")
+def test_ray_data_is_hurried_while_a_stream_is_open_and_as_before_afterwards(tmp_path: Path) -> None:
+    index, before = write_zip(tmp_path, encoded()), constants()
+    streams = [stream_batches(index, np.arange(20), TRANSFORM, 5) for _ in range(2)]
+    for stream in streams:
+        next(stream)
+    attribute, seconds = constants()
+    assert isinstance(attribute, property)
+    assert seconds == 0.05
+    streams[0].close()  # type: ignore[attr-defined]
+    assert constants() == (attribute, seconds), "the other stream is still open"
+    list(streams[1])
+    assert constants() == before
+    with pytest.raises(RuntimeError, match="in the middle"), source.hurried_ray_data:
+        raise RuntimeError("in the middle")
+    assert constants() == before
+
+
+def test_an_unknown_ray_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "__version__", "2.99.0")
+    before = constants()
+    with source.hurried_ray_data:
+        assert constants() == before
+    assert constants() == before
 
 
 def test_processes_share_the_arrays_of_an_index(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -70,17 +70,31 @@ def cluster(
     Raises:
         InputError: where the cluster cannot be reached. A Ray that was running before stays untouched.
     """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    if ray.is_initialized():  # a caller (a test, a notebook) owns it
-        yield _describe()
-        return
+    with environment({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}):
+        if ray.is_initialized():  # a caller (a test, a notebook) owns it
+            yield _describe()
+            return
+        try:
+            _init(address, num_cpus, object_store_bytes, dashboard)
+            _quiet()
+            yield _describe()
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables of this process, for as long as the context lasts; afterwards they are as before."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
-        _init(address, num_cpus, object_store_bytes, dashboard)
-        _quiet()
-        yield _describe()
+        yield
     finally:
-        ray.shutdown()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _init(address: str | None, num_cpus: int | None, object_store_bytes: int | None, dashboard: bool) -> None:
@@ -98,7 +112,7 @@ def _init(address: str | None, num_cpus: int | None, object_store_bytes: int | N
             **common,
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
-        where = "a local Ray" if address is None else f"--ray-address {address}"
+        where = "a local Ray" if address is None else f"the Ray cluster at {address}"
         raise InputError(f"{where}: cannot be started or reached: {one_line(error)}") from None
 
 

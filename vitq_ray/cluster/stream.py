@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import gc
 import socket
+import threading
 import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
@@ -45,7 +46,8 @@ _BLOCK_IMAGES = 128
 _BLOCK_BYTES = 24 << 20  # no block is larger
 _TASKS_AHEAD = 2  # per CPU of the cluster: decoded images that may wait for the consumer or be in work
 _LEAST_AHEAD = 8 << 20  # bytes per CPU, however small the images
-_FIRST_LOOK_S, _POLL_INTERVAL_S = 0.05, 0.05  # of Ray Data's scheduler: `_hurry_ray_data`
+_KNOWN_RAY = "2.60."  # versions that `hurried_ray_data` knows
+_FIRST_LOOK_S, _POLL_INTERVAL_S = 0.05, 0.05  # of Ray Data's scheduler
 
 
 def share(index: SampleIndex) -> ray.ObjectRef[SampleIndex]:
@@ -119,7 +121,8 @@ def stream_batches(
     if len(wanted) == 0:
         return
     source = SampleDatasource(share(index) if shared is None else shared, wanted, transform)
-    with closing(_decoded(_dataset(source, min(num_tasks, len(wanted)), num_cpus, max_tasks))) as decoded:
+    dataset = _dataset(source, min(num_tasks, len(wanted)), num_cpus, max_tasks)
+    with hurried_ray_data, closing(_decoded(dataset)) as decoded:
         yield from collect(index, decoded, batch_size, on_bad_image, bad_images, move_up)
 
 
@@ -196,33 +199,57 @@ def _num_tasks(num_images: int, transform: Transform, cpus: int, store_bytes: in
     return max(least, min(balanced, num_images // min(longest, _block_images(transform))))
 
 
-def _hurry_ray_data() -> None:
-    """Shorten two delays of Ray 2.60 that no option shortens, in this process; elsewhere streams are only slower.
+class _Hurry:
+    """Shortens two delays of Ray 2.60 that no option shortens, while streams are open; with other versions nothing.
 
     Ray Data first believes that the cluster has no CPU, and so runs one task at a time, until it looks again after a
-    second. And it sleeps 0.1 s between two looks at its tasks, of which the end of a task takes two.
+    second. And it sleeps 0.1 s between two looks at its tasks, of which the end of a task takes two. Both are
+    attributes of `ray.data._internal` in this process; they are as before once the last open stream has ended.
     """
-    try:
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._streams = 0
+        self._before: list[tuple[Any, str, Any]] = []  # (where, attribute, value)
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._streams == 0 and ray.__version__.startswith(_KNOWN_RAY):
+                self._shorten()
+            self._streams += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._streams -= 1
+            if self._streams == 0:
+                for owner, name, value in self._before:
+                    setattr(owner, name, value)
+                self._before = []
+
+    def _shorten(self) -> None:
         from ray.data._internal.execution import resource_manager, streaming_executor_state
-    except ImportError:
-        return
-    manager: Any = getattr(resource_manager, "ResourceManager", None)
-    interval = getattr(manager, "GLOBAL_LIMITS_UPDATE_INTERVAL_S", None)
-    if isinstance(interval, int | float):  # not yet done
+
+        manager: Any = resource_manager.ResourceManager
+        interval = manager.GLOBAL_LIMITS_UPDATE_INTERVAL_S
 
         def until_next_look(self: Any) -> float:
             began = self.__dict__.setdefault("_first_look", time.monotonic())
             limits = getattr(self, "_global_limits", None)
             knows_nothing = limits is not None and not limits.cpu and time.monotonic() - began < interval
-            return _FIRST_LOOK_S if knows_nothing else interval
+            return _FIRST_LOOK_S if knows_nothing else float(interval)
 
-        manager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = property(until_next_look)
-    if hasattr(streaming_executor_state, "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S"):
-        streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = _POLL_INTERVAL_S
+        self._set(manager, "GLOBAL_LIMITS_UPDATE_INTERVAL_S", property(until_next_look))
+        self._set(streaming_executor_state, "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S", _POLL_INTERVAL_S)
+
+    def _set(self, owner: Any, name: str, value: Any) -> None:
+        self._before.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
+
+
+hurried_ray_data = _Hurry()
 
 
 def _dataset(source: SampleDatasource, num_tasks: int, num_cpus: float, max_tasks: int | None) -> Dataset:
-    _hurry_ray_data()
     dataset = ray.data.read_datasource(source, override_num_blocks=num_tasks, num_cpus=num_cpus, concurrency=max_tasks)
     context = dataset.context  # this data set's own copy
     cpus, _ = _cpus_and_store()

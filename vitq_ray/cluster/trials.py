@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import os
 import shutil
 import time
 import uuid
@@ -32,6 +31,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
+from vitq_ray.cluster.start import environment
 from vitq_ray.data.loader import Batch
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.measure.evaluation import Evaluation, evaluate
@@ -339,7 +339,7 @@ def run_trials(shared: Shared, referee: Referee, resources: Resources, folder: P
     # By default Tune asks a searcher for one trial at a time, and starts the next worker only when the one before it
     # runs. A worker then takes longer to start than a short trial on a warm one, which Tune prefers: it would start and
     # drop the other workers for ever.
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots)
+    pending = {"TUNE_MAX_PENDING_TRIALS_PG": str(slots)}
     need = {"cpu": resources.threads, "gpu": resources.gpus}
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(CandidateTrial, shared=shared), need),
@@ -360,7 +360,8 @@ def run_trials(shared: Shared, referee: Referee, resources: Resources, folder: P
             checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
         ),
     )
-    outcome = fit(tuner, folder, lambda: witness.error)
+    with environment(pending):
+        outcome = fit(tuner, folder, lambda: witness.error)
     if outcome.num_errors:
         raise RuntimeError(f"{outcome.num_errors} of {len(outcome)} trials failed; the first: {outcome.errors[0]}")
 
