@@ -25,8 +25,8 @@ from ray.data._internal.execution.resource_manager import ResourceManager
 from tests.conftest import encode_png
 from tests.test_tables import Member, zip_bytes
 from vitq_ray.base.config import InputError
+from vitq_ray.cluster import stream as source
 from vitq_ray.cluster.stream import SampleDatasource, share, stream_batches
-from vitq_ray.data import source
 from vitq_ray.data.loader import Batch, iter_batches
 from vitq_ray.data.samples import BadImageError, SampleIndex, open_split
 from vitq_ray.data.transforms import EvalTransform

@@ -13,8 +13,10 @@ def test_environment_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VITQ_SET", "mine")
     monkeypatch.delenv("VITQ_UNSET", raising=False)
     before = dict(os.environ)
-    with pytest.raises(RuntimeError), start.environment({"VITQ_SET": "theirs", "VITQ_UNSET": "1"}):
+    with start.environment({"VITQ_SET": "theirs", "VITQ_UNSET": "1"}):
         assert (os.environ["VITQ_SET"], os.environ["VITQ_UNSET"]) == ("theirs", "1")
+    assert dict(os.environ) == before
+    with pytest.raises(RuntimeError), start.environment({"VITQ_SET": "theirs"}):
         raise RuntimeError
     assert dict(os.environ) == before
 
