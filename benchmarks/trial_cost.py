@@ -20,8 +20,6 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-import numpy as np
-
 from vitq_ray.calibration.calibrators import Calibration
 from vitq_ray.calibration.scales import Scales
 from vitq_ray.calibration.setting import Setting
@@ -31,6 +29,7 @@ from vitq_ray.cluster.trials import ImageSet, Resources, run_trials, share
 from vitq_ray.data.loader import iter_batches
 from vitq_ray.data.samples import open_split
 from vitq_ray.data.transforms import EvalTransform
+from vitq_ray.measure.metrics import Results
 from vitq_ray.measure.racing import RaceRules
 from vitq_ray.models.load import load_model
 from vitq_ray.quant.vit import quantize_vit
@@ -55,7 +54,7 @@ class Stopwatch:
     def seen(self, name: str) -> int:
         return 0
 
-    def take(self, name: str, start: int, correct: np.ndarray, correct5: np.ndarray, seconds: float) -> bool:
+    def take(self, name: str, start: int, results: Results, seconds: float) -> bool:
         self.times.append(time.perf_counter())
         if len(self.times) > 1:
             self.busy += seconds

@@ -23,6 +23,7 @@ from vitq_ray.cluster.start import cluster
 from vitq_ray.commands import options as cli
 from vitq_ray.commands import tune as search
 from vitq_ray.run.folder import RunFolder, default_folder
+from vitq_ray.run.results import SEARCH
 from vitq_ray.search.proposals import DEFAULT_SAMPLES, SEARCH_ALGORITHMS
 
 DEFAULT_SPACE = Path(__file__).resolve().parents[1] / "search_spaces" / "calib.py"
@@ -71,7 +72,7 @@ def _with_stored_options(parser: cli.Parser, argv: Sequence[str] | None) -> argp
     args = parser.parse_args(argv)
     if args.resume is None:
         return args
-    stored = RunFolder.resume(Path(args.resume)).read_run()["options"]
+    stored = RunFolder.resume(Path(args.resume), SEARCH).read_run()["options"]
     kept = {k: v for k, v in stored.items() if k in vars(args) and k not in ("resume", "output")}
     parser.set_defaults(**kept)
     return parser.parse_args(argv)

@@ -15,8 +15,10 @@ from timm.models.vision_transformer import VisionTransformer
 from tests.conftest import make_setting
 from vitq_ray.base.config import InputError
 from vitq_ray.calibration.statistics import CalibrationStatistics, collect_statistics
+from vitq_ray.measure.metrics import METRICS, Metric
 from vitq_ray.measure.racing import Race, RaceRules
 from vitq_ray.run.folder import RunFolder
+from vitq_ray.run.results import SEARCH
 from vitq_ray.search.contest import Contest, Listeners, race_rules
 from vitq_ray.search.proposals import ListProposals, OptunaProposals, Proposals, proposals
 from vitq_ray.search.space import SearchSpace
@@ -48,6 +50,12 @@ def results_of(contest: Contest, name: str) -> np.ndarray:
     return rng.random(RULES.images) < 0.95 - min(candidate.noise, 0.9) / 3
 
 
+def chunk_of(correct: np.ndarray) -> dict[str, np.ndarray]:
+    """A chunk's results: every metric of the table."""
+    made = {"correct": correct, "correct5": np.ones(len(correct), bool), "margin": correct.astype(np.float32) - 0.25}
+    return {name: made[name] for name in METRICS}
+
+
 def run(contest: Contest, chunks: int | None = None) -> int:
     """Take trials one after the other, `chunks` in all; how many were taken."""
     taken = 0
@@ -57,7 +65,7 @@ def run(contest: Contest, chunks: int | None = None) -> int:
             if taken == chunks:
                 return taken
             start = contest.seen(name)
-            contest.take(name, start, correct[start : start + 20], correct[start : start + 20], 0.1)
+            contest.take(name, start, chunk_of(correct[start : start + 20]), 0.1)
             taken += 1
     assert contest.over
     return taken
@@ -119,12 +127,13 @@ def test_a_contest_made_from_its_log_goes_on(
     with open(tmp_path / "cut" / "trials.jsonl", "ab") as stream:
         stream.write(b'{"event": "chunk", "na')  # a kill in the middle of a line
     (tmp_path / "cut" / "run.json").write_text("{}")
-    again = make(quant_vit, statistics, RunFolder.resume(tmp_path / "cut"))
+    again = make(quant_vit, statistics, RunFolder.resume(tmp_path / "cut", SEARCH))
     assert run(again) == total - first, "nothing is repeated"
     assert again.race.leader() == whole.race.leader()
     assert [again.race.decision(n) for n in again.race.names] == [whole.race.decision(n) for n in whole.race.names]
     for name in whole.race.names:
-        assert np.array_equal(again.correct5[name], whole.correct5[name])
+        for metric, values in whole.results[name].items():
+            assert np.array_equal(again.results[name][metric], values)
 
     def bare(folder: str) -> list[str]:
         events = [{k: v for k, v in e.items() if k != "time"} for e in lines(tmp_path / folder)]
@@ -226,11 +235,33 @@ def test_one_that_has_seen_everything_and_waits_is_not_handed_out_again(
     first = make(quant_vit, statistics, RunFolder(tmp_path))
     right = np.ones(20, bool)
     for start in (0, 20, 40):
-        first.take("c002", start, right, right, 0.1)
+        first.take("c002", start, chunk_of(right), 0.1)
     assert first.race.decision("c002") is None
     again = make(quant_vit, statistics, RunFolder(tmp_path))
     handed_out = [again.next(), again.next()]
     assert handed_out == ["c000", "c003"]
     for start in (0, 20, 40):
-        again.take("c000", start, right, right, 0.1)
+        again.take("c000", start, chunk_of(right), 0.1)
     assert again.race.decision("c002") is not None
+
+
+def test_a_further_metric_is_logged_and_replayed_and_logs_without_it_go_on(
+    quant_vit: VisionTransformer, statistics: CalibrationStatistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`old` begins without the metric and goes on with it: its decisions are those of `new`."""
+    (tmp_path / "old").mkdir()
+    (tmp_path / "new").mkdir()
+    run(make(quant_vit, statistics, RunFolder(tmp_path / "old")), 2)
+    monkeypatch.setitem(METRICS, "margin", Metric(lambda y, labels: y[:, 0], np.float32, "margin_sum", "margin"))
+    contests = {}
+    for name in ("old", "new"):
+        run(make(quant_vit, statistics, RunFolder(tmp_path / name)))
+        contests[name] = make(quant_vit, statistics, RunFolder(tmp_path / name))  # from the log alone
+    assert contests["old"].outcome() == contests["new"].outcome()
+    labels = np.zeros(RULES.images, np.int64)
+    new = contests["new"].evaluations(labels, labels)["c000"]
+    assert np.array_equal(new.results["margin"], new.correct.astype(np.float32) - 0.25)
+    old = contests["old"].evaluations(labels, labels)
+    assert list(old["c000"].results) == ["correct", "correct5"], "not known for all of its images"
+    assert "margin" in old["c003"].results
+    assert np.array_equal(old["c000"].correct, new.correct)

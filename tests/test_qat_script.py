@@ -165,7 +165,7 @@ def test_resuming_on_other_data_is_refused(tmp_path: Path, capsys: pytest.Captur
     lines = (project.folder / "train_map.txt").read_text().splitlines()
     (project.folder / "train_map.txt").write_text("\n".join(lines[::-1]) + "\n")
     assert run(qat, "--resume", tmp_path / "run") == 2
-    assert "was started with train data" in capsys.readouterr().err
+    assert "this is another training: train_fingerprint: " in capsys.readouterr().err
 
 
 def test_a_diverging_run_says_so_in_one_line(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,22 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from tests.conftest import DATA
 from vitq_ray.base.config import InputError
 from vitq_ray.commands.live import LiveRace
 from vitq_ray.measure.evaluation import Evaluation
 from vitq_ray.measure.racing import Race, RaceRules, chunks_left
 from vitq_ray.run.folder import RunFolder, first_difference
+from vitq_ray.run.results import (
+    CALIBRATION,
+    EVALUATION,
+    SEARCH,
+    TRAINING,
+    read_result,
+    result_of,
+    script_of,
+    write_result,
+)
 
 
 def evaluation(correct: int, correct5: int, images: int = 10) -> Evaluation:
@@ -22,34 +34,36 @@ def evaluation(correct: int, correct5: int, images: int = 10) -> Evaluation:
 
 
 def test_events_are_appended_line_by_line(tmp_path: Path) -> None:
-    folder = RunFolder.create(tmp_path / "run")
+    folder = RunFolder.create(tmp_path / "run", SEARCH)
     folder.append("candidate", name="c0", setting={"mode": "ft1"})
     folder.append("result", name="c0", images=3)
-    first, second = map(json.loads, (tmp_path / "run" / "trials.jsonl").read_text().splitlines())
+    begun, first, second = map(json.loads, (tmp_path / "run" / "trials.jsonl").read_text().splitlines())
+    assert begun == {"event": "begun", "format": 2, "vitq_ray": metadata.version("vitq_ray")}
+    assert folder.events() == [first, second]
     assert (first["event"], first["setting"]) == ("candidate", {"mode": "ft1"})
     assert (second["event"], second["images"]) == ("result", 3)
     assert second["time"] >= first["time"] > 1e9
 
 
 def test_a_folder_holds_one_run(tmp_path: Path) -> None:
-    RunFolder.create(tmp_path).write_run({"options": {}})
-    with pytest.raises(InputError, match="already holds a run; choose another folder for --output, or --resume"):
-        RunFolder.create(tmp_path)
-    assert RunFolder.resume(tmp_path).read_run() == {"options": {}}
+    RunFolder.create(tmp_path, SEARCH).write_run({"options": {}})
+    with pytest.raises(InputError, match=r"already holds a run; go on with --resume .* or choose another --output"):
+        RunFolder.create(tmp_path, SEARCH)
+    assert RunFolder.resume(tmp_path, SEARCH).read_run()["options"] == {}
 
 
 def test_half_a_line_is_cut_off_and_a_bad_one_named(tmp_path: Path) -> None:
-    folder = RunFolder.create(tmp_path)
+    folder = RunFolder.create(tmp_path, SEARCH)
     folder.write_run({})
     folder.append("chunk", name="a")
     with open(folder.log, "ab") as stream:
         stream.write(b'{"event": "chu')
-    assert [e["name"] for e in RunFolder.resume(tmp_path).events()] == ["a"]
+    assert [e["name"] for e in RunFolder.resume(tmp_path, SEARCH).events()] == ["a"]
     folder.append("chunk", name="b")
     assert [e["name"] for e in folder.events()] == ["a", "b"]
     with open(folder.log, "ab") as stream:
         stream.write(b"nonsense\n")
-    with pytest.raises(InputError, match=r"trials\.jsonl: line 3: not an event: b'nonsense'"):
+    with pytest.raises(InputError, match=r"trials\.jsonl: line 4: not an event: b'nonsense'"):
         folder.events()
 
 
@@ -131,3 +145,115 @@ def test_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> N
         live.decided(decision)
     line = "[2/3] c1 setting number 1: 50.00 % (40.38 to 59.62) of 100 images, beaten 0:40 against c0\n"
     assert capsys.readouterr().out == line
+
+
+# Resuming, and whose files they are ---------------------------------------------------------------------------------
+
+NEWER = {"format": 99, "versions": {"vitq_ray": "9.1"}}
+REFUSED = r"written by vitq_ray 9\.1 in format 99; this version reads formats up to 2"
+
+
+def a_result(script: str) -> dict[str, object]:
+    return result_of(
+        script,
+        evaluation(4, 6),
+        options={"seed": 1},
+        setting=None,
+        weights_fingerprint="w",
+        data_fingerprint="d",
+        bad_images=[("a.jpg", "broken"), ("a.jpg", "broken")],
+        seconds={"load": 0.5},
+        own=[1, 2],
+    )
+
+
+def test_the_schema_of_a_result(tmp_path: Path) -> None:
+    write_result(tmp_path, a_result(EVALUATION))
+    found = read_result(tmp_path)
+    assert (found["format"], found["script"], found["images"], found["top1_correct"]) == (2, "evaluate", 10, 4)
+    assert found["bad_images"] == [{"image": "a.jpg", "reason": "broken"}]
+    assert {"options", "setting", "weights_fingerprint", "data_fingerprint", "versions", "seconds"} <= set(found)
+    assert found["own"] == [1, 2]
+    assert found["versions"]["vitq_ray"] == metadata.version("vitq_ray")
+
+
+@pytest.mark.parametrize(
+    ("folder", "script"), [("search", SEARCH), ("qat", TRAINING), ("calib", CALIBRATION), ("calib-mse", CALIBRATION)]
+)
+def test_results_of_format_1_are_read(folder: str, script: str) -> None:
+    found = read_result(DATA / "format1" / folder)
+    assert (found["format"], found["script"]) == (1, script)
+
+
+def test_an_old_evaluation_is_told_by_what_it_evaluated() -> None:
+    assert script_of({"images": 3, "checkpoint": "vit.npz", "calibration": None}) == EVALUATION
+
+
+@pytest.mark.parametrize(("mine", "other"), [(SEARCH, CALIBRATION), (SEARCH, TRAINING), (TRAINING, EVALUATION)])
+def test_a_result_of_another_script_does_not_finish_a_run(mine: str, other: str, tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, mine)
+    folder.write_run({"options": {}})
+    write_result(tmp_path, a_result(other))
+    assert not RunFolder.resume(tmp_path, mine).finished
+    folder.write_result(a_result(mine))
+    assert RunFolder.resume(tmp_path, mine).finished
+
+
+@pytest.mark.parametrize(("mine", "other"), [(SEARCH, TRAINING), (TRAINING, SEARCH)])
+def test_a_folder_of_another_script_is_refused(mine: str, other: str, tmp_path: Path) -> None:
+    RunFolder.create(tmp_path, other).write_run({"options": {}})
+    with pytest.raises(InputError, match=f"holds a run of {other}, expected one of {mine}"):
+        RunFolder.resume(tmp_path, mine)
+    (tmp_path / "run.json").write_text('{"options": {}}' if other == SEARCH else '{"options": {}, "script": "qat"}')
+    with pytest.raises(InputError, match=f"holds a run of {other}, expected one of {mine}"):
+        RunFolder.resume(tmp_path, mine)  # as format 1 has it
+
+
+def test_files_of_a_newer_version_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps(NEWER))
+    (tmp_path / "result.json").write_text(json.dumps(NEWER))
+    (tmp_path / "trials.jsonl").write_text('{"event": "begun", "format": 99, "vitq_ray": "9.1"}\n')
+    folder = RunFolder(tmp_path)
+    with pytest.raises(InputError, match=rf"run\.json: {REFUSED}"):
+        RunFolder.resume(tmp_path, SEARCH)
+    with pytest.raises(InputError, match=rf"result\.json: {REFUSED}"):
+        folder.read_result()
+    with pytest.raises(InputError, match=rf"trials\.jsonl: {REFUSED}"):
+        folder.events()
+
+
+def test_a_log_without_a_first_line_is_of_format_1_and_goes_on(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.log.write_text('{"event": "float", "time": 1.5}\n')
+    folder.append("resumed")
+    assert [event["event"] for event in folder.events()] == ["float", "resumed"]
+
+
+@pytest.mark.parametrize("script", [SEARCH, TRAINING])
+def test_one_rule_of_resuming(script: str, tmp_path: Path) -> None:
+    begun = {"options": {"seed": 1, "workers": 2, "output": "a"}, "data_fingerprint": "d", "sizes": (1, 2)}
+    folder = RunFolder.create(tmp_path, script)
+    folder.write_run(begun)
+    free = {"workers", "output"}
+
+    def now(**changes: object) -> dict[str, object]:
+        return {**begun, **changes}
+
+    assert folder.require_same(now(options={"seed": 1, "workers": 3, "output": None}), free) is None
+    what = {SEARCH: "search", TRAINING: "training"}[script]
+    for changed, message in (
+        (now(options={"seed": 2, "workers": 2}), "options.seed: 1 there, 2 now"),
+        (now(options={"seed": 1, "new": 0}), "options.new: None there, 0 now"),
+        (now(data_fingerprint="e"), "data_fingerprint: 'd' there, 'e' now"),
+    ):
+        with pytest.raises(InputError, match=f"this is another {what}: {message}"):
+            folder.require_same(changed, free)
+    assert folder.require_same(now(versions={"torch": "0"}), free) is not None, "said, not refused"
+
+
+def test_options_that_an_earlier_version_did_not_have_are_not_compared(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"options": {"seed": 1}, "data_fingerprint": "d", "versions": {}}')
+    folder = RunFolder.resume(tmp_path, SEARCH)
+    folder.require_same({"options": {"seed": 1, "new": 0}, "data_fingerprint": "d"})
+    with pytest.raises(InputError, match=r"options\.seed: 1 there, 2 now"):
+        folder.require_same({"options": {"seed": 2, "new": 0}, "data_fingerprint": "d"})

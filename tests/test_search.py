@@ -30,6 +30,7 @@ from vitq_ray.commands import tune as search
 from vitq_ray.data.splits import Splits
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.measure.evaluation import Evaluation, evaluate
+from vitq_ray.measure.metrics import METRICS, Results
 from vitq_ray.measure.racing import RaceRules
 from vitq_ray.quant.vit import quantize_vit
 
@@ -83,9 +84,11 @@ class Recorder:
     def seen(self, name: str) -> int:
         return self.done[name]
 
-    def take(self, name: str, start: int, correct: np.ndarray, correct5: np.ndarray, seconds: float) -> bool:
+    def take(self, name: str, start: int, results: Results, seconds: float) -> bool:
         assert seconds > 0
-        assert not (correct & ~correct5).any()
+        assert list(results) == list(METRICS)
+        correct = results["correct"]
+        assert not (correct & ~results["correct5"]).any()
         assert start <= self.done[name]
         self.correct[name][start : start + len(correct)] = correct
         self.done[name] = max(self.done[name], start + len(correct))
@@ -441,7 +444,7 @@ def test_resume_as_another_search_is_refused(
 
 def test_resume_needs_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert resume(tmp_path) == 2
-    assert "holds no run (no run.json)" in capsys.readouterr().err
+    assert "has no run.json; expected the folder of a run of tune_calib" in capsys.readouterr().err
 
 
 def test_metrics_are_served(finished: Path) -> None:

@@ -35,11 +35,10 @@ from vitq_ray.cluster.start import environment
 from vitq_ray.data.loader import Batch
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.measure.evaluation import Evaluation, evaluate
+from vitq_ray.measure.metrics import Results, pack, unpack
 from vitq_ray.measure.racing import RaceRules, chunks_left
 from vitq_ray.quant.plan import Plan
 from vitq_ray.quant.vit import apply_plan, frozen_weights
-
-Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,8 @@ class Referee(Protocol):
     def seen(self, name: str) -> int:
         """Images for which results of the candidate are known."""
 
-    def take(self, name: str, start: int, correct: Bools, correct5: Bools, seconds: float) -> bool:
-        """Take in results for images `start` … of the race's order; whether the candidate is to stop."""
+    def take(self, name: str, start: int, results: Results, seconds: float) -> bool:
+        """Take in results, every metric of images `start` … of the race's order; whether the candidate is to stop."""
 
 
 class _Witness:
@@ -105,9 +104,9 @@ class _Witness:
     def seen(self, name: str) -> int:
         return self._referee.seen(name)
 
-    def take(self, name: str, start: int, correct: Bools, correct5: Bools, seconds: float) -> bool:
+    def take(self, name: str, start: int, results: Results, seconds: float) -> bool:
         with self._remembering():
-            return self._referee.take(name, start, correct, correct5, seconds)
+            return self._referee.take(name, start, results, seconds)
 
     @contextmanager
     def _remembering(self) -> Iterator[None]:
@@ -246,9 +245,8 @@ class CandidateTrial(tune.Trainable):
         return {
             "candidate": self._name,
             "start": start,
-            "images": len(evaluation.correct),
-            "correct": np.packbits(evaluation.correct).tobytes(),
-            "correct5": np.packbits(evaluation.results["correct5"]).tobytes(),
+            "images": evaluation.images,
+            **pack(evaluation.results),  # flat: Tune takes nested ones apart
             "seconds": time.perf_counter() - clock,
             "done": not self._left,
         }
@@ -261,11 +259,8 @@ class CandidateTrial(tune.Trainable):
 
 
 def _tell(referee: Referee, result: Mapping[str, Any]) -> bool:
-    correct, correct5 = (
-        np.unpackbits(np.frombuffer(result[key], np.uint8), count=result["images"]).astype(bool)
-        for key in ("correct", "correct5")
-    )
-    return referee.take(result["candidate"], result["start"], correct, correct5, result["seconds"])
+    results = unpack(result, result["images"])
+    return referee.take(result["candidate"], result["start"], results, result["seconds"])
 
 
 class _OfReferee:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
-from vitq_ray.base.files import output_folder, write_json
+from vitq_ray.base.files import output_folder
 from vitq_ray.calibration.scales import apply_setting, kinds_needed
 from vitq_ray.calibration.setting import Setting
 from vitq_ray.cluster.start import cluster
@@ -39,6 +39,7 @@ from vitq_ray.quant.plan import Plan
 from vitq_ray.quant.quantizer import State
 from vitq_ray.quant.sites import WEIGHT
 from vitq_ray.quant.vit import frozen_weights, quant_blocks, quantize_vit, sites_of
+from vitq_ray.run.results import CALIBRATION, Stopwatch, result_of, versions, write_result
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -151,34 +152,22 @@ def quantized_weight_share(model: nn.Module) -> float:
     return quantized / sum(parameter.numel() for parameter in model.parameters())
 
 
-def result_of(job: Job, evaluation: Evaluation, seen: CalibrationPass) -> dict[str, Any]:
+def calibration_of(job: Job, seen: CalibrationPass) -> dict[str, Any]:
+    """What was calibrated on, for result.json and the sidecar."""
     args = job.args
     return {
-        **evaluation.summary(),
-        "setting": job.setting.to_dict(),
-        "model_type": args.model_type,
-        "img_size": job.loaded.geometry.img_size,
-        "name": args.name,
-        "seed": args.seed,
-        "calibration": {
-            "split": job.calib_split,
-            "order": args.calib_order,
-            "batches": args.num_calib_batch,
-            "batch_size": args.calib_batchsz,
-            "sample_ids": seen.sample_ids.tolist(),
-            "images_also_evaluated": len(seen.sample_ids) if job.calib_split == "val" else 0,
-            "float_top1": seen.evaluation.top1,
-            "data_fingerprint": job.calib.fingerprint,
-        },
-        "bad_images": cli.bad_image_rows(job.bad_images),
-        "options": vars(args),
-        "weights_fingerprint": job.loaded.fingerprint,
-        "data_fingerprint": job.val.fingerprint,
-        "versions": cli.versions(),
+        "split": job.calib_split,
+        "order": args.calib_order,
+        "batches": args.num_calib_batch,
+        "batch_size": args.calib_batchsz,
+        "sample_ids": seen.sample_ids.tolist(),
+        "images_also_evaluated": len(seen.sample_ids) if job.calib_split == "val" else 0,
+        "float_top1": seen.evaluation.top1,
+        "data_fingerprint": job.calib.fingerprint,
     }
 
 
-def sidecar_of(job: Job, plan: Plan, evaluation: Evaluation, result: dict[str, Any]) -> Sidecar:
+def sidecar_of(job: Job, plan: Plan, evaluation: Evaluation, calibration: dict[str, Any]) -> Sidecar:
     loaded = job.loaded
     return Sidecar.of(
         loaded,
@@ -187,14 +176,14 @@ def sidecar_of(job: Job, plan: Plan, evaluation: Evaluation, result: dict[str, A
         data_fingerprint=job.val.fingerprint,
         seed=job.args.seed,
         crop_pct=job.args.crop_pct,
-        calibration={k: v for k, v in result["calibration"].items() if k != "sample_ids"},
+        calibration={k: v for k, v in calibration.items() if k != "sample_ids"},
         accuracy=evaluation.accuracy(),
-        versions=result["versions"],
+        versions=versions(),
     )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    watch = cli.Stopwatch()
+    watch = Stopwatch()
     args = parse(argv)
     with watch.stage("load"):
         job = prepare(args)
@@ -202,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(job, watch)
 
 
-def run(job: Job, watch: cli.Stopwatch) -> None:
+def run(job: Job, watch: Stopwatch) -> None:
     """Calibrate, evaluate, save, report."""
     args = job.args
     with watch.stage("calibrate"):
@@ -218,17 +207,32 @@ def run(job: Job, watch: cli.Stopwatch) -> None:
         evaluation = evaluate_all(job)
     if evaluation.images == 0:
         raise InputError(f"{args.data_path}: no readable image in val")
-    result = result_of(job, evaluation, seen)
-    result["degenerate_sites"] = plan.degenerate_sites()
+    calibration = calibration_of(job, seen)
     folder = Path(args.calib_output_path)
     with watch.stage("save"):
-        sidecar = sidecar_of(job, plan, evaluation, result)
+        sidecar = sidecar_of(job, plan, evaluation, calibration)
         path = save_calibrated(folder, cli.checkpoint_name(args), job.model, plan, sidecar)
-    write_json(folder / "result.json", {**result, "seconds": watch.seconds})
+    result = result_of(
+        CALIBRATION,
+        evaluation,
+        options=vars(args),
+        setting=job.setting.to_dict(),
+        weights_fingerprint=job.loaded.fingerprint,
+        data_fingerprint=job.val.fingerprint,
+        bad_images=job.bad_images,
+        seconds=watch.seconds,
+        model_type=args.model_type,
+        img_size=job.loaded.geometry.img_size,
+        name=args.name,
+        seed=args.seed,
+        calibration=calibration,
+        degenerate_sites=plan.degenerate_sites(),
+    )
+    write_result(folder, result)
     report(job, evaluation, path, watch)
 
 
-def report(job: Job, evaluation: Evaluation, path: Path, watch: cli.Stopwatch) -> None:
+def report(job: Job, evaluation: Evaluation, path: Path, watch: Stopwatch) -> None:
     low, high = evaluation.summary()["top1_interval95"]
     print(
         f"{job.setting.label}: top-1 {evaluation.top1:.2%} (95 % interval {low:.2%} to {high:.2%}), "

@@ -13,14 +13,13 @@ import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
-from vitq_ray.base.files import atomic_file, output_file, output_folder, write_json
+from vitq_ray.base.files import atomic_file, output_file, output_folder
 from vitq_ray.cluster.start import cluster
 from vitq_ray.cluster.workers import WorkerPool, evaluate_on
 from vitq_ray.commands import options as cli
@@ -32,6 +31,7 @@ from vitq_ray.models.checkpoint import Sidecar, is_calibrated, load_calibrated
 from vitq_ray.models.geometry import named_geometry
 from vitq_ray.models.load import LoadedModel, load_model
 from vitq_ray.quant.vit import frozen_weights
+from vitq_ray.run.results import EVALUATION, Stopwatch, result_of, write_result
 
 OnBatch = Callable[[Batch, Tensor], None]
 
@@ -106,24 +106,6 @@ class LogitKeeper:
             np.savez(stream, logits=logits, labels=labels, sample_id=ids)
 
 
-def describe(
-    args: argparse.Namespace, evaluation: Evaluation, loaded: LoadedModel, sidecar: Sidecar | None, index: SampleIndex
-) -> dict[str, Any]:
-    return {
-        **evaluation.summary(),
-        "setting": None if sidecar is None else sidecar.setting.to_dict(),
-        "calibration": None if sidecar is None else sidecar.calibration,
-        "images_also_calibrated_on": _overlap(sidecar, index),
-        "checkpoint": args.pretrained_dir,
-        "model_type": loaded.geometry.model_type,
-        "img_size": loaded.geometry.img_size,
-        "weights_fingerprint": loaded.fingerprint,
-        "data_fingerprint": index.fingerprint,
-        "options": vars(args),
-        "versions": cli.versions(),
-    }
-
-
 def _overlap(sidecar: Sidecar | None, index: SampleIndex) -> int:
     """Calibration images that are in this val too: all, if the checkpoint was calibrated on it."""
     if sidecar is None or sidecar.calibration.get("data_fingerprint") != index.fingerprint:
@@ -145,7 +127,7 @@ def prepare(args: argparse.Namespace) -> tuple[LoadedModel, Sidecar | None, Samp
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    watch, args = cli.Stopwatch(), parse(argv)
+    watch, args = Stopwatch(), parse(argv)
     with watch.stage("load"):
         loaded, sidecar, index, device = prepare(args)
     transform = cli.eval_transform(loaded, args.crop_pct if sidecar is None else sidecar.crop_pct)
@@ -167,10 +149,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     what = "float" if sidecar is None else sidecar.setting.label
     if problem := sanity_problem(evaluation, loaded.geometry.num_classes, what=what):
         cli.warn(problem)
-    result = describe(args, evaluation, loaded, sidecar, index)
-    result["bad_images"] = cli.bad_image_rows(bad_images)
-    write_json(Path(args.output) / "result.json", {**result, "seconds": watch.seconds})
-    report(args, evaluation, what, result["images_also_calibrated_on"])
+    overlap = _overlap(sidecar, index)
+    result = result_of(
+        EVALUATION,
+        evaluation,
+        options=vars(args),
+        setting=None if sidecar is None else sidecar.setting.to_dict(),
+        weights_fingerprint=loaded.fingerprint,
+        data_fingerprint=index.fingerprint,
+        bad_images=bad_images,
+        seconds=watch.seconds,
+        calibration=None if sidecar is None else sidecar.calibration,
+        images_also_calibrated_on=overlap,
+        checkpoint=args.pretrained_dir,
+        model_type=loaded.geometry.model_type,
+        img_size=loaded.geometry.img_size,
+    )
+    write_result(Path(args.output), result)
+    report(args, evaluation, what, overlap)
     cli.warn_of_bad_images(bad_images)
 
 

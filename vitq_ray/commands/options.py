@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import argparse
 import errno
-import platform
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from importlib import metadata
+from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -176,12 +172,6 @@ def device_from(args: argparse.Namespace) -> torch.device:
     return torch.device("cuda" if args.use_gpu else "cpu")
 
 
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on, for result files."""
-    names = ("vitq_ray", "torch", "timm", "numpy", "pillow")
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
-
-
 def eval_transform(loaded: LoadedModel, crop_pct: float | None = None) -> EvalTransform:
     """How images are prepared for this model."""
     return EvalTransform(loaded.geometry.img_size, loaded.mean, loaded.std, loaded.interpolation, crop_pct)
@@ -220,27 +210,9 @@ def dashboard_hint(url: str | None) -> str:
     return f"; dashboard {url} (its token: ray get-auth-token)" if url else ""
 
 
-def bad_image_rows(bad_images: list[tuple[str, str]]) -> list[dict[str, str]]:
-    """For result files: every broken image once, however often it was met."""
-    return [{"image": name, "reason": reason} for name, reason in dict(bad_images).items()]
-
-
 def warn_of_bad_images(bad_images: list[tuple[str, str]]) -> None:
     if bad_images:
         warn(f"{len(dict(bad_images))} broken images were skipped; they are listed in result.json")
-
-
-class Stopwatch:
-    """Seconds per named stage, for result files."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
 
 
 def warn(message: str) -> None:

@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from vitq_ray.base.config import InputError
-from vitq_ray.base.files import exists, output_folder, write_json
+from vitq_ray.base.files import exists
 from vitq_ray.calibration.scales import apply_setting, kinds_needed
 from vitq_ray.cluster.qat_group import (
     MAX_FAILURES,
@@ -59,7 +59,8 @@ from vitq_ray.qat.state import EpochReport, QatOutcome, epoch_row
 from vitq_ray.qat.task import Judgement, QatTask, Recorder, read_judgement, run_task
 from vitq_ray.qat.teacher import TEACHER_LOGITS
 from vitq_ray.quant.vit import float_copy, quantize_vit, scales_of
-from vitq_ray.run.folder import default_folder, read_bad_images, record_bad_images
+from vitq_ray.run.folder import RunFolder, default_folder, read_bad_images, record_bad_images
+from vitq_ray.run.results import TRAINING, Stopwatch, result_of, versions
 
 # What may differ between a run and its continuation: it does not change what is computed.
 OPERATIONAL = ("resume", "output", "ray_address", "dashboard", "max_failures", "decode_threads", "checkpoint_steps")
@@ -99,7 +100,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any
     given = vars(bare.parse_args(argv))
     if args.resume is None:
         return args, given
-    stored = stored_options(Path(args.resume))
+    stored = RunFolder.resume(Path(args.resume), TRAINING).read_run()["options"]
     for name, value in given.items():
         if name not in OPERATIONAL and value != stored.get(name):
             option = "--" + name.replace("_", "-")
@@ -108,31 +109,20 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any
     return argparse.Namespace(**{**stored, **operational}), {}
 
 
-def stored_options(folder: Path) -> dict[str, Any]:
-    path = folder / "run.json"
-    if not path.exists():
-        raise InputError(f"--resume: {folder} has no run.json; expected the folder of an interrupted run of qat.py")
-    description = json.loads(path.read_text())
-    if description.get("script") != "qat":
-        raise InputError(f"--resume: {folder} holds a run of another script")
-    options: dict[str, Any] = description["options"]
-    return options
-
-
 @dataclass
 class Job:
     """What a run works with, made by `prepare`."""
 
     args: argparse.Namespace
-    folder: Path
+    folder: RunFolder
     task: QatTask
     workers: Workers
     device: torch.device
     split_source: str
-    watch: cli.Stopwatch
+    watch: Stopwatch
 
 
-def prepare(args: argparse.Namespace, given: dict[str, Any], watch: cli.Stopwatch) -> Job:
+def prepare(args: argparse.Namespace, given: dict[str, Any], watch: Stopwatch) -> Job:
     """Check every option and open every file, then calibrate if the checkpoint is a float one."""
     of_sample = args.pretrained_dir is None and args.data_path is None
     cli.apply_sample_defaults(args)
@@ -143,20 +133,19 @@ def prepare(args: argparse.Namespace, given: dict[str, Any], watch: cli.Stopwatc
     device = cli.device_from(args)
     folder = run_folder(args)
     with watch.stage("load"):
-        start = load_start(args, given, folder, watch)
+        start = load_start(args, given, folder.path, watch)
         data, report, source = make_data(args, given, start)
-        task = QatTask(make_config(args), start, make_teacher(args, start), data, report, folder, args.checkpoint_steps)
+        task = QatTask(
+            make_config(args), start, make_teacher(args, start), data, report, folder.path, args.checkpoint_steps
+        )
         steps_per_epoch(len(data.train_ids), task.config)
     return Job(args, folder, task, Workers(args.num_workers, args.use_gpu, args.max_failures), device, source, watch)
 
 
-def run_folder(args: argparse.Namespace) -> Path:
+def run_folder(args: argparse.Namespace) -> RunFolder:
     if args.resume is not None:
-        return Path(args.resume)
-    folder = Path(args.output) if args.output else default_folder("qat")
-    if (folder / "run.json").exists():
-        raise InputError(f"{folder}: already holds a run; go on with --resume {folder}, or choose another --output")
-    return output_folder(str(folder), "--output")
+        return RunFolder.resume(Path(args.resume), TRAINING)
+    return RunFolder.create(Path(args.output) if args.output else default_folder(TRAINING), TRAINING)
 
 
 def make_config(args: argparse.Namespace) -> QatConfig:
@@ -172,7 +161,7 @@ def make_config(args: argparse.Namespace) -> QatConfig:
     return recipe_of({**cli.recipe_values(args), **values}, args.distill)
 
 
-def load_start(args: argparse.Namespace, given: dict[str, Any], folder: Path, watch: cli.Stopwatch) -> CalibratedModel:
+def load_start(args: argparse.Namespace, given: dict[str, Any], folder: Path, watch: Stopwatch) -> CalibratedModel:
     """The calibrated model to start from: the checkpoint, or what `--resume` finds, or calibrated now."""
     own = folder / "start" / f"{cli.checkpoint_name(args)}_calib.pth"
     if args.resume is not None and own.exists():
@@ -209,7 +198,7 @@ def require_same(args: argparse.Namespace, given: dict[str, Any], sidecar: Sidec
             raise InputError(f"{option}: {given[name]} given, but {args.pretrained_dir} was calibrated with {value}")
 
 
-def calibrate(args: argparse.Namespace, folder: Path, watch: cli.Stopwatch) -> None:
+def calibrate(args: argparse.Namespace, folder: Path, watch: Stopwatch) -> None:
     """Calibrate a float checkpoint on images of train, and write it as `<name>_calib.pth` into `folder`."""
     setting = cli.setting_from(args)
     loaded = load_model(args.model_type, args.pretrained_dir, args.img_size)
@@ -245,7 +234,7 @@ def calibrate(args: argparse.Namespace, folder: Path, watch: cli.Stopwatch) -> N
         crop_pct=args.crop_pct,
         calibration=calibration,
         accuracy={},
-        versions=cli.versions(),
+        versions=versions(),
     )
     save_calibrated(folder, cli.checkpoint_name(args), model, plan, sidecar)
 
@@ -316,7 +305,6 @@ def describe(job: Job) -> dict[str, Any]:
     """run.json: everything that decides the outcome."""
     task, data = job.task, job.task.data
     return {
-        "script": "qat",
         "options": vars(job.args),
         "config": task.config.to_dict(),
         "splits": {
@@ -327,7 +315,6 @@ def describe(job: Job) -> dict[str, Any]:
         "start": task.start.sidecar.to_dict(),
         "train_fingerprint": data.train.fingerprint,
         "data_fingerprint": data.val.fingerprint,
-        "versions": cli.versions(),
     }
 
 
@@ -361,7 +348,7 @@ def train(job: Job) -> QatOutcome:
 
 def train_alone(job: Job, progress: TrainingProgress) -> QatOutcome:
     """One worker: this process, without Ray Train."""
-    recorder = Recorder(job.folder, QatMetrics(job.folder.name) if needs_ray(job.args) else None)
+    recorder = Recorder(job.folder.path, QatMetrics(job.folder.path.name) if needs_ray(job.args) else None)
     bad_images: list[tuple[str, str]] = []
 
     def on_step(report: Any) -> None:
@@ -371,15 +358,15 @@ def train_alone(job: Job, progress: TrainingProgress) -> QatOutcome:
     def on_epoch(report: EpochReport) -> None:
         recorder.epoch(report)
         progress.epoch(report)
-        record_bad_images(job.folder, bad_images)
+        record_bad_images(job.folder.path, bad_images)
 
     read = thread_reader(job.args.decode_threads, job.args.on_bad_image, bad_images)
     outcome = run_task(job.task, read, Ranks(device=job.device), on_step, on_epoch)
-    record_bad_images(job.folder, bad_images)
+    record_bad_images(job.folder.path, bad_images)
     return outcome
 
 
-def save(job: Job, outcome: QatOutcome, judgement: Judgement) -> Path:
+def save(job: Job, outcome: QatOutcome, judgement: Judgement) -> tuple[Path, Sidecar]:
     """`<name>_qat.pth` and its sidecar, whose accuracy is that on all of val."""
     start = job.task.start
     model = copy.deepcopy(start.loaded.model).cpu()
@@ -395,27 +382,30 @@ def save(job: Job, outcome: QatOutcome, judgement: Judgement) -> Path:
         seed=job.args.seed,
         calibration={**start.sidecar.calibration, **seed, "qat": qat},
         accuracy=counts.accuracy(),
-        versions=cli.versions(),
+        versions=versions(),
     )
     plan = start.plan.with_amax(scales_of(model))
-    return save_calibrated(job.folder, cli.checkpoint_name(job.args), model, plan, sidecar, suffix="qat")
+    path = save_calibrated(job.folder.path, cli.checkpoint_name(job.args), model, plan, sidecar, suffix="qat")
+    return path, sidecar
 
 
-def result_of(job: Job, outcome: QatOutcome, judgement: Judgement) -> dict[str, Any]:
+def trained_result(job: Job, outcome: QatOutcome, judgement: Judgement, sidecar: Sidecar) -> dict[str, Any]:
     """result.json: the counts at its top are those of QAT on the report images."""
-    return {
-        **judgement["qat"]["report"].summary(),
+    return result_of(
+        TRAINING,
+        judgement["qat"]["report"],
+        options=vars(job.args),
+        setting=sidecar.setting.to_dict(),
+        weights_fingerprint=sidecar.weights_fingerprint,
+        data_fingerprint=sidecar.data_fingerprint,
+        bad_images=read_bad_images(job.folder.path),
+        seconds=job.watch.seconds,
         **{name: {part: c.summary() for part, c in parts.items()} for name, parts in judgement.items()},
-        "best_epoch": outcome.best_epoch,
-        "epochs": [epoch_row(report) for report in outcome.epochs],
-        "setting": job.task.start.sidecar.setting.to_dict(),
-        "config": job.task.config.to_dict(),
-        "name": job.args.name,
-        "bad_images": cli.bad_image_rows(read_bad_images(job.folder)),
-        "options": vars(job.args),
-        "versions": cli.versions(),
-        "seconds": job.watch.seconds,
-    }
+        best_epoch=outcome.best_epoch,
+        epochs=[epoch_row(report) for report in outcome.epochs],
+        config=job.task.config.to_dict(),
+        name=job.args.name,
+    )
 
 
 def report(job: Job, outcome: QatOutcome, judgement: Judgement, path: Path) -> None:
@@ -427,7 +417,7 @@ def report(job: Job, outcome: QatOutcome, judgement: Judgement, path: Path) -> N
         print(f"QAT won back {(top1['qat'] - top1['ptq']) / drop:.0%} of the drop of {100 * drop:.2f} points")
     if outcome.best_epoch == 0:
         cli.warn("no epoch did better on the selection images than the start, which is what was written")
-    cli.warn_of_bad_images(read_bad_images(job.folder))
+    cli.warn_of_bad_images(read_bad_images(job.folder.path))
     print(f"best epoch {outcome.best_epoch}; wrote {path}, {path.with_suffix('.json').name} and result.json")
     print("seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in job.watch.seconds.items()))
 
@@ -439,19 +429,21 @@ def accuracy_of(counts: Counts) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args, given = parse(argv)
-    job = prepare(args, given, cli.Stopwatch())
+    job = prepare(args, given, Stopwatch())
     if args.resume is None:
-        write_json(job.folder / "run.json", describe(job))
-    resume = f"python scripts/qat.py --resume {job.folder}"
+        job.folder.write_run(describe(job))
+    elif (difference := job.folder.require_same(describe(job), OPERATIONAL)) is not None:
+        cli.warn(f"--resume {args.resume}: the run was begun with other versions: {difference}")
+    resume = f"python scripts/qat.py --resume {job.folder.path}"
     try:
         with ray_if_needed(args) as url:
-            print(f"run folder {job.folder}" + cli.dashboard_hint(url))
+            print(f"run folder {job.folder.path}" + cli.dashboard_hint(url))
             outcome = train(job)
     except KeyboardInterrupt:
         print(f"the state of training is kept; go on with: {resume}", file=sys.stderr)
         raise
-    judgement = read_judgement(job.folder)
-    path = save(job, outcome, judgement)
-    (job.folder / TEACHER_LOGITS).unlink(missing_ok=True)
-    write_json(job.folder / "result.json", result_of(job, outcome, judgement))
+    judgement = read_judgement(job.folder.path)
+    path, sidecar = save(job, outcome, judgement)
+    (job.folder.path / TEACHER_LOGITS).unlink(missing_ok=True)
+    job.folder.write_result(trained_result(job, outcome, judgement, sidecar))
     report(job, outcome, judgement, path)

@@ -12,7 +12,6 @@ search that was killed goes on from there (`resume`).
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,7 +23,6 @@ from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
 from vitq_ray.base.files import write_json
-from vitq_ray.base.formats import require_format
 from vitq_ray.calibration.setting import Setting, read_setting
 from vitq_ray.calibration.statistics import CalibrationStatistics
 from vitq_ray.cluster.metrics import Metrics
@@ -51,7 +49,8 @@ from vitq_ray.qat.state import read_outcome
 from vitq_ray.qat.teacher import TEACHER_LOGITS
 from vitq_ray.quant.plan import Plan
 from vitq_ray.quant.vit import apply_plan, float_copy, frozen_weights, quantize_vit, quantizers_off, scales_of
-from vitq_ray.run.folder import RunFolder, first_difference, read_bad_images, record_bad_images
+from vitq_ray.run.folder import RunFolder, read_bad_images, record_bad_images
+from vitq_ray.run.results import SEARCH, Stopwatch, read_result, result_of, versions
 from vitq_ray.search.asha import Epoch, QatContest, TrainingRun, training_runs
 from vitq_ray.search.contest import Candidate, Contest, Listeners, race_rules
 from vitq_ray.search.proposals import ListProposals, Proposals, proposals
@@ -80,7 +79,7 @@ class Search:
     val: SampleIndex
     splits: Splits
     resources: Resources
-    watch: cli.Stopwatch = field(default_factory=cli.Stopwatch)
+    watch: Stopwatch = field(default_factory=Stopwatch)
     bad_images: list[tuple[str, str]] = field(default_factory=list)
 
     fixed: tuple[Setting, ...] | None = None  # with --from-run: what is tried, instead of the space
@@ -145,12 +144,11 @@ def prepare(args: argparse.Namespace) -> Search:
 def settings_of_run(path: Path) -> tuple[Setting, ...]:
     """The best setting of a finished search and those tied with it."""
     try:
-        result = json.loads((path / "result.json").read_bytes())
-        found = require_format("result", str(path / "result.json"), result)
+        result = read_result(path)
         size = RunFolder(path).read_run()["options"]["calib_batchsz"]
         candidates = result["candidates"].values()
         chosen = [c for outcome in ("best", "tied") for c in candidates if c["outcome"] == outcome]
-        return tuple(read_setting(c["setting"], found, size) for c in chosen if c["same_as"] is None)
+        return tuple(read_setting(c["setting"], result["format"], size) for c in chosen if c["same_as"] is None)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"--from-run: {path} is not the folder of a finished search ({reason})") from None
@@ -225,9 +223,9 @@ def object_store_bytes(search: Search) -> int:
 
 
 def describe(search: Search) -> dict[str, Any]:
-    """run.json: everything that decides the outcome, as JSON has it."""
+    """run.json: everything that decides the outcome."""
     args = search.args
-    description = {
+    return {
         "options": vars(args),
         "search_space": {
             "name": search.space.name,
@@ -239,35 +237,20 @@ def describe(search: Search) -> dict[str, Any]:
         "data_fingerprint": search.val.fingerprint,
         "calibration_fingerprint": search.calib.fingerprint,
         "geometry": search.loaded.geometry.to_dict(),
-        "versions": cli.versions(),
     }
-    return dict(json.loads(json.dumps(description)))
-
-
-def require_same(folder: RunFolder, now: Mapping[str, Any]) -> None:
-    """Raise InputError, naming the difference, where a run would not go on as it began. Versions may differ."""
-
-    def binding(description: Mapping[str, Any]) -> dict[str, Any]:
-        options = {k: v for k, v in description["options"].items() if k not in FREE_OPTIONS}
-        return {**description, "options": options, "versions": None}
-
-    stored = folder.read_run()
-    if (difference := first_difference(binding(stored), binding(now))) is not None:
-        raise InputError(f"--resume {folder.path}: this is another search: {difference}")
-    if (difference := first_difference(stored["versions"], now["versions"])) is not None:
-        cli.warn(f"--resume {folder.path}: the run was begun with other versions: {difference}")
 
 
 def open_folder(search: Search, path: Path) -> RunFolder:
     """The run's folder: a new one, or with `--resume` the old one, if it is the same search."""
     description = describe(search)
     if search.args.resume is not None:
-        folder = RunFolder.resume(path)
-        require_same(folder, description)
+        folder = RunFolder.resume(path, SEARCH)
+        if (difference := folder.require_same(description, FREE_OPTIONS)) is not None:
+            cli.warn(f"--resume {path}: the run was begun with other versions: {difference}")
         if not folder.finished:
             folder.append("resumed")
         return folder
-    folder = RunFolder.create(path)
+    folder = RunFolder.create(path, SEARCH)
     folder.write_run(description)
     return folder
 
@@ -416,7 +399,7 @@ def sidecar_of(search: Search, setting: Setting, plan: Plan, accuracy: dict[str,
             **({"split_seed": args.split_seed} if search.splits.calib_split == "train" else {}),
         },
         accuracy=accuracy,
-        versions=cli.versions(),
+        versions=versions(),
     )
 
 
@@ -572,7 +555,7 @@ def run(search: Search, folder: RunFolder, ray_cluster: Cluster) -> None:
     if search.space.qat is not None and misses_target(search, contest, baseline):
         trained = train(search, search.space.qat, folder, contest)
     folder.append("winner", name=winner.name, report=counts["winner"])
-    result = _result(search, folder, contest, results, winner, counts)
+    result = _result(search, folder, contest, results, winner, of_winner, of_float)
     folder.write_result(result if trained is None else {**result, "qat": trained.summary})
     _print_outcome(search, contest, results, winner, (of_winner, of_float))
     if trained is not None:
@@ -588,7 +571,8 @@ def _result(
     contest: Contest,
     results: Mapping[str, Evaluation],
     winner: Candidate,
-    counts: Mapping[str, dict[str, Any]],
+    of_winner: Evaluation,
+    of_float: Evaluation,
 ) -> dict[str, Any]:
     race, outcome = contest.race, contest.outcome()
     candidates = {
@@ -600,20 +584,25 @@ def _result(
         }
         for c in contest.candidates.values()
     }
-    return {
-        **counts["winner"],
-        "winner": {"name": winner.name, "setting": winner.setting.to_dict()},
-        "float": counts["float"],
-        "selection": {name: evaluation.summary() for name, evaluation in results.items()},
-        "candidates": candidates,
-        "race": {
+    return result_of(
+        SEARCH,
+        of_winner,
+        options=vars(search.args),
+        setting=winner.setting.to_dict(),
+        weights_fingerprint=search.loaded.fingerprint,
+        data_fingerprint=search.val.fingerprint,
+        bad_images=read_bad_images(folder.path) + search.bad_images,
+        seconds=search.watch.seconds,
+        winner={"name": winner.name, "setting": winner.setting.to_dict()},
+        float=of_float.summary(),
+        selection={name: evaluation.summary() for name, evaluation in results.items()},
+        candidates=candidates,
+        race={
             **race.rules.to_dict(),
             "images_evaluated": race.images_evaluated,
             "images_of_full_evaluation": len(race.names) * race.rules.images,
         },
-        "bad_images": cli.bad_image_rows(read_bad_images(folder.path) + search.bad_images),
-        "seconds": search.watch.seconds,
-    }
+    )
 
 
 def _print_outcome(

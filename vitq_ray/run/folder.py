@@ -1,4 +1,4 @@
-"""The folder of a search: what survives it, readable months later without the code at hand.
+"""The folder of a search or a training: what survives it, readable months later without the code at hand.
 
 run.json          all options, fingerprints, versions, splits
 statistics.npz    the histograms
@@ -9,9 +9,10 @@ best/             the winner: setting.json, calibrated checkpoint and sidecar
 qat/              of a search that trains: a folder for every training run
 bad_images.jsonl  with `--on-bad-image skip`: what was skipped; training runs have one of their own
 
-A search is resumed by replaying trials.jsonl. Its events: `float` (results of the float model), `candidate` (name,
-setting, predicted noise), `chunk` (results of a candidate on images `start` … of the race's order; every metric of
-`measure.metrics` packed, in base64), `decision`, `resumed`, `winner`.
+Runs of searches and trainings are begun and resumed by one rule. A search is resumed by replaying trials.jsonl, whose
+first line says its format; without one it is of format 1. Its events: `float` (results of the float model),
+`candidate` (name, setting, predicted noise), `chunk` (results of a candidate on images `start` … of the race's order;
+every metric of `measure.metrics` packed, in base64), `decision`, `resumed`, `winner`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,30 +30,53 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vitq_ray.base.config import InputError
-from vitq_ray.base.files import atomic_file, write_json
+from vitq_ray.base.files import atomic_file, output_folder, write_json
+from vitq_ray.base.formats import FORMATS, require_format, stamp
 from vitq_ray.measure.evaluation import Evaluation
+from vitq_ray.run.results import (
+    RESULT,
+    SEARCH,
+    TRAINING,
+    read_own_json,
+    read_result,
+    versions,
+    write_result,
+)
+
+# What may differ between a run and its continuation, beside the options that a script names. The start of a training is
+# compared by its fingerprint, with the state of the training.
+_NOT_COMPARED = ("format", "script", "versions", "options", "start")
+_KINDS = {SEARCH: "search", TRAINING: "training"}
 
 
 class RunFolder:
-    """The files of one run: made by `create`, or found by `resume`."""
+    """The files of one run of a script: made by `create`, or found by `resume`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, script: str = SEARCH) -> None:
         self.path = path
+        self.script = script
 
     @staticmethod
-    def create(path: Path) -> RunFolder:
-        """A new run; InputError where the folder already holds one."""
+    def create(path: Path, script: str) -> RunFolder:
+        """A new run; InputError where the folder already holds one, or cannot be written to."""
         if (path / "run.json").exists():
-            raise InputError(f"{path}: already holds a run; choose another folder for --output, or --resume {path}")
-        path.mkdir(parents=True, exist_ok=True)
-        return RunFolder(path)
+            raise InputError(f"{path}: already holds a run; go on with --resume {path}, or choose another --output")
+        output_folder(str(path), "--output")
+        return RunFolder(path, script)
 
     @staticmethod
-    def resume(path: Path) -> RunFolder:
-        """A run that was begun; InputError where there is none. Half a line at the end of its log is cut off."""
+    def resume(path: Path, script: str) -> RunFolder:
+        """A run that was begun. Half a line at the end of its log is cut off.
+
+        Raises:
+            InputError: where there is none, or one of another script or of a newer version.
+        """
         if not (path / "run.json").is_file():
-            raise InputError(f"--resume: {path} holds no run (no run.json); expected the folder of a search")
-        folder = RunFolder(path)
+            raise InputError(f"--resume: {path} has no run.json; expected the folder of a run of {script}")
+        folder = RunFolder(path, script)
+        found = folder.read_run()["script"]
+        if found != script:
+            raise InputError(f"--resume: {path} holds a run of {found}, expected one of {script}")
         folder._cut_half_line()
         return folder
 
@@ -62,8 +86,8 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """The run has come to its result."""
-        return (self.path / "result.json").is_file()
+        """The run has come to its result. A result.json that another script wrote into the folder is none."""
+        return (self.path / RESULT).is_file() and self.read_result()["script"] == self.script
 
     @property
     def statistics(self) -> Path:
@@ -74,28 +98,50 @@ class RunFolder:
         return self.path / "trials.jsonl"
 
     def write_run(self, description: Mapping[str, Any]) -> None:
-        write_json(self.path / "run.json", description)
+        """run.json: everything that decides the outcome, and which version of which script began the run."""
+        head = {"format": FORMATS["run"], "script": self.script, "versions": versions()}
+        write_json(self.path / "run.json", {**head, **description})
 
     def read_run(self) -> dict[str, Any]:
-        try:
-            return dict(json.loads((self.path / "run.json").read_bytes()))
-        except ValueError as error:
-            raise InputError(f"{self.path / 'run.json'}: not JSON: {error}") from None
+        """run.json, with `format` and `script` also of searches of format 1. InputError as `read_own_json`."""
+        return {"script": SEARCH, **read_own_json(self.path / "run.json", "run")}
+
+    def require_same(self, description: Mapping[str, Any], free_options: Collection[str] = ()) -> str | None:
+        """Compare a run that goes on with what it was begun as; what differs in versions, for a warning, or None.
+
+        `free_options` may differ: they decide where and how fast, not what. Options that an earlier version did not
+        have are not compared.
+
+        Raises:
+            InputError: naming the first difference.
+        """
+        stored, now = self.read_run(), dict(json.loads(json.dumps(description)))
+        options = {name: value for name, value in stored["options"].items() if name not in free_options}
+        older = stored["format"] < FORMATS["run"]
+        new = {n: v for n, v in now["options"].items() if n not in free_options and (n in options or not older)}
+        then = {"options": options, **_compared(stored)}
+        if (difference := first_difference(then, {"options": new, **_compared(now)})) is not None:
+            kind = _KINDS.get(self.script, "run")
+            raise InputError(f"--resume {self.path}: this is another {kind}: {difference}")
+        return first_difference(stored.get("versions", {}), now.get("versions", versions()))
 
     def write_statistics(self, data: bytes) -> None:
         with atomic_file(self.statistics) as stream:
             stream.write(data)
 
     def append(self, event: str, **values: Any) -> None:
-        """One line of trials.jsonl, on disk when this returns."""
-        line = json.dumps({"event": event, "time": round(time.time(), 3), **values}, allow_nan=False)
+        """One line of trials.jsonl, on disk when this returns. The first one says which version began the log."""
+        lines = [{"event": event, "time": round(time.time(), 3), **values}]
+        if not self.log.exists() or not self.log.stat().st_size:
+            lines.insert(0, {"event": "begun", **stamp("log")})
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
         with open(self.log, "ab") as stream:
-            stream.write(line.encode() + b"\n")
+            stream.write(text.encode())
             stream.flush()
             os.fsync(stream.fileno())
 
     def events(self) -> list[dict[str, Any]]:
-        """All events so far, in order."""
+        """All events so far, in order, without the first line. InputError where a newer version began the log."""
         if not self.log.exists():
             return []
         result = []
@@ -104,6 +150,8 @@ class RunFolder:
                 result.append(dict(json.loads(line)))
             except ValueError:
                 raise InputError(f"{self.log}: line {number}: not an event: {line[:80]!r}") from None
+        if result and result[0]["event"] == "begun":
+            require_format("log", str(self.log), result.pop(0))
         return result
 
     def _cut_half_line(self) -> None:
@@ -122,7 +170,15 @@ class RunFolder:
             pq.write_table(pa.concat_tables(tables, promote_options="default"), stream, compression="zstd")
 
     def write_result(self, result: Mapping[str, Any]) -> None:
-        write_json(self.path / "result.json", result)
+        write_result(self.path, result)
+
+    def read_result(self) -> dict[str, Any]:
+        """As `results.read_result`."""
+        return read_result(self.path)
+
+
+def _compared(description: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in description.items() if key not in _NOT_COMPARED}
 
 
 def _table(name: str, evaluation: Evaluation) -> pa.Table:

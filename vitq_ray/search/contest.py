@@ -23,13 +23,11 @@ from vitq_ray.calibration.scales import Scales, noise_per_site, total_noise
 from vitq_ray.calibration.setting import Setting, read_setting
 from vitq_ray.calibration.statistics import CalibrationStatistics
 from vitq_ray.measure.evaluation import Evaluation
-from vitq_ray.measure.metrics import pack_text, unpack_text
+from vitq_ray.measure.metrics import Column, Results, no_results, pack_text, unpack_text
 from vitq_ray.measure.racing import Decision, Race, RaceRules, standings
 from vitq_ray.quant.plan import Plan
 from vitq_ray.run.folder import RunFolder
 from vitq_ray.search.proposals import Proposals
-
-Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class Contest:
         self._exhausted = False
         self.race = race
         self.candidates: dict[str, Candidate] = {}
-        self.correct5: dict[str, Bools] = {}
+        self.results: dict[str, dict[str, Column]] = {}  # of every candidate with scales of its own
         self._fill()
 
     # What a referee does ------------------------------------------------------------------------------------------
@@ -116,21 +114,31 @@ class Contest:
     def seen(self, name: str) -> int:
         return self.race.seen(name)
 
-    def take(self, name: str, start: int, correct: Bools, correct5: Bools, seconds: float) -> bool:
-        """Take in results of a chunk; whether the candidate is decided, so that its trial can stop."""
-        if self.race.record(name, start, correct):
-            self.correct5[name][start : start + len(correct)] = correct5
+    def take(self, name: str, start: int, results: Results, seconds: float) -> bool:
+        """Take in every metric of a chunk's images; whether the candidate is decided, so that its trial can stop."""
+        images = len(results["correct"])
+        if self.race.record(name, start, results["correct"]):
+            self._keep(name, start, results)
             self._folder.append(
                 "chunk",
                 name=name,
                 start=start,
-                images=len(correct),
-                **pack_text({"correct": correct, "correct5": correct5}),
+                images=images,
+                **pack_text(results),
                 seconds=round(seconds, 4),
             )
-            self._listeners.on_chunk(name, len(correct))
+            self._listeners.on_chunk(name, images)
             self._judge()
         return self.race.decision(name) is not None
+
+    def _keep(self, name: str, start: int, results: Results) -> None:
+        """Remember results. A metric that a chunk lacks, since an earlier version logged it, is not kept at all."""
+        kept = self.results[name]
+        for metric in tuple(kept):
+            if metric in results:
+                kept[metric][start : start + len(results[metric])] = results[metric]
+            else:
+                del kept[metric]
 
     def _judge(self) -> None:
         for decision in self.race.judge():
@@ -164,7 +172,7 @@ class Contest:
         if candidate.same_as is None:
             self._first_with[key] = candidate.name
             self.race.enter(candidate.name)
-            self.correct5[candidate.name] = np.zeros(self.race.rules.images, bool)
+            self.results[candidate.name] = no_results(self.race.rules.images)
             self._listeners.on_candidate(candidate)
         return candidate
 
@@ -201,21 +209,17 @@ class Contest:
             for chunk in self._logged.chunks.get(name, ()):
                 results = unpack_text(chunk, chunk["images"])
                 self.race.record(name, chunk["start"], results["correct"])
-                self.correct5[name][chunk["start"] :][: chunk["images"]] = results["correct5"]
+                self._keep(name, chunk["start"], results)
         self._judge()
 
     # The outcome --------------------------------------------------------------------------------------------------
 
     def evaluations(self, labels: npt.NDArray[np.int64], sample_ids: npt.NDArray[np.int64]) -> dict[str, Evaluation]:
         """{candidate with scales of its own: its results that count}; both arrays in the order of the race."""
-        result = {}
-        for name in self.race.names:
-            correct = self.race.correct(name)
-            n = len(correct)
-            result[name] = Evaluation(
-                sample_ids[:n], labels[:n], {"correct": correct, "correct5": self.correct5[name][:n]}
-            )
-        return result
+        return {
+            name: Evaluation(sample_ids, labels, self.results[name]).prefix(len(self.race.correct(name)))
+            for name in self.race.names
+        }
 
     def outcome(self) -> dict[str, str]:
         """{candidate: best, tied, behind or beaten}, those that share scales included."""

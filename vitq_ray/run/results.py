@@ -1,0 +1,122 @@
+"""result.json, the same for all scripts: how it is made, written and read.
+
+    images, top1_correct, …, top1_interval95    the counts that the script was run for
+    format, script, versions                     which version of what wrote it
+    options, setting, weights_fingerprint, data_fingerprint, bad_images, seconds
+    and what is the script's own, such as `candidates` of a search or `epochs` of a training
+
+Files of format 1 do not all say which script wrote them; `script_of` tells from what is its own.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from vitq_ray.base.config import InputError
+from vitq_ray.base.files import write_json
+from vitq_ray.base.formats import FORMATS, require_format
+from vitq_ray.measure.evaluation import Counts, Evaluation
+
+CALIBRATION, EVALUATION, SEARCH, TRAINING = "calib", "evaluate", "tune_calib", "qat"  # names of the scripts
+RESULT = "result.json"
+
+
+def result_of(
+    script: str,
+    counts: Evaluation | Counts,
+    *,
+    options: Mapping[str, Any],
+    setting: Mapping[str, Any] | None,
+    weights_fingerprint: str,
+    data_fingerprint: str,
+    bad_images: Iterable[tuple[str, str]],
+    seconds: Mapping[str, float],
+    **own: Any,
+) -> dict[str, Any]:
+    """The contents of result.json.
+
+    Args:
+        counts: what stands at the top: of the checkpoint that was calibrated, evaluated, found or trained.
+        setting: of that checkpoint, as JSON; None for a float one.
+        bad_images: (address, reason) of broken images, however often each was met.
+        own: what only this script has.
+    """
+    return {
+        "format": FORMATS["result"],
+        "script": script,
+        **counts.summary(),
+        "setting": setting,
+        **own,
+        "bad_images": bad_image_rows(bad_images),
+        "options": dict(options),
+        "weights_fingerprint": weights_fingerprint,
+        "data_fingerprint": data_fingerprint,
+        "versions": versions(),
+        "seconds": dict(seconds),
+    }
+
+
+def write_result(folder: Path, result: Mapping[str, Any]) -> None:
+    write_json(folder / RESULT, result)
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """result.json of a folder, of any format up to ours; `format` and `script` are always there.
+
+    Raises:
+        InputError: where there is none, it is not JSON, or a newer version wrote it.
+    """
+    values = read_own_json(folder / RESULT, "result")
+    return {**values, "script": script_of(values)}
+
+
+def read_own_json(path: Path, kind: str) -> dict[str, Any]:
+    """A JSON file that we wrote, of a kind of `FORMATS`, with its `format`. InputError where it is not that."""
+    try:
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return {**values, "format": require_format(kind, str(path), values)}
+
+
+def script_of(result: Mapping[str, Any]) -> str:
+    """Which script wrote a result.json."""
+    if "script" in result:
+        return str(result["script"])
+    own = {"candidates": SEARCH, "best_epoch": TRAINING, "checkpoint": EVALUATION}
+    return next((script for key, script in own.items() if key in result), CALIBRATION)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    names = ("vitq_ray", "torch", "timm", "numpy", "pillow")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+
+
+def bad_image_rows(bad_images: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
+    """Every broken image once, however often it was met."""
+    return [{"image": name, "reason": reason} for name, reason in dict(bad_images).items()]
+
+
+class Stopwatch:
+    """Seconds per named stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
