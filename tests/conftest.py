@@ -30,7 +30,8 @@ from vitq_ray.quant.plan import Plan, plan_of_mode
 from vitq_ray.quant.sites import FUSED_GROUPS, MODES, WEIGHT, site_key
 from vitq_ray.quant.vit import observing, quantize_vit, site_weights, sites_of, tensor_keys
 
-DATA = Path(__file__).resolve().parent / "data"
+ROOT = Path(__file__).resolve().parents[1]  # of the repository
+DATA = ROOT / "tests" / "data"
 REFERENCE = DATA / "reference"  # numbers of an independent implementation
 
 
@@ -167,7 +168,7 @@ def project(tmp_path: Path) -> Project:
 
 def load_script(name: str) -> ModuleType:
     """A script as a module, without running it."""
-    path = Path(__file__).resolve().parents[1] / "scripts" / f"{name}.py"
+    path = ROOT / "scripts" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"script_{name}", path)
     assert spec is not None
     assert spec.loader is not None

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.test_tables import Member, zip_bytes
+from tests.data.test_tables import Member, zip_bytes
 from vitq_ray.base.config import InputError
 from vitq_ray.data.loader import Batch, iter_batches
 from vitq_ray.data.samples import BadImageError, SampleIndex, open_split

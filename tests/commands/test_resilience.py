@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Project, descendants, make_project
+from tests.conftest import ROOT, Project, descendants, make_project
 
-ROOT = Path(__file__).resolve().parents[1]
 SPACE = """
 SPACE = {"mode": ("ft1", "ft2"), "calibrator": ("max", "percentile"), "percentile": (90.0, 99.0, 99.9),
          "num_batches": (1, 3), "act_bits": (4, 6)}

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from tests.test_tables import FOLDER, Member, zip_bytes
+from tests.conftest import ROOT
+from tests.data.test_tables import FOLDER, Member, zip_bytes
 from vitq_ray.base.config import InputError
 from vitq_ray.base.files import resolve
 from vitq_ray.data import samples
@@ -32,7 +33,7 @@ from vitq_ray.data.samples import (
     open_split,
 )
 
-CLOTHING = Path(__file__).resolve().parents[2] / "shared" / "data" / "clothing-zip"
+CLOTHING = ROOT.parent / "shared" / "data" / "clothing-zip"
 STORED = Member(b"cat/1.jpg", b"a stored image")
 DEFLATED = Member(b"dog/2.jpg", b"a deflated image " * 9, zipfile.ZIP_DEFLATED)
 EMPTY = Member(b"dog/empty.jpg", b"")

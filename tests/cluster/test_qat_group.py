@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from tests.conftest import make_project, scrape
-from tests.test_qat_loop import CONFIG, TRANSFORM, Setup, calibrated
+from tests.qat.test_qat_loop import CONFIG, TRANSFORM, Setup, calibrated
 from vitq_ray.base.config import InputError
 from vitq_ray.cluster.qat_group import Plan, QatMetrics, Workers, plan_workers, run_on_workers, worker_bytes
 from vitq_ray.data.loader import Batch, iter_batches

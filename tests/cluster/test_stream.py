@@ -23,7 +23,7 @@ from ray.data._internal.execution import streaming_executor_state
 from ray.data._internal.execution.resource_manager import ResourceManager
 
 from tests.conftest import encode_png
-from tests.test_tables import Member, zip_bytes
+from tests.data.test_tables import Member, zip_bytes
 from vitq_ray.base.config import InputError
 from vitq_ray.cluster import stream as source
 from vitq_ray.cluster.stream import SampleDatasource, share, stream_batches

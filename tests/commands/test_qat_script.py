@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import Project, load_script, make_project, tiny_vit
+from tests.conftest import ROOT, Project, load_script, make_project, tiny_vit
 from vitq_ray.base.config import InputError
 from vitq_ray.commands import options as cli
 from vitq_ray.commands import train
 from vitq_ray.models.google import google_arrays
 
 calib, evaluate, qat = load_script("calib"), load_script("evaluate"), load_script("qat")
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "qat.py"
+SCRIPT = ROOT / "scripts" / "qat.py"
 SMALL = ("--num-calib-batch", "2", "--calib-batchsz", "4", "--batch-size", "8", "--no-dashboard", "--wprec", "4")
 QUICK = (*SMALL, "--aprec", "4", "--num-epochs", "2", "--qat-lr", "1e-3", "--augment", "light")
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import make_setting
+from tests.conftest import ROOT, make_setting
 from vitq_ray.base.config import InputError
 from vitq_ray.calibration.setting import Setting
 from vitq_ray.search.proposals import proposals
 from vitq_ray.search.space import load_space, percentiles
 
-SPACES = Path(__file__).resolve().parents[1] / "search_spaces"
+SPACES = ROOT / "search_spaces"
 
 
 def write(tmp_path: Path, text: str) -> str:

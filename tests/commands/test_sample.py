@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.conftest import ROOT
+
 SAMPLE = ROOT / "vitq_ray" / "sample"
 SCRIPT = ROOT / "scripts" / "build_sample.py"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")

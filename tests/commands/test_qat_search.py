@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import Project, load_script, make_project
+from tests.conftest import ROOT, Project, load_script, make_project
 from vitq_ray.base.config import InputError
 from vitq_ray.commands import options as cli
 from vitq_ray.search.asha import Asha, Epoch, QatContest, TrainingRun, config_of, training_runs
@@ -79,7 +79,7 @@ def test_bad_spaces(values: Any, message: str) -> None:
 
 @pytest.mark.parametrize("name", ["qat", "calib_qat"])
 def test_the_spaces_that_come_with_it(name: str) -> None:
-    space = load_space(str(Path(__file__).resolve().parents[1] / "search_spaces" / f"{name}.py")).qat
+    space = load_space(str(ROOT / "search_spaces" / f"{name}.py")).qat
     assert space is not None
     assert isinstance(space.choices["lr"], LogUniform)
     assert len(training_runs(space, ["a"], 0)) == space.num_samples
