@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from vitq_ray.base.formats import require_format
 from vitq_ray.calibration.setting import Setting, read_setting
-from vitq_ray.commands.options import track
+from vitq_ray.commands.screen import Terminal
 from vitq_ray.data.loader import Batch, iter_batches
 from vitq_ray.data.samples import open_split
 from vitq_ray.data.transforms import EvalTransform
@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     naive = None if args.processes else Naive(run, args.entropy_sites)
     own = ("--run", str(args.run), "--entropy-sites", str(args.entropy_sites))
     costs: list[tuple[str, Cost]] = []
-    for name, setting in track(chosen, len(chosen), "naive"):
+    for name, setting in Terminal("naive_search.py").track(chosen, len(chosen), "naive"):
         cost = naive.cost(setting) if naive else cost_of_process(own, name, setting)
         costs.append((name, cost))
         ours = result["selection"].get(result["candidates"][name]["same_as"] or name)

@@ -24,8 +24,9 @@ from vitq_ray.calibration.calibrators import Calibration
 from vitq_ray.calibration.scales import Scales
 from vitq_ray.calibration.setting import Setting
 from vitq_ray.calibration.statistics import collect_statistics
+from vitq_ray.cluster.images import ImageStore
 from vitq_ray.cluster.start import available_cpus, cluster
-from vitq_ray.cluster.trials import ImageSet, Resources, run_trials, share
+from vitq_ray.cluster.trials import Resources, run_trials, share
 from vitq_ray.data.loader import iter_batches
 from vitq_ray.data.samples import open_split
 from vitq_ray.data.transforms import EvalTransform
@@ -92,16 +93,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     sample = files("vitq_ray") / "sample"
     loaded = load_model("auto", str(sample / "vit.npz"), None)
     index, transform = open_split(str(sample), "val"), EvalTransform(loaded.geometry.img_size)
-    images = ImageSet.of(list(iter_batches(index, range(args.images * args.chunks), transform, args.images)))
+    batches = list(iter_batches(index, range(args.images * args.chunks), transform, args.images))
     model, setting = quantize_vit(loaded.model).eval(), Setting("ft2", Calibration("max"), 1)
-    first = next(images.batches(args.images))
-    plan = Scales(model, collect_statistics(model, [(0, transform.normalize(first.images))], [1])).plan(setting)
+    first = transform.normalize(batches[0].images)
+    plan = Scales(model, collect_statistics(model, [(0, first)], [1])).plan(setting)
     names, workers = [f"c{i}" for i in range(args.trials)], available_cpus()
     watch = Stopwatch(names)
     with (
         cluster(num_cpus=workers, object_store_bytes=300_000_000, dashboard=False),
         tempfile.TemporaryDirectory() as folder,
     ):
+        store = ImageStore()
+        for batch in batches:
+            store.add(batch)
+        images = store.stored()
         rules = RaceRules(len(images), args.images)
         shared = share(model, images, rules, transform, args.images, Resources())
         for name in names:

@@ -2,8 +2,7 @@
 
 import sys
 
-from vitq_ray.commands.calibrate import main
-from vitq_ray.commands.options import run
+from vitq_ray.commands.main import calib as main
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(main())

@@ -2,8 +2,7 @@
 
 import sys
 
-from vitq_ray.commands.options import run
-from vitq_ray.commands.train import main
+from vitq_ray.commands.main import qat as main
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(main())

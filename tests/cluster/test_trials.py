@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import time
+import weakref
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
@@ -24,9 +26,13 @@ from vitq_ray.base.config import InputError
 from vitq_ray.calibration.scales import Scales, apply_setting
 from vitq_ray.calibration.setting import Setting
 from vitq_ray.calibration.statistics import CalibrationStatistics, collect_statistics
-from vitq_ray.cluster.trials import ImageSet, Resources, require_room, run_trials, share
-from vitq_ray.commands import options as cli
-from vitq_ray.commands import tune as search
+from vitq_ray.cluster.images import ImageSet, ImageStore, StoredImages
+from vitq_ray.cluster.trials import Resources, require_room, run_trials, share
+from vitq_ray.commands.options import TuneOptions
+from vitq_ray.commands.parser import parse
+from vitq_ray.commands.screen import SILENT
+from vitq_ray.commands.tune_job import TuneJob, prepare
+from vitq_ray.data.loader import Batch
 from vitq_ray.data.splits import Splits
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.measure.evaluation import Evaluation, evaluate
@@ -50,18 +56,57 @@ def statistics(quant_vit: VisionTransformer, images: torch.Tensor) -> Calibratio
 def image_set(count: int = 33) -> ImageSet:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
-    return ImageSet(pixels, rng.integers(0, 7, count), np.arange(count) * 2)
+    return ImageSet([pixels], rng.integers(0, 7, count), np.arange(count) * 2)
 
 
 def test_image_set_batches() -> None:
     images = image_set(7)
     parts = list(images.batches(3))
     assert [len(part.labels) for part in parts] == [3, 3, 1]
-    assert np.array_equal(np.concatenate([p.images.numpy() for p in parts]), images.images)
+    assert np.array_equal(np.concatenate([p.images.numpy() for p in parts]), images.parts[0])
     assert [p.sample_ids.tolist() for p in images.batches(2, 3, 6)] == [[6, 8], [10]]
-    assert ImageSet.of(parts).sample_ids.tolist() == images.sample_ids.tolist()
+
+
+def stored(images: ImageSet, part_images: int = 1000) -> StoredImages:
+    """The images in the object store, `part_images` or more to a part."""
+    store = ImageStore(part_images * 16 * 16 * 3)
+    for batch in images.batches(5):
+        store.add(batch)
+    return store.stored()
+
+
+def test_images_come_back_from_the_object_store_in_parts(ray_cluster: None) -> None:
+    images = image_set(33)
+    back = stored(images, part_images=7)
+    assert [len(ray.get(part)) for part in back.parts] == [10, 10, 10, 3]
+    for size, start, end in ((33, 0, 33), (4, 0, 33), (9, 8, 22), (1, 10, 11)):
+        wanted = list(images.batches(size, start, end))
+        for here, there in zip(wanted, back.fetch().batches(size, start, end), strict=True):
+            for name in ("images", "labels", "sample_ids"):
+                assert torch.equal(getattr(here, name), getattr(there, name))
     with pytest.raises(InputError, match="no readable image"):
-        ImageSet.of([])
+        ImageStore().stored()
+
+
+def test_no_process_keeps_a_copy_of_the_stored_images(ray_cluster: None) -> None:
+    """The store holds the pixels, the driver only what is on its way to it."""
+    pixels = weakref.WeakSet()  # type: ignore[var-annotated]
+
+    def batches() -> Iterator[Batch]:
+        for batch in image_set(60).batches(5):
+            pixels.add(batch.images)
+            yield batch
+            del batch
+            assert len(pixels) <= 3, "batches that wait to be put, and the one that is passed on"
+
+    store = ImageStore(10 * 16 * 16 * 3)
+    for _ in store.passing(batches()):
+        pass
+    del _
+    images = store.stored()
+    assert len(pixels) == 0
+    held = images.fetch().parts[0]
+    assert not held.flags.owndata, "mapped from the object store"
 
 
 class Recorder:
@@ -106,7 +151,7 @@ def start_trials(
     referee: Recorder, statistics: CalibrationStatistics, images: ImageSet, rules: RaceRules, folder: Path
 ) -> None:
     model = quantize_vit(tiny_vit())
-    shared = share(model, images, rules, EvalTransform(16), 10, Resources())
+    shared = share(model, stored(images), rules, EvalTransform(16), 10, Resources())
     scales = Scales(model, statistics)
     for name, setting in SETTINGS.items():
         shared.add(name, scales.plan(setting))
@@ -133,7 +178,7 @@ def test_trials_give_what_the_driver_gives(
 def test_images_that_no_object_store_can_hold_are_refused(
     ray_cluster: None, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(search.Search, "selection_bytes", 250_000_000)  # of the 300 MB that the cluster has
+    monkeypatch.setattr(TuneJob, "selection_bytes", 250_000_000)  # of the 300 MB that the cluster has
     assert run_tune(project, tmp_path, "--output", tmp_path / "run") == 2
     assert "object store: 0.30 GB of a node cannot hold" in capsys.readouterr().err
 
@@ -178,7 +223,7 @@ def test_a_killed_worker_does_not_lose_a_trial(
 
 def test_a_trial_that_fails_is_an_error(ray_cluster: None, statistics: CalibrationStatistics, tmp_path: Path) -> None:
     model, images = quantize_vit(tiny_vit()), image_set()
-    shared = share(model, images, RaceRules(33, 10), EvalTransform(16), 10, Resources())
+    shared = share(model, stored(images), RaceRules(33, 10), EvalTransform(16), 10, Resources())
     plan = Scales(model, statistics).plan(SETTINGS["a"])
     sites = {key: site for key, site in plan.sites.items() if not key.endswith("0.ffn.fc1._input_quantizer")}
     shared.add("a", dataclasses.replace(plan, sites=sites))
@@ -207,7 +252,7 @@ def run_tune(project: Project, tmp_path: Path, *argv: object) -> int:
     space = tmp_path / "space.py"
     space.write_text(SPACE)
     small = ("--calib-batchsz", 4, "--search-space", space, "--output", tmp_path / "run")
-    return cli.run(tune_calib.main, [str(a) for a in (*project.options, *small, *argv)])
+    return tune_calib.main([str(a) for a in (*project.options, *small, *argv)])
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +334,7 @@ def test_best_evaluates_to_the_reported_counts(finished: Path, tmp_path: Path) -
     checkpoint = ("--pretrained_dir", finished / "run" / "best" / "vit_calib.pth")
     logits = tmp_path / "logits.npz"
     output = ("--data-path", finished / "project", "--output", tmp_path / "again", "--save-logits", logits)
-    assert cli.run(load_script("evaluate").main, [str(a) for a in (*checkpoint, *output)]) == 0
+    assert load_script("evaluate").main([str(a) for a in (*checkpoint, *output)]) == 0
     saved = np.load(logits)
     correct = saved["logits"].argmax(1) == saved["labels"]
     assert correct[report].sum() == result["top1_correct"]
@@ -297,8 +342,8 @@ def test_best_evaluates_to_the_reported_counts(finished: Path, tmp_path: Path) -
 
 def test_splits_depend_on_the_split_seed(project: Project, tmp_path: Path) -> None:
     def splits(*argv: object) -> Splits:
-        args = tune_calib.parse([str(a) for a in (*project.options, "--calib-batchsz", 1, *argv)])
-        return search.prepare(args).splits
+        given = [str(a) for a in (*project.options, "--calib-batchsz", 1, *argv)]
+        return prepare(parse(TuneOptions, given, "tune"), SILENT).splits
 
     first, same, other = splits(), splits("--seed", 7), splits("--split-seed", 7)
     for name in ("calibration", "selection", "report"):
@@ -326,7 +371,7 @@ def test_broken_images_are_skipped_and_listed(ray_cluster: None, project: Projec
     (tmp_path / "skip" / "result.json").unlink()  # a search that goes on does not read the calibration images again
     with open(tmp_path / "skip" / "bad_images.jsonl", "a") as stream:
         stream.write('["half a li')
-    assert run_tune(project, tmp_path, "--on-bad-image", "skip", "--resume", tmp_path / "skip") == 0
+    assert tune_calib.main(["--resume", str(tmp_path / "skip")]) == 0
     again = json.loads((tmp_path / "skip" / "result.json").read_text())["bad_images"]
     assert sorted(again, key=str) == sorted(result["bad_images"], key=str)
 
@@ -373,7 +418,7 @@ def test_float_model_at_chance_stops_the_search(
     assert run_tune(project, tmp_path) == 2
     assert "not above chance level" in capsys.readouterr().err
     events = [json.loads(line)["event"] for line in (tmp_path / "run" / "trials.jsonl").read_text().splitlines()]
-    assert events == ["float"], "nothing was searched"
+    assert events == ["begun", "float"], "nothing was searched"
 
 
 def test_output_that_holds_a_run(
@@ -386,7 +431,7 @@ def test_output_that_holds_a_run(
 
 
 def resume(tmp_path: Path, *argv: object) -> int:
-    return cli.run(tune_calib.main, ["--resume", str(tmp_path / "run"), *map(str, argv)])
+    return tune_calib.main(["--resume", str(tmp_path / "run"), *map(str, argv)])
 
 
 def test_resume_of_a_finished_run_changes_nothing(copied: Path) -> None:
@@ -418,11 +463,15 @@ def change_space(project: Project) -> None:
 @pytest.mark.parametrize(
     ("change", "argv", "message"),
     [
-        (None, ("--alpha", 0.01), "options.alpha: 0.05 there, 0.01 now"),
-        (None, ("--seed", 1), "options.seed: 42 there, 1 now"),
-        (change_weights, (), "weights_fingerprint: "),
-        (change_labels, (), "splits.selection: "),
-        (change_space, (), "search_space.choices.percentile: [95.0, 100.0] there, [96.0, 100.0] now"),
+        (None, ("--alpha", 0.01), "--alpha: 0.01 given, but "),
+        (None, ("--seed", 1), "was started with 42"),
+        (change_weights, (), "this is another search: weights_fingerprint: "),
+        (change_labels, (), "this is another search: splits.selection: "),
+        (
+            change_space,
+            (),
+            "this is another search: search_space.choices.percentile: [95.0, 100.0] there, [96.0, 100.0] now",
+        ),
     ],
 )
 def test_resume_as_another_search_is_refused(
@@ -438,7 +487,7 @@ def test_resume_as_another_search_is_refused(
     assert resume(copied, *argv) == 2
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1
-    assert f"this is another search: {message}" in error[0]
+    assert message in error[0]
     assert (copied / "run" / "trials.jsonl").read_text() == before
 
 

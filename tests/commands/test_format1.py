@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from tests.conftest import DATA, load_script
-from vitq_ray.commands import options as cli
 
 CHECKPOINTS = ("calib/vit_calib", "calib-mse/vit_calib", "search/best/vit_calib", "qat/vit_qat")
 
@@ -30,7 +29,7 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(script: str, *argv: object) -> int:
-    return cli.run(load_script(script).main, [str(a) for a in argv])
+    return int(load_script(script).main([str(a) for a in argv]))
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -17,8 +17,9 @@ import torch
 
 from tests.conftest import ROOT, Project, load_script, make_project, tiny_vit
 from vitq_ray.base.config import InputError
-from vitq_ray.commands import options as cli
 from vitq_ray.commands import train
+from vitq_ray.commands.options import TrainOptions
+from vitq_ray.commands.parser import parse
 from vitq_ray.models.google import google_arrays
 
 calib, evaluate, qat = load_script("calib"), load_script("evaluate"), load_script("qat")
@@ -28,7 +29,7 @@ QUICK = (*SMALL, "--aprec", "4", "--num-epochs", "2", "--qat-lr", "1e-3", "--aug
 
 
 def run(script: Any, *argv: object) -> int:
-    return cli.run(script.main, [str(a) for a in argv])
+    return script.main([str(a) for a in argv])
 
 
 def result(folder: Path) -> dict[str, Any]:
@@ -92,10 +93,11 @@ def test_old_options_parse_with_a_google_name() -> None:
         "--train --name vit --pretrained_dir X_calib.pth --data-path D --model_type ViT-B_16 --quant-mode ft2 "
         "--img_size 384 --distill --teacher X.npz --output O --batch-size 32 --num-epochs 5 --qat-lr 1e-4"
     )
-    args, given = train.parse(old.split())
-    assert (args.model_type, args.img_size, args.qat_lr, args.distill) == ("ViT-B_16", 384, 1e-4, True)
-    assert given["teacher"] == "X.npz"
-    assert train.make_config(args).global_batch == 32
+    options = parse(TrainOptions, old.split(), "qat.py")
+    assert (options.model_type, options.img_size, options.teacher) == ("ViT-B_16", 384, "X.npz")
+    config = train.config_of(options)
+    assert (config.lr, config.global_batch) == (1e-4, 32)
+    assert config.distillation is not None
 
 
 def start_process(folder: Path, project: Project, *argv: str) -> subprocess.Popen[str]:
@@ -131,7 +133,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     assert not (folder / "result.json").exists(), "the run was over before it could be stopped"
     if how is signal.SIGINT:
         assert process.returncode == 130
-        assert f"go on with: python scripts/qat.py --resume {folder}" in errors
+        assert f"Go on with: python scripts/qat.py --resume {folder}" in errors
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the process had
     try:
@@ -183,7 +185,10 @@ def test_a_diverging_run_says_so_in_one_line(
     [
         (("--batch-size", "64"), "64 is more than the 40 training images"),
         (("--global-batch-size", "10", "--num-workers", "4"), "10 is not a multiple of 4 workers x 1 forward passes"),
-        (("--teacher", "x.npz", "--no-distill"), "--teacher: x.npz given with --no-distill"),
+        (
+            ("--teacher", "x.npz", "--no-distill"),
+            "--teacher: x.npz given, but nothing is learned from it without --distill",
+        ),
         (("--qat-lr", "0"), "learning rate: expected a number > 0"),
         (("--augment", "heavy"), "invalid choice: 'heavy'"),
         (("--num-workers", "0"), "expected an integer >= 1, got '0'"),
@@ -225,10 +230,14 @@ def test_the_splits_of_a_search_are_taken_over(project: Project, tmp_path: Path)
     assert run(calib, *project.options, "--num-calib-batch", 2, "--calib-output-path", best) == 0
     fingerprint = result(best)["data_fingerprint"]
     splits = {"selection": list(range(60)), "report": list(range(60, 150))}
-    (tmp_path / "search" / "run.json").write_text(json.dumps({"splits": splits, "data_fingerprint": fingerprint}))
+    description = {"splits": splits, "data_fingerprint": fingerprint, "options": {"split_seed": 3}}
+    (tmp_path / "search" / "run.json").write_text(json.dumps(description))
     found = train.search_splits(str(best / "vit_calib.pth"), fingerprint)
     assert found is not None
-    assert [found.selection.tolist(), found.report.tolist()] == [splits["selection"], splits["report"]]
+    assert [ids.tolist() for ids in (found.splits.selection, found.splits.report)] == [
+        splits["selection"],
+        splits["report"],
+    ]
     assert train.search_splits(str(best / "vit_calib.pth"), "other data") is None
     assert train.search_splits(str(tmp_path / "search" / "vit_calib.pth"), fingerprint) is None
     options = ("--pretrained_dir", best / "vit_calib.pth", "--data-path", project.folder, "--num-epochs", "1")
@@ -251,7 +260,8 @@ def test_a_trained_checkpoint_keeps_the_halves_it_was_selected_by(
 
 
 def test_a_given_option_is_known_from_a_default() -> None:
-    _, given = train.parse(["--qat-lr", "1e-4", "--no-distill"])
-    assert given == {"qat_lr": 1e-4, "distill": False}
+    options = parse(TrainOptions, ["--qat-lr", "1e-4", "--no-distill"], "qat.py")
+    assert options.given == {"qat_lr", "distill"}
+    assert options.only(options.given) == {"qat_lr": 1e-4, "distill": False}
     with pytest.raises(InputError, match="unrecognized arguments: --lr"):
-        train.parse(["--lr", "1"])
+        parse(TrainOptions, ["--lr", "1"], "qat.py")

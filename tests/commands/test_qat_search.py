@@ -11,7 +11,6 @@ import pytest
 
 from tests.conftest import ROOT, Project, load_script, make_project
 from vitq_ray.base.config import InputError
-from vitq_ray.commands import options as cli
 from vitq_ray.search.asha import Asha, Epoch, QatContest, TrainingRun, config_of, training_runs
 from vitq_ray.search.space import LogUniform, QatSpace, load_space, loguniform, qat_space_of
 
@@ -143,7 +142,7 @@ def test_escalation(ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFix
     make_project(tmp_path / "project", train=64, val=60)
     (tmp_path / "space.py").write_text(ESCALATE)
     run = tmp_path / "run"
-    assert cli.run(tune_calib.main, options(tmp_path, "--output", run)) == 0
+    assert tune_calib.main(options(tmp_path, "--output", run)) == 0
     assert "missed: QAT" in capsys.readouterr().out
     result = json.loads((run / "result.json").read_text())
     qat = result["qat"]
@@ -155,26 +154,26 @@ def test_escalation(ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFix
     logits = tmp_path / "logits.npz"
     checkpoint = ("--pretrained_dir", run / "best" / "vit_qat.pth", "--data-path", tmp_path / "project")
     argv = (*checkpoint, "--output", tmp_path / "again", "--save-logits", logits)
-    assert cli.run(load_script("evaluate").main, [str(a) for a in argv]) == 0
+    assert load_script("evaluate").main([str(a) for a in argv]) == 0
     saved = np.load(logits)
     correct = (saved["logits"].argmax(1) == saved["labels"])[report]
     assert (correct.sum(), len(correct)) == (qat["top1_correct"], qat["images"])
 
     log = (run / "trials.jsonl").read_text()
     (run / "result.json").unlink()  # killed just before the end
-    assert cli.run(tune_calib.main, ["--resume", str(run)]) == 0
+    assert tune_calib.main(["--resume", str(run)]) == 0
     added = [json.loads(line)["event"] for line in (run / "trials.jsonl").read_text().removeprefix(log).splitlines()]
     assert added == ["resumed", "winner"], "no epoch is trained again"
     assert json.loads((run / "result.json").read_text())["qat"] == qat
 
     capsys.readouterr()
-    assert cli.run(tune_calib.main, options(tmp_path, "--output", tmp_path / "b", "--target-drop", 100)) == 0
+    assert tune_calib.main(options(tmp_path, "--output", tmp_path / "b", "--target-drop", 100)) == 0
     assert "met, no QAT" in capsys.readouterr().out
     assert "qat" not in json.loads((tmp_path / "b" / "result.json").read_text())
 
     # The best and tied settings of a finished search, again.
     argv = options(tmp_path, "--output", tmp_path / "c", "--from-run", run, "--target-drop", 100)
-    assert cli.run(tune_calib.main, argv) == 0
+    assert tune_calib.main(argv) == 0
     chosen = [c for c in result["candidates"].values() if c["outcome"] in ("best", "tied") and c["same_as"] is None]
     again = json.loads((tmp_path / "c" / "result.json").read_text())["candidates"].values()
     assert {json.dumps(c["setting"]) for c in again} == {json.dumps(c["setting"]) for c in chosen}
@@ -184,7 +183,7 @@ def test_a_run_that_diverges_does_not_end_the_others(ray_cluster: None, tmp_path
     (tmp_path / "project").mkdir()
     make_project(tmp_path / "project", train=64, val=60)
     (tmp_path / "space.py").write_text(ESCALATE.replace("(0.01, 0.003)", "(0.01, 1e30)").replace("adamw", "sgd"))
-    assert cli.run(tune_calib.main, options(tmp_path, "--output", tmp_path / "run", "--seed", DIVERGING_SEED)) == 0
+    assert tune_calib.main(options(tmp_path, "--output", tmp_path / "run", "--seed", DIVERGING_SEED)) == 0
     qat = json.loads((tmp_path / "run" / "result.json").read_text())["qat"]
     (reason,) = qat["failed"].values()
     assert "not finite at step" in reason
@@ -197,12 +196,12 @@ def test_bad_input_before_anything_is_computed(
     (tmp_path / "project").mkdir()
     project = make_project(tmp_path / "project", train=24, val=60)
     (tmp_path / "space.py").write_text(ESCALATE.replace("(8,)", "(32,)"))
-    assert cli.run(tune_calib.main, options(tmp_path, "--output", tmp_path / "a")) == 2
+    assert tune_calib.main(options(tmp_path, "--output", tmp_path / "a")) == 2
     assert "24" in capsys.readouterr().err
-    assert cli.run(tune_calib.main, options(tmp_path, "--output", tmp_path / "b", "--from-run", tmp_path)) == 2
+    assert tune_calib.main(options(tmp_path, "--output", tmp_path / "b", "--from-run", tmp_path)) == 2
     assert "is not the folder of a finished search" in capsys.readouterr().err
     (project.folder / "train.zip").unlink()
     (project.folder / "train_map.txt").unlink()
-    assert cli.run(tune_calib.main, options(tmp_path, "--output", tmp_path / "c")) == 2
+    assert tune_calib.main(options(tmp_path, "--output", tmp_path / "c")) == 2
     assert "has no train split, which the QAT of space needs" in capsys.readouterr().err
     assert not any((tmp_path / name).exists() for name in "abc")

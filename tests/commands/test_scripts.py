@@ -12,14 +12,13 @@ import pytest
 import torch
 
 from tests.conftest import Project, encode_png, load_script, tiny_vit, write_zip_split
-from vitq_ray.commands import options as cli
 from vitq_ray.models.google import google_arrays
 
 calib, evaluate = load_script("calib"), load_script("evaluate")
 
 
 def run(script: object, *argv: str) -> int:
-    return cli.run(script.main, [str(a) for a in argv])  # type: ignore[attr-defined]
+    return script.main([str(a) for a in argv])  # type: ignore[attr-defined]
 
 
 def run_calib(project: Project, tmp_path: Path, *argv: str) -> dict[str, object]:
@@ -326,10 +325,10 @@ def test_workers_do_not_change_results(count: int, ray_cluster: None, project: P
     folders = [tmp_path / "here", tmp_path / "workers"]
     for folder, more in zip(folders, ((), ("--num-workers", count)), strict=True):
         argv = (*project.options, *small, "--calib-output-path", folder, *more)
-        assert cli.run(calib.main, [str(a) for a in argv]) == 0
+        assert calib.main([str(a) for a in argv]) == 0
         argv = ("--pretrained_dir", folder / "vit_calib.pth", "--data-path", project.folder, "--batch-size", 5, *more)
         files = ("--output", folder / "again", "--save-logits", folder / "logits.npz")
-        assert cli.run(evaluate.main, [str(a) for a in (*argv, *files)]) == 0
+        assert evaluate.main([str(a) for a in (*argv, *files)]) == 0
     here, there = (torch.load(folder / "vit_calib.pth", weights_only=True) for folder in folders)
     assert here.keys() == there.keys()
     assert all(torch.equal(here[key], there[key]) for key in here)

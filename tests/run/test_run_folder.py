@@ -12,7 +12,8 @@ from rich.console import Console
 
 from tests.conftest import DATA
 from vitq_ray.base.config import InputError
-from vitq_ray.commands.live import LiveRace
+from vitq_ray.commands.live_race import LiveRace
+from vitq_ray.commands.screen import SILENT, Terminal
 from vitq_ray.measure.evaluation import Evaluation
 from vitq_ray.measure.racing import Race, RaceRules, chunks_left
 from vitq_ray.run.folder import RunFolder, first_difference
@@ -108,7 +109,7 @@ def raced(shares: list[float], images: int = 400) -> tuple[Race, dict[str, str]]
 def shown(shares: list[float]) -> str:
     """The live table of a race, as text."""
     race, labels = raced(shares)
-    live = LiveRace(race, evaluation(9, 10), Console(file=io.StringIO(), force_terminal=False))
+    live = LiveRace(race, evaluation(9, 10), SILENT)
     for name, label in labels.items():
         live.enter(name, label)
     console = Console(file=io.StringIO(), width=130)
@@ -137,7 +138,7 @@ def test_table_of_many_says_how_many_are_left_out() -> None:
 
 def test_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     race, labels = raced([0.9, 0.5])
-    with LiveRace(race, evaluation(9, 10), Console(file=io.StringIO(), force_terminal=False)) as live:
+    with LiveRace(race, evaluation(9, 10), Terminal("tune")) as live:
         for name, label in labels.items():
             live.enter(name, label)
         decision = race.decision("c1")

@@ -14,14 +14,12 @@ import copy
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import ray
 import torch
 from ray import tune
@@ -31,42 +29,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
+from vitq_ray.cluster.images import StoredImages
 from vitq_ray.cluster.start import environment
-from vitq_ray.data.loader import Batch
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.measure.evaluation import Evaluation, evaluate
 from vitq_ray.measure.metrics import Results, pack, unpack
 from vitq_ray.measure.racing import RaceRules, chunks_left
 from vitq_ray.quant.plan import Plan
 from vitq_ray.quant.vit import apply_plan, frozen_weights
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """Decoded images, kept in memory: uint8 (N, S, S, 3), labels (N,), sample ids (N,)."""
-
-    images: npt.NDArray[np.uint8]
-    labels: npt.NDArray[np.int64]
-    sample_ids: npt.NDArray[np.int64]
-
-    @staticmethod
-    def of(batches: Sequence[Batch]) -> ImageSet:
-        if not batches:
-            raise InputError("selection: no readable image")
-        columns = ([getattr(b, name).numpy() for b in batches] for name in ("images", "labels", "sample_ids"))
-        return ImageSet(*(np.concatenate(column) for column in columns))
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def batches(self, size: int, start: int = 0, end: int | None = None) -> Iterator[Batch]:
-        """Images `start` to `end` in batches of `size`."""
-        end = len(self) if end is None else end
-        for first in range(start, end, size):
-            part = slice(first, min(first + size, end))
-            # Copies: what the object store holds is read-only, and PyTorch wants memory it may write to.
-            arrays = (a[part].copy() for a in (self.images, self.labels, self.sample_ids))
-            yield Batch(*map(torch.from_numpy, arrays))
 
 
 class Referee(Protocol):
@@ -150,7 +120,7 @@ class Shared:
 
     run: str
     model: ray.ObjectRef[nn.Module]
-    images: ray.ObjectRef[ImageSet]
+    images: StoredImages
     desk: Any
     rules: RaceRules
     transform: EvalTransform
@@ -165,18 +135,18 @@ class Shared:
 
 def share(
     model: nn.Module,
-    images: ImageSet,
+    images: StoredImages,
     rules: RaceRules,
     transform: EvalTransform,
     batch_size: int,
     resources: Resources,
 ) -> Shared:
-    """Put model and images into the object store, once. The desk stays on the driver's node: others may be lost."""
+    """Put the model into the object store, once. The desk stays on the driver's node: others may be lost."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return Shared(
         run=uuid.uuid4().hex,
         model=ray.put(copy.deepcopy(model).cpu()),
-        images=ray.put(images),
+        images=images,
         desk=_Desk.options(scheduling_strategy=here).remote(),  # type: ignore[attr-defined]
         rules=rules,
         transform=transform,
@@ -195,7 +165,7 @@ class Worker:
         self.device = torch.device("cuda" if shared.use_gpu else "cpu")
         # A copy: what comes from the object store is read-only memory.
         self.model = copy.deepcopy(ray.get(shared.model)).to(self.device).eval()
-        self.images: ImageSet = ray.get(shared.images)
+        self.images = shared.images.fetch()
         self._frozen = ExitStack()
 
     def take_on(self, name: str) -> None:

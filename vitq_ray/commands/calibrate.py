@@ -1,19 +1,11 @@
 """Calibrate one INT8 setting, evaluate it on all of val, and write the calibrated checkpoint.
 
-    python scripts/calib.py                                          # the bundled sample
-    python scripts/calib.py --pretrained_dir ViT-B_16.npz --data-path /data/imagenet --model_type ViT-B_16 \\
-        --img_size 384 --num-calib-batch 20 --calib-batchsz 8 --quant-mode ft2 --calibrator percentile \\
-        --percentile 99.99 --calib-output-path runs/vit
-
-Writes `<name>_calib.pth`, its sidecar `<name>_calib.json`, and `result.json`.
+calibration images ──► statistics ──► scales of the setting ──► all of val ──► checkpoint, sidecar, result.json
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +16,24 @@ from vitq_ray.base.config import InputError
 from vitq_ray.base.files import output_folder
 from vitq_ray.calibration.scales import apply_setting, kinds_needed
 from vitq_ray.calibration.setting import Setting
-from vitq_ray.cluster.start import cluster
-from vitq_ray.cluster.workers import WorkerPool, collect_with, evaluate_on
-from vitq_ray.commands import options as cli
-from vitq_ray.data.loader import Batch, iter_batches
+from vitq_ray.commands import combinations
+from vitq_ray.commands.inputs import (
+    checkpoint_name,
+    device_of,
+    drawn_by,
+    eval_transform,
+    paths_of,
+    with_sample,
+)
+from vitq_ray.commands.options import CalibrateOptions, OneSettingOptions
+from vitq_ray.commands.passes import Workers, collector, evaluation_pass, ray_for, workers_of
+from vitq_ray.commands.screen import SILENT, Screen, result_line, seconds_line, warn_of_bad_images
+from vitq_ray.data.loader import iter_batches
 from vitq_ray.data.samples import SampleIndex, open_split
 from vitq_ray.data.splits import calibration_ids, default_calib_split, require_images
 from vitq_ray.data.transforms import EvalTransform
-from vitq_ray.measure.calibration import CalibrationPass, calibration_pass, collect_here
-from vitq_ray.measure.evaluation import Evaluation, evaluate, sanity_problem
+from vitq_ray.measure.calibration import CalibrationPass, calibration_pass
+from vitq_ray.measure.evaluation import Evaluation, sanity_problem
 from vitq_ray.models.checkpoint import Sidecar, save_calibrated
 from vitq_ray.models.load import LoadedModel, load_model
 from vitq_ray.quant.plan import Plan
@@ -42,106 +43,216 @@ from vitq_ray.quant.vit import frozen_weights, quant_blocks, quantize_vit, sites
 from vitq_ray.run.results import CALIBRATION, Stopwatch, result_of, versions, write_result
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = cli.Parser(__doc__ or "")
-    cli.add_model_options(parser)
-    cli.add_setting_options(parser)
-    cli.add_worker_options(parser)
-    parser.add("--calib-batchsz", type=cli.number(int, 1), default=8, help="images per calibration batch")
-    parser.add("--calib-split", choices=("train", "val"), help="images to calibrate on; default: train if there")
-    parser.add("--calib-order", choices=("shuffled", "map"), default="shuffled", help="which images of the split")
-    parser.add("--batch-size", type=cli.number(int, 1), default=64, help="images per evaluation batch")
-    parser.add("--calib-output-path", default="runs/calib", help="folder for checkpoint and results")
-    parser.add("--calib", action="store_true", help="accepted for the old toolkit's command lines")
-    parser.add("--name", help="name of the experiment, kept in result.json")
-    return parser.parse_args(argv)
+@dataclass(frozen=True)
+class CalibrateResult:
+    """What `calibrate` found and wrote.
+
+    Attributes:
+        evaluation: every image of val, classified by the quantized model.
+        float_on_calibration: the float model on the calibration images.
+        checkpoint: path of `<name>_calib.pth`; its sidecar is beside it.
+        result: what `result.json` holds.
+    """
+
+    setting: Setting
+    evaluation: Evaluation
+    float_on_calibration: Evaluation
+    checkpoint: Path
+    result: dict[str, Any]
 
 
-@dataclass
-class Job:
-    """What a run works with, made by `prepare`."""
+@dataclass(frozen=True)
+class CalibrationJob:
+    """What one setting is calibrated with, made before a second is spent computing.
 
-    args: argparse.Namespace
+    Attributes:
+        split: which split the calibration images come from, `train` or `val`.
+        images: that split.
+        order: `shuffled` or `map`.
+        val: what is evaluated, or only named in the sidecar.
+        bad_images: (address, reason) of every broken image met, appended to.
+    """
+
     setting: Setting
     loaded: LoadedModel
     model: nn.Module
     transform: EvalTransform
     device: torch.device
-    calib: SampleIndex
-    calib_split: str
+    split: str
+    order: str
+    images: SampleIndex
     val: SampleIndex
-    bad_images: list[tuple[str, str]]
+    bad_images: list[tuple[str, str]] = field(default_factory=list)
 
     def to_input(self, images: Tensor) -> Tensor:
         """uint8 (B, S, S, 3) -> float32 (B, 3, S, S) on the model's device."""
         return self.transform.normalize(images.to(self.device))
 
-    def batches(self, index: SampleIndex, ids: Any, size: int) -> Iterator[Batch]:
-        args = self.args
-        return iter_batches(index, ids, self.transform, size, args.decode_threads, args.on_bad_image, self.bad_images)
 
+def calibrate(options: CalibrateOptions, screen: Screen = SILENT) -> CalibrateResult:
+    """Calibrate one setting, evaluate it, and write checkpoint, sidecar and result.json.
 
-def prepare(args: argparse.Namespace) -> Job:
-    """Check every option, open every file and make the output folder before a second is spent computing."""
-    cli.apply_sample_defaults(args)
-    setting, device = cli.setting_from(args), cli.device_from(args)
-    split = args.calib_split or default_calib_split(args.data_path)
-    loaded = load_model(args.model_type, args.pretrained_dir, args.img_size)
-    classes = loaded.geometry.num_classes
-    val = open_split(args.data_path, "val", classes)
-    calib = val if split == "val" else open_split(args.data_path, split, classes)
-    require_images(len(calib), args.num_calib_batch * args.calib_batchsz)
-    output_folder(args.calib_output_path, "--calib-output-path")
-    model = quantize_vit(loaded.model).to(device)
-    return Job(args, setting, loaded, model, cli.eval_transform(loaded, args.crop_pct), device, calib, split, val, [])
-
-
-def calibrate(job: Job) -> CalibrationPass:
-    """One float pass: statistics, how well the float model did on these images, and which images they were."""
-    args = job.args
-    # Every image of the split in order, so that others move up where a broken one is skipped.
-    ids = calibration_ids(len(job.calib), len(job.calib), args.calib_order, args.seed)
-    batches = cli.track(job.batches(job.calib, ids, args.calib_batchsz), args.num_calib_batch, "calibrate")
-    return calibration_pass(
-        job.model,
-        batches,
-        args.calib_batchsz,
-        [args.num_calib_batch],
-        job.to_input,
-        collect_here if args.num_workers is None else collect_with(lambda: pool(job), args.threads_per_worker),
-        kinds=kinds_needed([job.setting]),
+    Raises InputError for what is wrong with options, checkpoint or images.
+    """
+    watch = Stopwatch()
+    with watch.stage("load"):
+        combinations.require_used(options, combinations.CALIBRATE)
+        options = with_sample(options, screen)
+        job = prepare(options, options.calib_split, options.calib_order)
+        workers = workers_of(options, options.use_gpu)
+        folder = output_folder(options.calib_output_path, options.name_of("calib_output_path"))
+    with ray_for(options):
+        with watch.stage("calibrate"):
+            seen = collect(job, options, workers, screen)
+        with watch.stage("scales"):
+            plan = apply(job, seen, screen)
+        screen.say(quantizer_summary(job.model))
+        with watch.stage("evaluate"):
+            evaluation = evaluate_all(job, options, workers, screen)
+    calibration = {
+        **calibration_of(job, options),
+        "images_also_evaluated": len(seen.sample_ids) if job.split == "val" else 0,
+        "float_top1": seen.evaluation.top1,
+    }
+    with watch.stage("save"):
+        sidecar = Sidecar.of(
+            job.loaded,
+            job.setting,
+            plan,
+            job.val.fingerprint,
+            options.seed,
+            options.crop_pct,
+            calibration,
+            evaluation.accuracy(),
+            versions(),
+        )
+        path = save_calibrated(folder, checkpoint_name(options), job.model, plan, sidecar)
+    result = result_of(
+        CALIBRATION,
+        evaluation,
+        options=options.to_dict(),
+        setting=job.setting.to_dict(),
+        weights_fingerprint=job.loaded.fingerprint,
+        data_fingerprint=job.val.fingerprint,
         bad_images=job.bad_images,
+        seconds=watch.seconds,
+        model_type=options.model_type,
+        img_size=job.loaded.geometry.img_size,
+        name=options.name,
+        seed=options.seed,
+        calibration={**calibration, "sample_ids": seen.sample_ids.tolist()},
+        degenerate_sites=plan.degenerate_sites(),
+    )
+    write_result(folder, result)
+    report(job, evaluation, path, watch, screen)
+    return CalibrateResult(job.setting, evaluation, seen.evaluation, path, result)
+
+
+def prepare(
+    options: OneSettingOptions, split: str | None, order: str, loaded: LoadedModel | None = None
+) -> CalibrationJob:
+    """Check every option and open every file.
+
+    `split` None is train if there is one, else val; `loaded` is the checkpoint where it was read already.
+    """
+    checkpoint, data = paths_of(options)
+    setting, device = options.setting, device_of(options)
+    split = split or default_calib_split(data)
+    loaded = loaded or load_model(options.model_type, checkpoint, options.img_size)
+    val = open_split(data, "val", loaded.geometry.num_classes)
+    images = val if split == "val" else open_split(data, split, loaded.geometry.num_classes)
+    require_images(len(images), options.num_calib_batch * options.calib_batchsz)
+    return CalibrationJob(
+        setting=setting,
+        loaded=loaded,
+        model=quantize_vit(loaded.model).to(device),
+        transform=eval_transform(loaded, options.crop_pct),
+        device=device,
+        split=split,
+        order=order,
+        images=images,
+        val=val,
     )
 
 
-def evaluate_all(job: Job) -> Evaluation:
+def collect(job: CalibrationJob, options: OneSettingOptions, workers: Workers, screen: Screen) -> CalibrationPass:
+    """The float pass over the calibration images, and what is to be warned of after it."""
+    # Every image of the split in order, so that others move up where a broken one is skipped.
+    ids = calibration_ids(len(job.images), len(job.images), job.order, options.seed)
+    size, count = options.calib_batchsz, options.num_calib_batch
+    batches = iter_batches(
+        job.images, ids, job.transform, size, options.decode_threads, options.on_bad_image, job.bad_images
+    )
+    seen = calibration_pass(
+        job.model,
+        screen.track(batches, count, "calibrate"),
+        size,
+        [count],
+        job.to_input,
+        collector(workers, job.model, job.transform),
+        kinds=kinds_needed([job.setting]),
+        bad_images=job.bad_images,
+    )
+    if problem := sanity_problem(seen.evaluation, job.loaded.geometry.num_classes):
+        screen.warn(f"{problem} (measured on the calibration images)")
+    return seen
+
+
+def apply(job: CalibrationJob, seen: CalibrationPass, screen: Screen) -> Plan:
+    """Let the model follow the plan of the setting; sites that quantize to zeros are warned of."""
+    plan = apply_setting(job.model, seen.statistics, job.setting)
+    for site in plan.degenerate_sites():
+        screen.warn(f"{site}: amax is 0, this tensor quantizes to zeros")
+    return plan
+
+
+def evaluate_all(job: CalibrationJob, options: CalibrateOptions, workers: Workers, screen: Screen) -> Evaluation:
     """All of val in map order."""
-    size = job.args.batch_size
-    batches = cli.track(job.batches(job.val, range(len(job.val)), size), -(-len(job.val) // size), "evaluate")
+    size = options.batch_size
+    batches = iter_batches(
+        job.val,
+        range(len(job.val)),
+        job.transform,
+        size,
+        options.decode_threads,
+        options.on_bad_image,
+        job.bad_images,
+    )
+    shown = screen.track(batches, -(-len(job.val) // size), "evaluate")
     with frozen_weights(job.model):
-        if job.args.num_workers is None:
-            return evaluate(job.model, batches, job.to_input)
-        with pool(job) as workers:
-            return evaluate_on(workers, batches)
+        evaluation = evaluation_pass(job.model, shown, job.to_input, job.transform, workers)
+    if evaluation.images == 0:
+        raise InputError(f"{options.data_path}: no readable image in val")
+    return evaluation
 
 
-def pool(job: Job) -> WorkerPool:
-    """Workers with the model as it is now; Ray is running."""
-    args = job.args
-    return WorkerPool(job.model, job.transform, args.num_workers, args.threads_per_worker, 1.0 if args.use_gpu else 0.0)
+# What is written and shown ------------------------------------------------------------------------------------------
 
 
-def print_summary(model: nn.Module) -> None:
+def calibration_of(job: CalibrationJob, options: OneSettingOptions) -> dict[str, Any]:
+    """What a sidecar says of how it was calibrated."""
+    return {
+        "split": job.split,
+        "order": job.order,
+        "drawn_by": drawn_by(job.order, "seed", options.seed),
+        "batches": options.num_calib_batch,
+        "batch_size": options.calib_batchsz,
+        "data_fingerprint": job.images.fingerprint,
+    }
+
+
+def quantizer_summary(model: nn.Module) -> str:
     """Every quantizer: site, bits, axis, amax, on or off; then the share of all weights that are quantized."""
-    print(f"{'site':<70} {'bits':>4} {'axis':>10} {'amax':>23}  state")
+    lines = [f"{'site':<70} {'bits':>4} {'axis':>10} {'amax':>23}  state"]
     for key, _, quantizer in sites_of(model):
         axis = "per tensor" if quantizer.axis is None else f"axis {quantizer.axis}"
         low, high = quantizer.amax.min().item(), quantizer.amax.max().item()
         amax = f"{high:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
         state = "on" if quantizer.state is State.QUANTIZE else "off"
-        print(f"{key:<70} {quantizer.bits:>4} {axis:>10} {amax:>23}  {state}")
+        lines.append(f"{key:<70} {quantizer.bits:>4} {axis:>10} {amax:>23}  {state}")
     on = [q.state is State.QUANTIZE for _, _, q in sites_of(model)]
-    print(f"quantizers: {sum(on)} of {len(on)} on; {quantized_weight_share(model):.2%} of all weights quantized")
+    share = quantized_weight_share(model)
+    return "\n".join((*lines, f"quantizers: {sum(on)} of {len(on)} on; {share:.2%} of all weights quantized"))
 
 
 def quantized_weight_share(model: nn.Module) -> float:
@@ -152,94 +263,10 @@ def quantized_weight_share(model: nn.Module) -> float:
     return quantized / sum(parameter.numel() for parameter in model.parameters())
 
 
-def calibration_of(job: Job, seen: CalibrationPass) -> dict[str, Any]:
-    """What was calibrated on, for result.json and the sidecar."""
-    args = job.args
-    return {
-        "split": job.calib_split,
-        "order": args.calib_order,
-        "batches": args.num_calib_batch,
-        "batch_size": args.calib_batchsz,
-        "sample_ids": seen.sample_ids.tolist(),
-        "images_also_evaluated": len(seen.sample_ids) if job.calib_split == "val" else 0,
-        "float_top1": seen.evaluation.top1,
-        "data_fingerprint": job.calib.fingerprint,
-    }
-
-
-def sidecar_of(job: Job, plan: Plan, evaluation: Evaluation, calibration: dict[str, Any]) -> Sidecar:
-    loaded = job.loaded
-    return Sidecar.of(
-        loaded,
-        job.setting,
-        plan,
-        data_fingerprint=job.val.fingerprint,
-        seed=job.args.seed,
-        crop_pct=job.args.crop_pct,
-        calibration={k: v for k, v in calibration.items() if k != "sample_ids"},
-        accuracy=evaluation.accuracy(),
-        versions=versions(),
-    )
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    watch = Stopwatch()
-    args = parse(argv)
-    with watch.stage("load"):
-        job = prepare(args)
-    with nullcontext() if args.num_workers is None else cluster(args.ray_address, dashboard=False):
-        run(job, watch)
-
-
-def run(job: Job, watch: Stopwatch) -> None:
-    """Calibrate, evaluate, save, report."""
-    args = job.args
-    with watch.stage("calibrate"):
-        seen = calibrate(job)
-    if problem := sanity_problem(seen.evaluation, job.loaded.geometry.num_classes):
-        cli.warn(f"{problem} (measured on the calibration images)")
-    with watch.stage("scales"):
-        plan = apply_setting(job.model, seen.statistics, job.setting)
-    print_summary(job.model)
-    for site in plan.degenerate_sites():
-        cli.warn(f"{site}: amax is 0, this tensor quantizes to zeros")
-    with watch.stage("evaluate"):
-        evaluation = evaluate_all(job)
-    if evaluation.images == 0:
-        raise InputError(f"{args.data_path}: no readable image in val")
-    calibration = calibration_of(job, seen)
-    folder = Path(args.calib_output_path)
-    with watch.stage("save"):
-        sidecar = sidecar_of(job, plan, evaluation, calibration)
-        path = save_calibrated(folder, cli.checkpoint_name(args), job.model, plan, sidecar)
-    result = result_of(
-        CALIBRATION,
-        evaluation,
-        options=vars(args),
-        setting=job.setting.to_dict(),
-        weights_fingerprint=job.loaded.fingerprint,
-        data_fingerprint=job.val.fingerprint,
-        bad_images=job.bad_images,
-        seconds=watch.seconds,
-        model_type=args.model_type,
-        img_size=job.loaded.geometry.img_size,
-        name=args.name,
-        seed=args.seed,
-        calibration=calibration,
-        degenerate_sites=plan.degenerate_sites(),
-    )
-    write_result(folder, result)
-    report(job, evaluation, path, watch)
-
-
-def report(job: Job, evaluation: Evaluation, path: Path, watch: Stopwatch) -> None:
-    low, high = evaluation.summary()["top1_interval95"]
-    print(
-        f"{job.setting.label}: top-1 {evaluation.top1:.2%} (95 % interval {low:.2%} to {high:.2%}), "
-        f"top-5 {evaluation.top5:.2%} of {evaluation.images} images"
-    )
-    if job.calib_split == "val":
-        cli.warn("calibration images came from val and are among the images evaluated")
-    cli.warn_of_bad_images(job.bad_images)
-    print(f"wrote {path}, {path.with_suffix('.json').name} and result.json")
-    print("seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in watch.seconds.items()))
+def report(job: CalibrationJob, evaluation: Evaluation, path: Path, watch: Stopwatch, screen: Screen) -> None:
+    screen.say(result_line(job.setting.label, evaluation))
+    if job.split == "val":
+        screen.warn("calibration images came from val and are among the images evaluated")
+    warn_of_bad_images(screen, job.bad_images)
+    screen.say(f"wrote {path}, {path.with_suffix('.json').name} and result.json")
+    screen.say(seconds_line(watch.seconds))

@@ -1,18 +1,12 @@
-"""Evaluate a float or a calibrated checkpoint on all of val, in map order.
-
-    python scripts/evaluate.py                                                         # the bundled sample, float
-    python scripts/evaluate.py --pretrained_dir runs/calib/vit_calib.pth --data-path /data/imagenet
-
-Bits and mode of a calibrated checkpoint come from its sidecar. Writes `result.json`, and with `--save-logits` the
-arrays `logits` (N, classes), `labels` and `sample_id`.
-"""
+"""Evaluate a float or a calibrated checkpoint on all of val, in map order."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,173 +14,201 @@ from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
 from vitq_ray.base.files import atomic_file, output_file, output_folder
-from vitq_ray.cluster.start import cluster
-from vitq_ray.cluster.workers import WorkerPool, evaluate_on
-from vitq_ray.commands import options as cli
+from vitq_ray.commands import combinations
+from vitq_ray.commands.inputs import device_of, eval_transform, paths_of, with_sample
+from vitq_ray.commands.options import EvaluateOptions
+from vitq_ray.commands.passes import evaluation_pass, ray_for, workers_of
+from vitq_ray.commands.screen import SILENT, Screen, result_line, warn_of_bad_images
 from vitq_ray.data.loader import Batch, iter_batches
 from vitq_ray.data.samples import SampleIndex, open_split
 from vitq_ray.data.transforms import EvalTransform
-from vitq_ray.measure.evaluation import Evaluation, evaluate, sanity_problem
-from vitq_ray.models.checkpoint import Sidecar, is_calibrated, load_calibrated
+from vitq_ray.measure.evaluation import Evaluation, sanity_problem
+from vitq_ray.models.checkpoint import CalibratedModel, Sidecar, open_checkpoint
 from vitq_ray.models.geometry import named_geometry
-from vitq_ray.models.load import LoadedModel, load_model
+from vitq_ray.models.load import LoadedModel
 from vitq_ray.quant.vit import frozen_weights
 from vitq_ray.run.results import EVALUATION, Stopwatch, result_of, write_result
 
-OnBatch = Callable[[Batch, Tensor], None]
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """What `evaluate` found.
+
+    Attributes:
+        what: `float`, or the label of the setting.
+        evaluation: every image, in the order of val.
+        result: what `result.json` holds.
+    """
+
+    what: str
+    evaluation: Evaluation
+    result: dict[str, Any]
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = cli.Parser(__doc__ or "")
-    cli.add_model_options(parser)
-    cli.add_worker_options(parser)
-    parser.add("--batch-size", type=cli.number(int, 1), default=64, help="images per batch")
-    parser.add("--engine", choices=("fake",), default="fake", help="fake quantization in floating point")
-    parser.add("--quant-mode", type=cli.quant_mode, help="checked against the mode of the calibrated checkpoint")
-    parser.add("--limit", type=cli.number(int, 1), help="evaluate only the first N images of val")
-    parser.add("--save-logits", help="file (.npz) for the logits of every image")
-    parser.add("--output", default="runs/evaluate", help="folder for result.json")
-    return parser.parse_args(argv)
+@dataclass(frozen=True)
+class EvaluationJob:
+    """What is evaluated on what; `sidecar` is that of a calibrated checkpoint."""
+
+    loaded: LoadedModel
+    sidecar: Sidecar | None
+    transform: EvalTransform
+    device: torch.device
+    index: SampleIndex
+    ids: range
+    bad_images: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def what(self) -> str:
+        return "float" if self.sidecar is None else self.sidecar.setting.label
+
+    def to_input(self, images: Tensor) -> Tensor:
+        """uint8 (B, S, S, 3) -> float32 (B, 3, S, S) on the model's device."""
+        return self.transform.normalize(images.to(self.device))
+
+    @contextmanager
+    def model(self) -> Iterator[nn.Module]:
+        """The model, with weights quantized once if it is a calibrated one."""
+        if self.sidecar is None:
+            yield self.loaded.model
+        else:
+            with frozen_weights(self.loaded.model):
+                yield self.loaded.model
 
 
-def load(args: argparse.Namespace) -> tuple[LoadedModel, Sidecar | None]:
+def evaluate(options: EvaluateOptions, screen: Screen = SILENT) -> EvaluateResult:
+    """Classify every image of val and write result.json.
+
+    Raises InputError for what is wrong with options, checkpoint or images.
+    """
+    watch = Stopwatch()
+    with watch.stage("load"):
+        combinations.require_used(options, combinations.EVALUATE)
+        options = with_sample(options, screen)
+        job = prepare(options)
+    kept = KeptLogits()
+    with ray_for(options), watch.stage("evaluate"):
+        evaluation = classify_all(job, options, kept, screen)
+    if options.save_logits:
+        kept.save(Path(options.save_logits))
+    if problem := sanity_problem(evaluation, job.loaded.geometry.num_classes, what=job.what):
+        screen.warn(problem)
+    result = describe(job, options, evaluation, watch)
+    write_result(Path(options.output), result)
+    report(job, options, evaluation, screen)
+    return EvaluateResult(job.what, evaluation, result)
+
+
+def prepare(options: EvaluateOptions) -> EvaluationJob:
+    """Check every option, open every file and make the output folder before a second is spent computing."""
+    device = device_of(options)
+    loaded, sidecar = load(options)
+    loaded.model.to(device)
+    index = open_split(paths_of(options)[1], "val", loaded.geometry.num_classes)
+    output_folder(options.output, options.name_of("output"))
+    if options.save_logits:
+        output_file(options.save_logits, options.name_of("save_logits"))
+    transform = eval_transform(loaded, options.crop_pct if sidecar is None else sidecar.crop_pct)
+    return EvaluationJob(loaded, sidecar, transform, device, index, range(min(len(index), options.limit or len(index))))
+
+
+def load(options: EvaluateOptions) -> tuple[LoadedModel, Sidecar | None]:
     """The model, and its sidecar if it is a calibrated one."""
-    if is_calibrated(args.pretrained_dir):
-        calibrated = load_calibrated(args.pretrained_dir)
-        _require_same(args, calibrated.sidecar)
-        return calibrated.loaded, calibrated.sidecar
-    if args.quant_mode is not None:
+    checkpoint, _ = paths_of(options)
+    opened = open_checkpoint(checkpoint, options.model_type, options.img_size)
+    if isinstance(opened, CalibratedModel):
+        require_as_calibrated(options, opened.sidecar)
+        return opened.loaded, opened.sidecar
+    if options.quant_mode is not None:
         raise InputError(
-            f"--quant-mode: {args.quant_mode} given, but {args.pretrained_dir} is a float checkpoint; "
-            "calibrate it first with scripts/calib.py"
+            f"{options.name_of('quant_mode')}: {options.quant_mode} given, but {checkpoint} is a float checkpoint; "
+            "calibrate it first"
         )
-    return load_model(args.model_type, args.pretrained_dir, args.img_size), None
+    return opened, None
 
 
-def _require_same(args: argparse.Namespace, sidecar: Sidecar) -> None:
+def require_as_calibrated(options: EvaluateOptions, sidecar: Sidecar) -> None:
     """What the user says of a calibrated checkpoint must be what its sidecar says."""
     setting, geometry = sidecar.setting, sidecar.geometry
-    said = {
-        "--quant-mode": (args.quant_mode, setting.mode),
-        "--img_size": (args.img_size, geometry.img_size),
-        "--crop-pct": (args.crop_pct, sidecar.crop_pct),
+    pairs = {
+        options.name_of("quant_mode"): (options.quant_mode, setting.mode),
+        options.name_of("img_size"): (options.img_size, geometry.img_size),
+        options.name_of("crop_pct"): (options.crop_pct, sidecar.crop_pct),
     }
-    if (named := named_geometry(args.model_type)) is not None:
-        said |= {
-            f"--model_type {args.model_type}: its {name}": (getattr(named, name), getattr(geometry, name))
+    if (named := named_geometry(options.model_type)) is not None:
+        pairs |= {
+            f"{options.name_of('model_type')} {options.model_type}: its {name}": (
+                getattr(named, name),
+                getattr(geometry, name),
+            )
             for name in ("patch_size", "width", "depth", "heads", "mlp_width")
         }
-    for option, (given, stored) in said.items():
+    for what, (given, stored) in pairs.items():
         if given is not None and given != stored:
-            raise InputError(f"{option}: {given} given, but {args.pretrained_dir} was calibrated with {stored}")
+            raise InputError(f"{what}: {given} given, but {options.pretrained_dir} was calibrated with {stored}")
 
 
-@contextmanager
-def ready(loaded: LoadedModel, sidecar: Sidecar | None) -> Iterator[torch.nn.Module]:
-    """The model, with weights quantized once if it is a calibrated one."""
-    if sidecar is None:
-        yield loaded.model
-    else:
-        with frozen_weights(loaded.model):
-            yield loaded.model
+def classify_all(job: EvaluationJob, options: EvaluateOptions, kept: KeptLogits, screen: Screen) -> Evaluation:
+    """Every image, here or on workers; logits are kept where they are to be saved."""
+    size = options.batch_size
+    batches = iter_batches(
+        job.index, job.ids, job.transform, size, options.decode_threads, options.on_bad_image, job.bad_images
+    )
+    shown = screen.track(batches, -(-len(job.ids) // size), "evaluate")
+    on_batch = kept.add if options.save_logits else lambda batch, logits: None
+    workers = workers_of(options, options.use_gpu)
+    with job.model() as model:
+        evaluation = evaluation_pass(model, shown, job.to_input, job.transform, workers, on_batch)
+    if evaluation.images == 0:
+        raise InputError(f"{options.data_path}: no readable image in val")
+    return evaluation
 
 
-class LogitKeeper:
-    """Collects logits for `--save-logits`."""
+class KeptLogits:
+    """Collects logits to be saved."""
 
     def __init__(self) -> None:
-        self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def __call__(self, batch: Batch, logits: Tensor) -> None:
-        self.parts.append((logits.float().cpu(), batch.labels, batch.sample_ids))
+    def add(self, batch: Batch, logits: Tensor) -> None:
+        self._parts.append((logits.float().cpu(), batch.labels, batch.sample_ids))
 
     def save(self, path: Path) -> None:
-        logits, labels, ids = (torch.cat(column).numpy() for column in zip(*self.parts, strict=True))
+        """Arrays `logits` (N, classes), `labels` and `sample_id`."""
+        logits, labels, ids = (torch.cat(column).numpy() for column in zip(*self._parts, strict=True))
         with atomic_file(path) as stream:
             np.savez(stream, logits=logits, labels=labels, sample_id=ids)
 
 
-def _overlap(sidecar: Sidecar | None, index: SampleIndex) -> int:
-    """Calibration images that are in this val too: all, if the checkpoint was calibrated on it."""
-    if sidecar is None or sidecar.calibration.get("data_fingerprint") != index.fingerprint:
-        return 0
-    return int(sidecar.calibration["batches"] * sidecar.calibration["batch_size"])
-
-
-def prepare(args: argparse.Namespace) -> tuple[LoadedModel, Sidecar | None, SampleIndex, torch.device]:
-    """Check every option, open every file and make the output folder before a second is spent computing."""
-    cli.apply_sample_defaults(args)
-    device = cli.device_from(args)
-    loaded, sidecar = load(args)
-    loaded.model.to(device)
-    index = open_split(args.data_path, "val", loaded.geometry.num_classes)
-    output_folder(args.output, "--output")
-    if args.save_logits:
-        output_file(args.save_logits, "--save-logits")
-    return loaded, sidecar, index, device
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    watch, args = Stopwatch(), parse(argv)
-    with watch.stage("load"):
-        loaded, sidecar, index, device = prepare(args)
-    transform = cli.eval_transform(loaded, args.crop_pct if sidecar is None else sidecar.crop_pct)
-    ids = range(min(len(index), args.limit or len(index)))
-    bad_images: list[tuple[str, str]] = []
-    keeper = LogitKeeper()
-    keep = keeper if args.save_logits else lambda batch, logits: None
-    batches = iter_batches(index, ids, transform, args.batch_size, args.decode_threads, args.on_bad_image, bad_images)
-    shown = cli.track(batches, -(-len(ids) // args.batch_size), "evaluate")
-    with watch.stage("evaluate"), ready(loaded, sidecar) as model:
-        if args.num_workers is None:
-            evaluation = evaluate(model, shown, lambda images: transform.normalize(images.to(device)), keep)
-        else:
-            evaluation = evaluate_sharded(args, model, transform, shown, keep)
-    if evaluation.images == 0:
-        raise InputError(f"{args.data_path}: no readable image in val")
-    if args.save_logits:
-        keeper.save(Path(args.save_logits))
-    what = "float" if sidecar is None else sidecar.setting.label
-    if problem := sanity_problem(evaluation, loaded.geometry.num_classes, what=what):
-        cli.warn(problem)
-    overlap = _overlap(sidecar, index)
-    result = result_of(
+def describe(job: EvaluationJob, options: EvaluateOptions, evaluation: Evaluation, watch: Stopwatch) -> dict[str, Any]:
+    """result.json"""
+    sidecar = job.sidecar
+    return result_of(
         EVALUATION,
         evaluation,
-        options=vars(args),
+        options=options.to_dict(),
         setting=None if sidecar is None else sidecar.setting.to_dict(),
-        weights_fingerprint=loaded.fingerprint,
-        data_fingerprint=index.fingerprint,
-        bad_images=bad_images,
+        weights_fingerprint=job.loaded.fingerprint,
+        data_fingerprint=job.index.fingerprint,
+        bad_images=job.bad_images,
         seconds=watch.seconds,
         calibration=None if sidecar is None else sidecar.calibration,
-        images_also_calibrated_on=overlap,
-        checkpoint=args.pretrained_dir,
-        model_type=loaded.geometry.model_type,
-        img_size=loaded.geometry.img_size,
+        images_also_calibrated_on=images_also_calibrated_on(job),
+        checkpoint=options.pretrained_dir,
+        model_type=job.loaded.geometry.model_type,
+        img_size=job.loaded.geometry.img_size,
     )
-    write_result(Path(args.output), result)
-    report(args, evaluation, what, overlap)
-    cli.warn_of_bad_images(bad_images)
 
 
-def evaluate_sharded(
-    args: argparse.Namespace, model: nn.Module, transform: EvalTransform, batches: Iterable[Batch], keep: OnBatch
-) -> Evaluation:
-    """The same batches on several workers: the same counts, however many there are."""
-    with (
-        cluster(args.ray_address, dashboard=False),
-        WorkerPool(model, transform, args.num_workers, args.threads_per_worker, 1.0 if args.use_gpu else 0.0) as pool,
-    ):
-        return evaluate_on(pool, batches, keep)
+def images_also_calibrated_on(job: EvaluationJob) -> int:
+    """Calibration images that are in this val too: all, if the checkpoint was calibrated on it."""
+    if job.sidecar is None or job.sidecar.calibration.get("data_fingerprint") != job.index.fingerprint:
+        return 0
+    return int(job.sidecar.calibration["batches"] * job.sidecar.calibration["batch_size"])
 
 
-def report(args: argparse.Namespace, evaluation: Evaluation, what: str, overlap: int) -> None:
-    low, high = evaluation.summary()["top1_interval95"]
-    print(
-        f"{what}: top-1 {evaluation.top1:.2%} (95 % interval {low:.2%} to {high:.2%}), "
-        f"top-5 {evaluation.top5:.2%} of {evaluation.images} images"
-    )
-    if overlap:
-        cli.warn(f"{overlap} of the images of this val were calibrated on")
-    print(f"wrote {Path(args.output) / 'result.json'}")
+def report(job: EvaluationJob, options: EvaluateOptions, evaluation: Evaluation, screen: Screen) -> None:
+    screen.say(result_line(job.what, evaluation))
+    if overlap := images_also_calibrated_on(job):
+        screen.warn(f"{overlap} of the images of this val were calibrated on")
+    screen.say(f"wrote {Path(options.output) / 'result.json'}")
+    warn_of_bad_images(screen, job.bad_images)

@@ -1,241 +1,274 @@
-"""What the scripts share: an argument parser, option groups, exit codes, and the default sample.
+"""The options of every command: each is declared here once, see `declare`.
 
-Every option can be spelled with dashes or underscores. Exit codes: 0 done, 2 bad input or options (one line on
-stderr), 1 anything else, 130 interrupted.
+The docstring of a command's class is its help; `{command}` stands for what the user typed to run it.
 """
 
 from __future__ import annotations
 
-import argparse
-import errno
-import sys
-from collections.abc import Callable, Iterable, Sequence
-from importlib.resources import files
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
 
-import rich.progress
-import torch
-
-from vitq_ray.base.config import InputError
-from vitq_ray.base.files import one_line
-from vitq_ray.calibration.calibrators import CALIBRATORS, Calibration
-from vitq_ray.calibration.setting import Setting
-from vitq_ray.data.transforms import EvalTransform
+from vitq_ray.calibration.calibrators import CALIBRATORS, Parameter
+from vitq_ray.calibration.setting import Calibration, Setting
+from vitq_ray.commands.declare import Choice, Flag, Kind, Number, Options, Text, option, with_rows
+from vitq_ray.data.loader import ON_BAD_IMAGE
 from vitq_ray.models.geometry import AUTO
-from vitq_ray.models.load import LoadedModel
-from vitq_ray.qat.loop import DivergedError
 from vitq_ray.qat.recipe import RECIPE_OPTIONS, RecipeOption
 from vitq_ray.quant.plan import MAX_BITS, MIN_BITS
 from vitq_ray.quant.sites import MODES
+from vitq_ray.search.proposals import DEFAULT_SAMPLES, SEARCH_ALGORITHMS
 
-T = TypeVar("T")
-
-DEFAULT_PERCENTILE = 99.99
-MODE_ALIASES = {"1": "ft1", "2": "ft2"}
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Docstrings as they are written, and the default of every option."""
+MOST_SELECTION_IMAGES = 10_000  # by default: they are kept decoded
+DEFAULT_SPACE = "calib"
+_MODE = Choice(tuple(MODES), {"1": "ft1", "2": "ft2"})  # the old toolkit's names
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with both spellings of every option, no abbreviations, and one-line errors."""
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(Options):
+    """model and images"""
 
-    def __init__(self, description: str) -> None:
-        super().__init__(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
-
-    def add(self, name: str, **settings: Any) -> None:
-        """`add_argument` that takes `--calib-batchsz` and `--calib_batchsz` alike."""
-        spellings = dict.fromkeys((name, "--" + name[2:].replace("-", "_"), "--" + name[2:].replace("_", "-")))
-        self.add_argument(*spellings, dest=name[2:].replace("-", "_"), **settings)
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
-
-
-def number(kind: type[int] | type[float], low: float, high: float | None = None) -> Callable[[str], Any]:
-    """An argparse type: `kind` (int or float) within [low, high], or an error that says so."""
-
-    def parse(text: str) -> Any:
-        value: float | None
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not value >= low or (high is not None and not value <= high):
-            limits = f">= {low}" if high is None else f"from {low} to {high}"
-            what = "an integer" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"expected {what} {limits}, got {text!r}")
-        return value
-
-    return parse
+    pretrained_dir: str | None = option(
+        Text(), None, "checkpoint file: .npz, .pth, .safetensors, or *_calib.pth (path or URI)", "--pretrained_dir"
+    )
+    data_path: str | None = option(
+        Text(), None, "folder with train.zip, val.zip and their maps, or with train/ and val/"
+    )
+    model_type: str = option(Text(), AUTO, "ViT-B_16, …, a timm name, or auto: read it from the file", "--model_type")
+    img_size: int | None = option(
+        Number(int, 1, 4096), None, "pixels; default: the model type's, with auto the file's", "--img_size"
+    )
+    crop_pct: float | None = option(
+        Number(float, 0.01, 1), None, "crop the centre of evaluation images, by timm's rule"
+    )
+    on_bad_image: str = option(Choice(ON_BAD_IMAGE), "error", "what to do with a broken image")
+    use_gpu: bool = option(Flag(), False, "run the model on the first GPU")
 
 
-def add_recipe_options(parser: Parser) -> None:
-    """What a training run can vary, from the table of recipes."""
-    for row in RECIPE_OPTIONS:
-        if row.argument is None:
-            continue
-        name = "--" + row.argument.replace("_", "-")
-        if row.kind is bool:
-            parser.add(name, action="store_true", help=row.help)
-        elif row.choices:
-            parser.add(name, choices=row.choices, default=row.default, help=row.help)
-        else:
-            parser.add(name, type=_recipe_value(row), default=row.default, help=row.help)
+@dataclass(frozen=True, kw_only=True)
+class DecodeOptions(Options):
+    """reading images in this process"""
+
+    decode_threads: int = option(Number(int, 1), 2, "threads that decode images")
 
 
-def _recipe_value(row: RecipeOption) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            value = row.kind(text)
-        except ValueError:
-            value = text
-        try:
-            row.check(value)
-        except InputError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-        return value
-
-    return parse
+def parameters() -> dict[str, Parameter]:
+    """{option: the number of a calibrator that it gives}."""
+    return {p.name: p for row in CALIBRATORS.values() for p in row.parameters}
 
 
-def recipe_values(args: argparse.Namespace) -> dict[str, Any]:
-    """{name in RECIPE_OPTIONS: value} of the options that `add_recipe_options` adds."""
-    return {row.name: getattr(args, row.argument) for row in RECIPE_OPTIONS if row.argument is not None}
+def _parameter_rows() -> dict[str, Any]:
+    return {
+        name: option(Number(float, p.low, p.high), None, f"in [{p.low:g}, {p.high:g}]; default: {p.default:g}")
+        for name, p in parameters().items()
+    }
 
 
-def quant_mode(text: str) -> str:
-    """An argparse type: a mode name; the old toolkit's `1` and `2` mean ft1 and ft2."""
-    mode = MODE_ALIASES.get(text, text)
-    if mode not in MODES:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join((*MODES, *MODE_ALIASES))}")
-    return mode
+@dataclass(frozen=True, kw_only=True)
+@with_rows(_parameter_rows())
+class SettingOptions(Options):
+    """one quantization setting, and what is drawn for it; the numbers of calibrators are rows of `CALIBRATORS`"""
+
+    seed: int = option(Number(int, 0), 42, "seed of every random choice")
+    quant_mode: str = option(_MODE, "ft2", "ft1, ft2, ft3 or trt")
+    calibrator: str = option(Choice(tuple(CALIBRATORS)), "percentile", "how amax is chosen")
+    num_calib_batch: int = option(Number(int, 1), 10, "number of calibration batches")
+    calib_batchsz: int = option(Number(int, 1), 8, "images per calibration batch")
+    wprec: int = option(Number(int, MIN_BITS, MAX_BITS), 8, "bits of weights")
+    aprec: int = option(Number(int, MIN_BITS, MAX_BITS), 8, "bits of activations")
+
+    @property
+    def setting(self) -> Setting:
+        """The setting that these options describe; a calibrator's numbers are by default those of its row."""
+        row = CALIBRATORS[self.calibrator]
+        given = {p.name: getattr(self, p.name) for p in row.parameters}
+        values = tuple(p.default if given[p.name] is None else given[p.name] for p in row.parameters)
+        return Setting(
+            mode=self.quant_mode,
+            calibrator=Calibration(self.calibrator, values),
+            num_batches=self.num_calib_batch,
+            batch_size=self.calib_batchsz,
+            weight_bits=self.wprec,
+            act_bits=self.aprec,
+        )
 
 
-def add_model_options(parser: Parser, decode_threads: bool = True) -> None:
-    """Which checkpoint, which images, on what. Without `--pretrained_dir` and `--data-path`: the bundled sample."""
-    parser.add("--pretrained_dir", help="checkpoint file: .npz, .pth, .safetensors, or *_calib.pth (path or URI)")
-    parser.add("--data-path", help="folder with train.zip, val.zip and their maps, or with train/ and val/")
-    parser.add("--model_type", default="auto", help="ViT-B_16, …, a timm name, or auto: read it from the file")
-    parser.add("--img_size", type=number(int, 1, 4096), help="pixels; default: the model type's, with auto the file's")
-    parser.add("--crop-pct", type=number(float, 0.01, 1), help="crop the centre of evaluation images, by timm's rule")
-    parser.add("--on-bad-image", choices=("error", "skip"), default="error", help="what to do with a broken image")
-    if decode_threads:
-        parser.add("--decode-threads", type=number(int, 1), default=2, help="threads that decode images")
-    parser.add("--use-gpu", action="store_true", help="run the model on the first GPU")
+@dataclass(frozen=True, kw_only=True)
+class WorkerOptions(Options):
+    """several workers instead of this process; their results do not depend on how many they are"""
 
-
-def add_setting_options(parser: Parser) -> None:
-    """One quantization setting, and the seed of what is drawn for it."""
-    parser.add("--seed", type=number(int, 0), default=42, help="seed of every random choice")
-    parser.add("--quant-mode", type=quant_mode, default="ft2", help="ft1, ft2, ft3 or trt")
-    parser.add("--calibrator", choices=CALIBRATORS, default="percentile", help="how amax is chosen")
-    parser.add("--percentile", type=number(float, 0, 100), help=f"in [0, 100]; default: {DEFAULT_PERCENTILE}")
-    parser.add("--num-calib-batch", type=number(int, 1), default=10, help="number of calibration batches")
-    parser.add("--wprec", type=number(int, MIN_BITS, MAX_BITS), default=8, help="bits of weights")
-    parser.add("--aprec", type=number(int, MIN_BITS, MAX_BITS), default=8, help="bits of activations")
-
-
-def setting_from(args: argparse.Namespace) -> Setting:
-    """The setting that the options describe; the percentile belongs to the percentile calibrator only."""
-    percentile = DEFAULT_PERCENTILE if args.percentile is None else args.percentile
-    if args.calibrator != "percentile" and args.percentile is not None:
-        warn(f"--percentile {args.percentile:g} is not used by the {args.calibrator} calibrator")
-    values = (percentile,) if args.calibrator == "percentile" else ()
-    return Setting(
-        mode=args.quant_mode,
-        calibrator=Calibration(args.calibrator, values),
-        num_batches=args.num_calib_batch,
-        batch_size=args.calib_batchsz,
-        weight_bits=args.wprec,
-        act_bits=args.aprec,
+    num_workers: int | None = option(Number(int, 1), None, "compute on N Ray workers; default: in this process")
+    threads_per_worker: int = option(Number(int, 1), 1, "threads of one such worker")
+    ray_address: str | None = option(
+        Text(), None, "host:port of a Ray cluster, or auto; default: start Ray on this machine"
     )
 
 
-def apply_sample_defaults(args: argparse.Namespace) -> None:
-    """Neither checkpoint nor data given: the bundled sample. Only one of them given: an error."""
-    given = {"--pretrained_dir": args.pretrained_dir, "--data-path": args.data_path}
-    missing = [name for name, value in given.items() if value is None]
-    if len(missing) == 1:
-        raise InputError(f"{missing[0]}: needed, since {next(n for n in given if n not in missing)} is given")
-    if missing:
-        sample = files("vitq_ray") / "sample"
-        args.data_path, args.pretrained_dir = str(sample), str(sample / "vit.npz")
-        print(f"no checkpoint and no data given: using the bundled sample in {sample}")
+@dataclass(frozen=True, kw_only=True)
+class RayOptions(Options):
+    """Ray"""
+
+    ray_address: str | None = option(
+        Text(), None, "host:port of a Ray cluster, or auto; default: start Ray on this machine"
+    )
+    dashboard: bool = option(Flag(negation=True), True, "serve Ray's dashboard")
 
 
-def device_from(args: argparse.Namespace) -> torch.device:
-    if args.use_gpu and not torch.cuda.is_available():
-        raise InputError("--use-gpu: this PyTorch finds no CUDA GPU; leave the option out to run on the CPU")
-    return torch.device("cuda" if args.use_gpu else "cpu")
+@dataclass(frozen=True, kw_only=True)
+class OneSettingOptions(ModelOptions, DecodeOptions, SettingOptions):
+    """what calibrating one setting needs"""
 
 
-def eval_transform(loaded: LoadedModel, crop_pct: float | None = None) -> EvalTransform:
-    """How images are prepared for this model."""
-    return EvalTransform(loaded.geometry.img_size, loaded.mean, loaded.std, loaded.interpolation, crop_pct)
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions(OneSettingOptions, WorkerOptions):
+    """Calibrate one INT8 setting, evaluate it on all of val, and write the calibrated checkpoint.
+
+        {command}                                          # the bundled sample
+        {command} --pretrained_dir ViT-B_16.npz --data-path /data/imagenet --model_type ViT-B_16 \\
+            --img_size 384 --num-calib-batch 20 --calib-batchsz 8 --quant-mode ft2 --calibrator percentile \\
+            --percentile 99.99 --calib-output-path runs/vit
+
+    Calibration images are drawn by --seed (a search draws its own by --split-seed).
+    Writes `<name>_calib.pth`, its sidecar `<name>_calib.json`, and `result.json`.
+    """
+
+    calib_split: str | None = option(Choice(("train", "val")), None, "images to calibrate on; default: train if there")
+    calib_order: str = option(Choice(("shuffled", "map")), "shuffled", "which images of the split")
+    batch_size: int = option(Number(int, 1), 64, "images per evaluation batch")
+    calib_output_path: str = option(Text(), "runs/calib", "folder for checkpoint and results")
+    calib: bool = option(Flag(), False, "accepted for the old toolkit's command lines")
+    name: str | None = option(Text(), None, "name of the experiment, kept in result.json")
 
 
-def checkpoint_name(args: argparse.Namespace) -> str:
-    """Name of the files a checkpoint goes into: the model type given, or with `auto` the stem of its file."""
-    return Path(args.pretrained_dir).stem if args.model_type == AUTO else args.model_type
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(ModelOptions, DecodeOptions, WorkerOptions):
+    """Evaluate a float or a calibrated checkpoint on all of val, in map order.
+
+        {command}                                                         # the bundled sample, float
+        {command} --pretrained_dir runs/calib/vit_calib.pth --data-path /data/imagenet
+
+    Bits and mode of a calibrated checkpoint come from its sidecar. Writes `result.json`, and with `--save-logits` the
+    arrays `logits` (N, classes), `labels` and `sample_id`.
+    """
+
+    batch_size: int = option(Number(int, 1), 64, "images per batch")
+    engine: str = option(Choice(("fake",)), "fake", "fake quantization in floating point")
+    quant_mode: str | None = option(_MODE, None, "checked against the mode of the calibrated checkpoint")
+    limit: int | None = option(Number(int, 1), None, "evaluate only the first N images of val")
+    save_logits: str | None = option(Text(), None, "file (.npz) for the logits of every image")
+    output: str = option(Text(), "runs/evaluate", "folder for result.json")
 
 
-def track(items: Iterable[T], total: int, label: str) -> Iterable[T]:
-    """Pass items on under a progress bar, which shows on a terminal only."""
-    return rich.progress.track(items, label, total, disable=not sys.stdout.isatty(), transient=True)
+@dataclass(frozen=True, kw_only=True)
+class TuneOptions(ModelOptions, SettingOptions, RayOptions):
+    """Find the best calibration setting of a search space: one float pass, then a race of all settings under Ray Tune.
+
+        {command}                                     # the bundled sample
+        {command} --pretrained_dir ViT-B_16.npz --data-path /data/imagenet --model_type ViT-B_16 \\
+            --select-images 5000 --search-space calib --output runs/vit
+        {command} --resume runs/vit                   # go on after a kill, with the options of before
+
+    Calibration images come from train, drawn by --split-seed; val is halved: settings are compared on one half
+    (selection), and the winner is reported on the other (report), which no decision has seen. Writes run.json,
+    statistics.npz, trials.jsonl, correct.parquet, result.json and best/ into the output folder.
+    """
+
+    max_trials_in_flight: int | None = option(Number(int, 1), None, "trials at once; default: as many as fit")
+    threads_per_trial: int = option(Number(int, 1), 1, "CPUs of one trial or worker")
+    gpus_per_trial: float | None = option(
+        Number(float, 0), None, "GPUs of one trial; default: 1 with --use-gpu, else 0"
+    )
+    num_workers: int = option(Number(int, 1), 1, "workers that collect calibration statistics")
+    object_store_memory: float | None = option(Number(float, 0.1), None, "GB a node keeps decoded images in")
+    search_space: str = option(Text(), DEFAULT_SPACE, "Python file that defines SPACE, or the name of a bundled one")
+    search_alg: str = option(Choice(SEARCH_ALGORITHMS), "grid", "which settings of the space are tried")
+    num_samples: int | None = option(
+        Number(int, 1), None, f"settings that random or optuna try; default: {DEFAULT_SAMPLES}"
+    )
+    select_images: int | None = option(
+        Number(int, 1), None, f"images to compare settings on; default: half of val, at most {MOST_SELECTION_IMAGES}"
+    )
+    batch_size: int = option(Number(int, 1), 100, "images per evaluation batch")
+    chunk_images: int | None = option(Number(int, 1), None, "images between two looks; default: a 25th of all")
+    alpha: float = option(Number(float, 1e-9, 0.999), 0.05, "chance of losing the best (racing.py)")
+    tie_margin: float = option(Number(float, 0, 0.5), 0.005, "accuracy not worth telling apart, a fraction")
+    from_run: str | None = option(
+        Text(), None, "folder of a finished search: try its best and tied settings instead of the space's"
+    )
+    target_drop: float = option(Number(float, -100, 100), 0.5, "points below float that need no QAT")
+    split_seed: int = option(Number(int, 0), 0, "seed of the three splits")
+    min_float_top1: float | None = option(Number(float, 0, 1), None, "refuse to search below this float top-1")
+    output: str | None = option(Text(), None, "folder of the run; default: a new one under runs/")
+    resume: str | None = option(Text(), None, "folder of a run to go on with; other options are those of before")
 
 
-def add_worker_options(parser: Parser) -> None:
-    """Several workers instead of this process; their results do not depend on how many they are."""
-    parser.add("--num-workers", type=number(int, 1), help="compute on N Ray workers; default: in this process")
-    parser.add("--threads-per-worker", type=number(int, 1), default=1, help="threads of one such worker")
-    parser.add("--ray-address", help="host:port of a Ray cluster, or auto; default: start Ray on this machine")
+@dataclass(frozen=True)
+class Recipe:
+    """A number of a recipe: its row knows what is allowed."""
+
+    row: RecipeOption
+    shown: str | None = ""
+
+    def read(self, value: Any) -> Any:
+        if isinstance(value, str):
+            with suppress(ValueError):  # the row says what it expected
+                value = self.row.kind(value)
+        self.row.check(value)
+        return value
 
 
-def add_search_options(parser: Parser) -> None:
-    """Where and how a search runs on Ray."""
-    parser.add("--max-trials-in-flight", type=number(int, 1), help="trials at once; default: as many as fit")
-    parser.add("--threads-per-trial", type=number(int, 1), default=1, help="CPUs of one trial or worker")
-    parser.add("--gpus-per-trial", type=number(float, 0), help="GPUs of one trial; default: 1 with --use-gpu, else 0")
-    parser.add("--num-workers", type=number(int, 1), default=1, help="workers that collect calibration statistics")
-    parser.add("--object-store-memory", type=number(float, 0.1), help="GB a node keeps decoded images in")
-    parser.add("--ray-address", help="host:port of a Ray cluster, or auto; default: start Ray on this machine")
-    parser.add("--dashboard", action=argparse.BooleanOptionalAction, default=True, help="serve Ray's dashboard")
+def _recipe_rows() -> dict[str, Any]:
+    """{option: field} of what the command line can say of a recipe."""
+    rows = {row.argument: row for row in RECIPE_OPTIONS if row.argument is not None}
+    return {name: option(_kind_of(row), row.default, row.help) for name, row in rows.items()}
 
 
-def dashboard_hint(url: str | None) -> str:
-    """Where Ray's dashboard is, for the line that names the run folder; empty where there is none."""
-    return f"; dashboard {url} (its token: ray get-auth-token)" if url else ""
+def _kind_of(row: RecipeOption) -> Kind:
+    if row.kind is bool:
+        return Flag()
+    return Choice(row.choices) if row.choices else Recipe(row)
 
 
-def warn_of_bad_images(bad_images: list[tuple[str, str]]) -> None:
-    if bad_images:
-        warn(f"{len(dict(bad_images))} broken images were skipped; they are listed in result.json")
+@dataclass(frozen=True, kw_only=True)
+@with_rows(_recipe_rows())
+class RecipeOptions(Options):
+    """what is trained: the rows of `qat.recipe.RECIPE_OPTIONS`"""
+
+    def recipe_values(self) -> dict[str, Any]:
+        """{name of a recipe option: value}."""
+        return {row.name: getattr(self, row.argument) for row in RECIPE_OPTIONS if row.argument is not None}
 
 
-def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(OneSettingOptions, RecipeOptions, RayOptions):
+    """Train a calibrated model with its quantizers on, taught by the float model; keep the best epoch.
 
+        {command}                                            # the bundled sample, calibrated first
+        {command} --pretrained_dir runs/vit/ViT-B_16_calib.pth --data-path /data/imagenet --distill \\
+            --teacher ViT-B_16.npz --model_type ViT-B_16 --num-workers 4 --use-gpu --output runs/vit-qat
+        {command} --resume runs/vit-qat                      # go on after an interruption
 
-def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
-    """Call a script's `main` and translate how it ended into an exit code."""
-    try:
-        main(argv)
-    except InputError as error:
-        return _fail(2, one_line(error))
-    except DivergedError as error:
-        return _fail(1, one_line(error))
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            return _fail(1, "disk full: nothing was left half written")
-        raise
-    except KeyboardInterrupt:
-        return _fail(130, "interrupted")
-    return 0
+    A float checkpoint is calibrated first, with the setting that --quant-mode, --calibrator, … describe, on images
+    drawn by --seed. The best epoch is chosen on one half of val (selection); float, PTQ and QAT are reported on the
+    other (report). With the bundled sample distillation is on, otherwise with --distill; its teacher is --teacher, or
+    the checkpoint itself with its quantizers off. The defaults are the published recipe: SGD, momentum 0.9, dropout
+    0.1, training images augmented.
 
+    Writes run.json, steps.jsonl, epochs.jsonl, state.pt, result.json, `<name>_qat.pth` and its sidecar.
+    """
 
-def _fail(code: int, message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return code
+    split_seed: int = option(Number(int, 0), 0, "seed of the halves of val")
+    distill: bool | None = option(Flag(negation=True), None, "learn from the float model too")
+    teacher: str | None = option(
+        Text(), None, "float checkpoint of the teacher; default: this checkpoint, quantizers off"
+    )
+    batch_size: int = option(Number(int, 1), 32, "images per worker and forward pass")
+    accumulate: int = option(Number(int, 1), 1, "forward passes per step")
+    global_batch_size: int | None = option(Number(int, 1), None, "images per step; overrides --batch-size")
+    num_workers: int = option(Number(int, 1), 1, "processes that train together")
+    max_failures: int = option(Number(int, 0), 3, "restarts after a lost worker")
+    checkpoint_steps: int | None = option(Number(int, 1), None, "write the state every so many steps, too")
+    output: str | None = option(Text(), None, "folder of the run; default: a new one under runs/")
+    resume: str | None = option(Text(), None, "folder of an interrupted run to go on with")
+    train: bool = option(Flag(), False, "accepted for the old toolkit's command lines")
+    name: str | None = option(Text(), None, "name of the experiment, kept in result.json")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from vitq_ray.measure.evaluation import Evaluation, wilson_interval
+from vitq_ray.commands.screen import Screen, accuracy, accuracy_of
+from vitq_ray.measure.evaluation import Evaluation
 from vitq_ray.measure.racing import Decision, Race, Verdict
 
 _ROWS = 18
@@ -23,21 +24,6 @@ _STYLES = {
     "tied": "yellow",
     "finished": "green",
 }
-
-
-def percent(fraction: float) -> str:
-    return f"{100 * fraction:.2f} %"
-
-
-def accuracy(correct: int, images: int) -> str:
-    """Top-1 with its 95 % interval, e.g. `89.51 % (88.89 to 90.10)`."""
-    low, high = wilson_interval(correct, images)
-    return f"{percent(correct / images)} ({100 * low:.2f} to {100 * high:.2f})"
-
-
-def accuracy_of(evaluation: Evaluation) -> str:
-    """As `accuracy`, of an evaluation."""
-    return accuracy(evaluation.top1_correct, evaluation.images)
 
 
 @dataclass(frozen=True)
@@ -72,29 +58,36 @@ def note_of(decision: Decision | None) -> str:
     return f"{decision.losses}:{decision.wins} against {decision.against}"
 
 
+def live_table(console: Console | None, table: Callable[[], Table]) -> Live | None:
+    """Draws a table twice a second; None where there is no terminal."""
+    if console is None or not console.is_terminal:
+        return None
+    return Live(get_renderable=table, console=console, refresh_per_second=2, transient=True)
+
+
 class LiveRace:
     """The race as it goes on; a context manager."""
 
-    def __init__(self, race: Race, baseline: Evaluation, console: Console | None = None) -> None:
+    def __init__(self, race: Race, baseline: Evaluation, screen: Screen) -> None:
         self._race = race
         self._baseline = baseline
         self._labels: dict[str, str] = {}
-        self._console = console or Console()
+        self._say = screen.say
         self._began = time.monotonic()
         self._known = 0
-        self._live = Live(get_renderable=self.table, console=self._console, refresh_per_second=2, transient=True)
+        self._live = live_table(screen.console, self.table)
 
     def __enter__(self) -> LiveRace:
         self._began = time.monotonic()
         self._known = self._race.images_evaluated
-        if self._console.is_terminal:
+        if self._live is not None:
             self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._console.is_terminal:
+        if self._live is not None:
             self._live.stop()
 
     def enter(self, name: str, label: str) -> None:
@@ -103,15 +96,14 @@ class LiveRace:
 
     def decided(self, decision: Decision) -> None:
         """Without a terminal: one line for every decision."""
-        if self._console.is_terminal:
+        if self._live is not None:
             return
         correct = int(self._race.correct(decision.name).sum())
         done = sum(self._race.decision(name) is not None for name in self._labels)
         what = f"{decision.verdict.value} {note_of(decision)}".rstrip()
-        print(
+        self._say(
             f"[{done}/{len(self._labels)}] {self._labels[decision.name]}: "
-            f"{accuracy(correct, decision.images)} of {decision.images} images, {what}",
-            flush=True,
+            f"{accuracy(correct, decision.images)} of {decision.images} images, {what}"
         )
 
     @property

@@ -6,10 +6,9 @@ import time
 from collections import deque
 from types import TracebackType
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from vitq_ray.commands.live import percent
+from vitq_ray.commands.screen import Screen, percent
 from vitq_ray.qat.state import EpochReport, StepReport
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -19,25 +18,26 @@ _SMOOTHING = 20  # steps
 class TrainingProgress:
     """Epoch, step, loss, images/s and time left; a context manager whose methods take the loop's reports."""
 
-    def __init__(self, epochs: int, console: Console | None = None) -> None:
+    def __init__(self, epochs: int, screen: Screen) -> None:
         self._epochs = epochs
-        self._console = console or Console()
+        self._say = screen.say
         self._recent: deque[tuple[float, int]] = deque(maxlen=_SMOOTHING)  # (seconds, images) of a step
         self._losses: deque[float] = deque(maxlen=_SMOOTHING)
         self._printed = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=self._console, transient=True)
-        self._task = self._bar.add_task("starting", total=None)
+        on_terminal = screen.console is not None and screen.console.is_terminal
+        self._bar = Progress(*columns, console=screen.console, transient=True) if on_terminal else None
+        self._task = self._bar.add_task("starting", total=None) if self._bar else TaskID(0)
 
     def __enter__(self) -> TrainingProgress:
-        if self._console.is_terminal:
+        if self._bar is not None:
             self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._console.is_terminal:
+        if self._bar is not None:
             self._bar.stop()
 
     @property
@@ -50,19 +50,19 @@ class TrainingProgress:
         self._losses.append(report.loss)
         loss = sum(self._losses) / len(self._losses)
         text = f"epoch {report.epoch}/{self._epochs}, loss {loss:.4f}, {self.images_per_second:.0f} images/s"
-        if self._console.is_terminal:
+        if self._bar is not None:
             self._bar.update(self._task, completed=report.step, total=report.total_steps, description=text)
         elif time.monotonic() - self._printed > _SECONDS_BETWEEN_LINES:
             self._printed = time.monotonic()
             left = self._seconds_left(report)
-            print(f"step {report.step}/{report.total_steps}, {text}, {left:.0f} s left", flush=True)
+            self._say(f"step {report.step}/{report.total_steps}, {text}, {left:.0f} s left")
 
     def _seconds_left(self, report: StepReport) -> float:
         seconds = sum(s for s, _ in self._recent) / max(1, len(self._recent))
         return seconds * (report.total_steps - report.step)
 
     def epoch(self, report: EpochReport) -> None:
-        self._console.print(epoch_line(report, self._epochs), highlight=False, soft_wrap=True)
+        self._say(epoch_line(report, self._epochs))
 
 
 def epoch_line(report: EpochReport, epochs: int) -> str:

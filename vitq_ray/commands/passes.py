@@ -1,0 +1,63 @@
+"""Passes over images in this process or on Ray workers, whose results are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from vitq_ray.cluster.start import cluster
+from vitq_ray.cluster.workers import WorkerPool, collect_with, evaluate_on
+from vitq_ray.commands.options import WorkerOptions
+from vitq_ray.data.loader import Batch
+from vitq_ray.data.transforms import EvalTransform
+from vitq_ray.measure.calibration import Collect, ToInput, collect_here
+from vitq_ray.measure.evaluation import Evaluation, evaluate
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many workers, with how many threads each, on GPUs or not; None: this process."""
+
+    count: int | None
+    threads: int = 1
+    gpus: float = 0.0
+
+    def pool(self, model: nn.Module, transform: EvalTransform) -> WorkerPool:
+        """The workers, with the model as it is now. Ray is running."""
+        assert self.count is not None
+        return WorkerPool(model, transform, self.count, self.threads, self.gpus)
+
+
+def workers_of(options: WorkerOptions, use_gpu: bool) -> Workers:
+    return Workers(options.num_workers, options.threads_per_worker, 1.0 if use_gpu else 0.0)
+
+
+def ray_for(options: WorkerOptions) -> AbstractContextManager[Any]:
+    """Ray, where there are workers."""
+    return nullcontext() if options.num_workers is None else cluster(options.ray_address, dashboard=False)
+
+
+def collector(workers: Workers, model: nn.Module, transform: EvalTransform) -> Collect:
+    """How a calibration pass collects its statistics: in this process, or on workers."""
+    if workers.count is None:
+        return collect_here
+    return collect_with(lambda: workers.pool(model, transform), workers.threads)
+
+
+def evaluation_pass(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    to_input: ToInput,
+    transform: EvalTransform,
+    workers: Workers,
+    on_batch: Callable[[Batch, Tensor], None] = lambda batch, logits: None,
+) -> Evaluation:
+    """Classify every image; the same counts, however many workers there are."""
+    if workers.count is None:
+        return evaluate(model, batches, to_input, on_batch)
+    with workers.pool(model, transform) as pool:
+        return evaluate_on(pool, batches, on_batch)

@@ -1,0 +1,33 @@
+"""The options of a run that goes on: those of before, and the free ones as given now."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vitq_ray.base.config import InputError
+from vitq_ray.commands.declare import Options
+from vitq_ray.run.folder import RunFolder
+
+O = TypeVar("O", bound=Options)  # noqa: E741
+
+
+def stored_options(folder: str, script: str) -> dict[str, Any]:
+    """The options in a run's folder. InputError where it holds no run, or one of another script."""
+    options: dict[str, Any] = RunFolder.resume(Path(folder), script).read_run()["options"]
+    return options
+
+
+def with_stored(options: O, stored: Mapping[str, Any], free: Collection[str]) -> O:
+    """The stored options; of those given now the free ones count, and the others must be as stored."""
+    now = options.to_dict()
+    for name in sorted(options.given - set(free)):
+        if now[name] != stored.get(name):
+            raise InputError(
+                f"{options.name_of(name)}: {now[name]} given, but {now['resume']} was started with {stored.get(name)}"
+            )
+    before = {name: stored[name] for name in options.declared() if name in stored and name not in ("resume", "output")}
+    merged = type(options).of({**before, **options.only(free)}, options.typed)
+    return replace(merged, given=options.given & frozenset(free))

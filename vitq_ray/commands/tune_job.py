@@ -1,0 +1,314 @@
+"""What a search works with: every option checked and every file opened before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitq_ray.base.config import InputError
+from vitq_ray.calibration.calibrators import CALIBRATORS
+from vitq_ray.calibration.setting import Setting, read_setting
+from vitq_ray.cluster.stream import stream_batches
+from vitq_ray.cluster.trials import Resources, nodes_for
+from vitq_ray.commands import combinations
+from vitq_ray.commands.inputs import device_of, drawn_by, eval_transform, paths_of, with_sample
+from vitq_ray.commands.options import MOST_SELECTION_IMAGES, TuneOptions, parameters
+from vitq_ray.commands.screen import Screen
+from vitq_ray.data.loader import Batch
+from vitq_ray.data.samples import Ids, SampleIndex, open_split
+from vitq_ray.data.splits import Splits, default_calib_split, make_splits, race_order
+from vitq_ray.data.transforms import EvalTransform
+from vitq_ray.models.checkpoint import Sidecar
+from vitq_ray.models.load import LoadedModel, load_model
+from vitq_ray.qat.ranks import steps_per_epoch
+from vitq_ray.quant.plan import Plan
+from vitq_ray.quant.vit import quantize_vit
+from vitq_ray.run.folder import RunFolder
+from vitq_ray.run.results import Stopwatch, read_result, versions
+from vitq_ray.search.asha import training_runs
+from vitq_ray.search.proposals import ListProposals, Proposals, proposals
+from vitq_ray.search.space import QatSpace, SearchSpace, load_space
+
+# Options that may differ when a search is resumed: they decide where and how fast, not what.
+FREE_OPTIONS = frozenset(
+    {"output", "resume", "ray_address", "dashboard", "max_trials_in_flight", "num_workers", "object_store_memory"}
+    | {"decode_threads"}  # of runs that an earlier version began
+)
+
+
+@dataclass(frozen=True)
+class TuneJob:
+    """A search, ready to begin.
+
+    Attributes:
+        defaults: the setting of the options, for fields that the space leaves out.
+        fixed: with `from_run`, what is tried instead of the space.
+        bad_images: (address, reason) of every broken image met, appended to.
+    """
+
+    options: TuneOptions
+    space: SearchSpace
+    defaults: Setting
+    fixed: tuple[Setting, ...] | None
+    loaded: LoadedModel
+    model: nn.Module
+    transform: EvalTransform
+    device: torch.device
+    calib: SampleIndex
+    val: SampleIndex
+    splits: Splits
+    resources: Resources
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    bad_images: list[tuple[str, str]] = field(default_factory=list)
+
+    def to_input(self, images: Tensor) -> Tensor:
+        """uint8 (B, S, S, 3) -> float32 (B, 3, S, S) on the driver's device."""
+        return self.transform.normalize(images.to(self.device))
+
+    def proposals(self) -> Proposals:
+        """Where the settings come from."""
+        if self.fixed is not None:
+            return ListProposals(self.fixed)
+        options = self.options
+        return proposals(options.search_alg, self.space, self.defaults, options.num_samples, options.seed)
+
+    def stream(self, index: SampleIndex, ids: Ids, batch_size: int) -> Iterator[Batch]:
+        """Decoded by Ray Data, in the order of the ids."""
+        return stream_batches(index, ids, self.transform, batch_size, self.options.on_bad_image, self.bad_images)
+
+    @property
+    def snapshots(self) -> list[int]:
+        """Batch counts at which scales can be asked for: all of the space."""
+        return sorted(set(batch_counts(self.space, self.defaults, self.fixed)))
+
+    @property
+    def selection_bytes(self) -> int:
+        """Memory of the decoded selection images."""
+        return len(self.splits.selection) * self.loaded.geometry.img_size**2 * 3
+
+
+def prepare(options: TuneOptions, screen: Screen) -> TuneJob:
+    """Check every option and open every file."""
+    combinations.require_used(options, combinations.TUNE)
+    options = with_sample(options, screen)
+    space, defaults = load_space(find_space(options.search_space)), options.setting
+    require_used_with(options, space)
+    if options.from_run is None:
+        proposals(
+            options.search_alg, space, defaults, options.num_samples, options.seed
+        )  # raises where they do not fit
+    device = device_of(options)
+    checkpoint, data = paths_of(options)
+    loaded = load_model(options.model_type, checkpoint, options.img_size)
+    classes = loaded.geometry.num_classes
+    val = open_split(data, "val", classes)
+    split = default_calib_split(data)
+    calib = open_split(data, "train", classes) if split == "train" else val
+    fixed = None if options.from_run is None else settings_of_run(Path(options.from_run), options)
+    needed = max(batch_counts(space, defaults, fixed)) * options.calib_batchsz
+    job = TuneJob(
+        options=options,
+        space=space,
+        defaults=defaults,
+        fixed=fixed,
+        loaded=loaded,
+        model=quantize_vit(loaded.model).to(device).eval(),
+        transform=eval_transform(loaded, options.crop_pct),
+        device=device,
+        calib=calib,
+        val=val,
+        splits=search_splits(options, split, calib, val, needed),
+        resources=Resources(options.threads_per_trial, gpus_per_trial(options), options.max_trials_in_flight),
+    )
+    require_memory(job)
+    if options.from_run is not None:
+        require_unseen_report(job, Path(options.from_run))
+    if space.qat is not None:
+        require_trainable(job, space.qat)
+    return job
+
+
+def gpus_per_trial(options: TuneOptions) -> float:
+    if options.gpus_per_trial is not None:
+        return options.gpus_per_trial
+    return 1.0 if options.use_gpu else 0.0
+
+
+def batch_counts(space: SearchSpace, defaults: Setting, fixed: tuple[Setting, ...] | None) -> list[int]:
+    """Numbers of calibration batches that a setting may ask for."""
+    if fixed is not None:
+        return [setting.num_batches for setting in fixed]
+    return list(space.values(defaults)["num_batches"])
+
+
+# Search spaces ------------------------------------------------------------------------------------------------------
+
+
+def bundled_spaces() -> dict[str, Path]:
+    """{name: file} of the search spaces that come with the package."""
+    folder = Path(str(files("vitq_ray") / "search_spaces"))
+    return {path.stem: path for path in sorted(folder.glob("*.py"))}
+
+
+def find_space(text: str) -> str:
+    """The path of a search space, given as a path or as the name of a bundled one, with or without `.py`."""
+    if Path(text).is_file():
+        return text
+    bundled = bundled_spaces()
+    name = text.removesuffix(".py")
+    if name in bundled:
+        return str(bundled[name])
+    known = ", ".join(bundled)
+    raise InputError(f"{text}: no such file; expected a Python file that defines SPACE, or one of {known}")
+
+
+def require_used_with(options: TuneOptions, space: SearchSpace) -> None:
+    """Options that do nothing with this space, given nevertheless, are an error."""
+    for name, key in combinations.SETTING_FIELDS.items():
+        if name in options.given and key in space.choices:
+            raise combinations.idle_error(options, name, f"the space {space.name} ({{search_space}}) lists {key}")
+    calibrators = {str(calibrator).split()[0] for calibrator in space.values(options.setting)["calibrator"]}
+    taken = {parameter.name for name in calibrators for parameter in CALIBRATORS[name].parameters}
+    for name in parameters():
+        if name in options.given and name not in taken:
+            raise combinations.idle_error(options, name, f"no calibrator of the space {space.name} takes it")
+    if "target_drop" in options.given and space.qat is None:
+        raise combinations.idle_error(options, "target_drop", f"the space {space.name} ({{search_space}}) has no QAT")
+    if "search_space" in options.given and options.from_run is not None and space.qat is None:
+        raise combinations.idle_error(
+            options, "search_space", "{from_run} names the settings, and this space has no QAT"
+        )
+
+
+# An earlier search --------------------------------------------------------------------------------------------------
+
+
+def settings_of_run(path: Path, options: TuneOptions) -> tuple[Setting, ...]:
+    """The best setting of a finished search and those tied with it."""
+    try:
+        result = read_result(path)
+        size = RunFolder(path).read_run()["options"]["calib_batchsz"]
+        candidates = result["candidates"].values()
+        chosen = [c for outcome in ("best", "tied") for c in candidates if c["outcome"] == outcome]
+        return tuple(read_setting(c["setting"], result["format"], size) for c in chosen if c["same_as"] is None)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        what = options.name_of("from_run")
+        raise InputError(f"{what}: {path} is not the folder of a finished search ({reason})") from None
+
+
+def require_unseen_report(job: TuneJob, path: Path) -> None:
+    """What is reported on must not be what the earlier search selected on, nor its model another one."""
+    there, what = RunFolder(path).read_run(), job.options.name_of("from_run")
+    for name, here in (("weights_fingerprint", job.loaded.fingerprint), ("data_fingerprint", job.val.fingerprint)):
+        if there[name] != here:
+            raise InputError(f"{what}: {path} is a search of another {name.partition('_')[0]} than given here")
+    if set(job.splits.report.tolist()) & set(there["splits"]["selection"]):
+        raise InputError(
+            f"{what}: {path} selected on images that would be reported on here; "
+            f"expected {job.options.name_of('split_seed')} {there['options']['split_seed']}, as there"
+        )
+
+
+# Splits, memory, training -------------------------------------------------------------------------------------------
+
+
+def search_splits(options: TuneOptions, calib_split: str, calib: SampleIndex, val: SampleIndex, needed: int) -> Splits:
+    """The three splits: functions of the data and the split seed alone. `selection` is in the order of the race."""
+    spare = max(32, needed // 8) if options.on_bad_image == "skip" else 0  # others move up where images are broken
+    splits = make_splits(calib_split, calib, val, options.split_seed, needed, spare)
+    half, wanted = splits.selection, options.select_images
+    if wanted is not None and wanted > len(half):
+        what = options.name_of("select_images")
+        raise InputError(f"{what}: {wanted} asked for, the selection half has {len(half)}")
+    return replace(splits, selection=race_order(val.labels, half, wanted or MOST_SELECTION_IMAGES, options.split_seed))
+
+
+def require_memory(job: TuneJob) -> None:
+    """Raise InputError where the selection images do not fit into the memory that the options give them."""
+    budget = job.options.object_store_memory
+    if budget is not None and job.selection_bytes > 0.8e9 * budget:
+        what, fewer = (job.options.name_of(name) for name in ("object_store_memory", "select_images"))
+        raise InputError(
+            f"{what}: {budget:g} GB cannot hold {len(job.splits.selection)} decoded selection images "
+            f"({job.selection_bytes / 1e9:.2f} GB of at most 80 %); expected more, or fewer {fewer}"
+        )
+
+
+def require_store(job: TuneJob) -> None:
+    """Every node that can hold a trial needs the images. InputError where the object store of one is too small: that of
+    a cluster that was joined is as large as it is."""
+    store = min(node.get("object_store_memory", 0.0) for node in nodes_for(job.resources))
+    if job.selection_bytes > 0.8 * store:
+        raise InputError(
+            f"object store: {store / 1e9:.2f} GB of a node cannot hold {len(job.splits.selection)} decoded "
+            f"selection images ({job.selection_bytes / 1e9:.2f} GB of at most 80 %); expected a larger one, or "
+            f"fewer {job.options.name_of('select_images')}"
+        )
+
+
+def object_store_bytes(job: TuneJob) -> int:
+    """Memory of the object store: what the option says, or room for the images and as much again to stream."""
+    if job.options.object_store_memory is not None:
+        return int(job.options.object_store_memory * 1e9)
+    return max(3 * job.selection_bytes, 300_000_000) if job.selection_bytes < 1e9 else 2 * job.selection_bytes
+
+
+def require_trainable(job: TuneJob, space: QatSpace) -> None:
+    """What QAT needs, checked before the race: images of train, and configurations that can be built."""
+    if job.splits.calib_split != "train":
+        raise InputError(f"{job.options.data_path}: has no train split, which the QAT of {job.space.name} needs")
+    try:
+        for run in training_runs(space, ["a"], job.options.seed):
+            steps_per_epoch(len(job.calib), run.config)
+    except (InputError, TypeError) as error:
+        raise InputError(f"{job.options.search_space}: QAT: {error}") from None
+
+
+def describe(job: TuneJob) -> dict[str, Any]:
+    """run.json: everything that decides the outcome."""
+    splits, space = job.splits, job.space
+    return {
+        "options": job.options.to_dict(),
+        "search_space": {
+            "name": space.name,
+            "choices": dict(space.choices),
+            "qat": None if space.qat is None else space.qat.to_dict(),
+        },
+        "splits": splits.to_dict(),
+        "weights_fingerprint": job.loaded.fingerprint,
+        "data_fingerprint": job.val.fingerprint,
+        "calibration_fingerprint": job.calib.fingerprint,
+        "geometry": job.loaded.geometry.to_dict(),
+    }
+
+
+def sidecar_of_search(job: TuneJob, setting: Setting, plan: Plan, accuracy: dict[str, Any]) -> Sidecar:
+    """What is said of a checkpoint of this search."""
+    options = job.options
+    calibration = {
+        "split": job.splits.calib_split,
+        "drawn_by": drawn_by("shuffled", "split seed", options.split_seed),
+        "batches": setting.num_batches,
+        "batch_size": options.calib_batchsz,
+        "data_fingerprint": job.calib.fingerprint,
+        # Which half of val it was selected by, for training.
+        **({"split_seed": options.split_seed} if job.splits.calib_split == "train" else {}),
+    }
+    return Sidecar.of(
+        job.loaded,
+        setting,
+        plan,
+        job.val.fingerprint,
+        options.seed,
+        options.crop_pct,
+        calibration,
+        accuracy,
+        versions(),
+    )

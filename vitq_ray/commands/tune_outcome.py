@@ -1,0 +1,107 @@
+"""The outcome of a search: what result.json says, and what the screen shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vitq_ray.commands.inputs import drawn_by
+from vitq_ray.commands.screen import accuracy, accuracy_of, result_table
+from vitq_ray.commands.tune_job import TuneJob
+from vitq_ray.commands.tune_qat import Trained
+from vitq_ray.measure.evaluation import Evaluation
+from vitq_ray.run.folder import RunFolder, read_bad_images
+from vitq_ray.run.results import SEARCH, result_of
+from vitq_ray.search.contest import Candidate, Contest
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a search came to.
+
+    Attributes:
+        results: {candidate with scales of its own, or `float`: its results on the selection images}.
+        of_winner, of_float: on the report images.
+        trained: where QAT followed.
+    """
+
+    contest: Contest
+    results: Mapping[str, Evaluation]
+    winner: Candidate
+    of_winner: Evaluation
+    of_float: Evaluation
+    trained: Trained | None
+
+
+def search_result(job: TuneJob, folder: RunFolder, outcome: Outcome) -> dict[str, Any]:
+    """result.json: the counts at its top are those of the winner on the report images."""
+    contest, race = outcome.contest, outcome.contest.race
+    standings = contest.outcome()
+    candidates = {
+        c.name: {
+            "setting": c.setting.to_dict(),
+            "outcome": standings[c.name],
+            "same_as": c.same_as,
+            "predicted_noise": c.noise,
+        }
+        for c in contest.candidates.values()
+    }
+    trained = {} if outcome.trained is None else {"qat": outcome.trained.summary}
+    return result_of(
+        SEARCH,
+        outcome.of_winner,
+        options=job.options.to_dict(),
+        setting=outcome.winner.setting.to_dict(),
+        weights_fingerprint=job.loaded.fingerprint,
+        data_fingerprint=job.val.fingerprint,
+        bad_images=read_bad_images(folder.path) + job.bad_images,
+        seconds=job.watch.seconds,
+        winner={"name": outcome.winner.name, "setting": outcome.winner.setting.to_dict()},
+        float=outcome.of_float.summary(),
+        selection={name: evaluation.summary() for name, evaluation in outcome.results.items()},
+        candidates=candidates,
+        race={
+            **race.rules.to_dict(),
+            "images_evaluated": race.images_evaluated,
+            "images_of_full_evaluation": len(race.names) * race.rules.images,
+        },
+        calibration={
+            "split": job.splits.calib_split,
+            "drawn_by": drawn_by("shuffled", "split seed", job.options.split_seed),
+        },
+        **trained,
+    )
+
+
+def outcome_text(outcome: Outcome) -> str:
+    """How the candidates ended, and the table of the float model, the winner, the worst, and what was trained."""
+    contest, race = outcome.contest, outcome.contest.race
+    standings = list(contest.outcome().values())
+    counts = {what: standings.count(what) for what in ("tied", "behind", "beaten")}
+    share = race.images_evaluated / (len(race.names) * race.rules.images)
+    worst = min(race.names, key=lambda name: outcome.results[name].top1)
+    rows = [
+        ("float", outcome.results["float"], outcome.of_float, ""),
+        ("winner", outcome.results[outcome.winner.name], outcome.of_winner, outcome.winner.setting.label),
+        ("worst", outcome.results[worst], None, contest.candidates[worst].setting.label),
+    ]
+    lines = [
+        f"\n{len(contest.candidates)} settings, {len(race.names)} of them with scales of their own: "
+        f"{counts['tied']} are tied with the winner, {counts['behind']} behind, {counts['beaten']} beaten; "
+        f"{race.images_evaluated:,} images evaluated, {share:.0%} of a full evaluation",
+        result_table(rows),
+    ]
+    return "\n".join([*lines, *([] if outcome.trained is None else trained_lines(outcome, outcome.trained))])
+
+
+def trained_lines(outcome: Outcome, trained: Trained) -> list[str]:
+    """The row of what was trained, and how much of the drop it won back."""
+    epoch, config = trained.epoch, trained.run.config
+    shown = accuracy(epoch.top1_correct, epoch.images)
+    label = f"run {epoch.name}, epoch {epoch.epoch}, lr {config.lr:g}, batch {config.global_batch}"
+    lines = [f"{'QAT':8}{shown:>26}   {epoch.images:>6}   {accuracy_of(trained.report):>26}   {label}"]
+    if (drop := outcome.of_float.top1 - outcome.of_winner.top1) > 0:
+        share = (trained.report.top1 - outcome.of_winner.top1) / drop
+        lines.append(f"QAT won back {share:.0%} of the winner's drop on report")
+    return lines

@@ -1,0 +1,144 @@
+"""QAT in a search: where the best setting misses the target, training runs from the best and tied settings.
+
+best and tied settings ──► starts (checkpoints) ──► training runs under Ray Tune, thinned out by ASHA
+best epoch by the selection images ──► report images ──► best/<name>_qat.pth
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vitq_ray.cluster.qat_trials import run_training
+from vitq_ray.commands.inputs import checkpoint_name
+from vitq_ray.commands.screen import Screen, accuracy
+from vitq_ray.commands.tune_job import TuneJob, sidecar_of_search
+from vitq_ray.measure.evaluation import Evaluation, evaluate
+from vitq_ray.models.checkpoint import load_calibrated, save_calibrated
+from vitq_ray.models.weights import weights_fingerprint
+from vitq_ray.qat.ranks import QatData
+from vitq_ray.qat.state import read_outcome
+from vitq_ray.qat.teacher import TEACHER_LOGITS
+from vitq_ray.quant.vit import float_copy, frozen_weights, scales_of
+from vitq_ray.run.folder import RunFolder, read_bad_images
+from vitq_ray.search.asha import Epoch, QatContest, TrainingRun, training_runs
+from vitq_ray.search.contest import Contest
+from vitq_ray.search.space import QatSpace
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The best epoch of all training runs, on the report images.
+
+    Attributes:
+        path: of its checkpoint.
+        summary: what result.json says of the training.
+    """
+
+    epoch: Epoch
+    run: TrainingRun
+    report: Evaluation
+    path: Path
+    summary: dict[str, Any]
+
+
+def misses_target(job: TuneJob, contest: Contest, baseline: Evaluation, screen: Screen) -> bool:
+    """Whether the winner's drop below the float model, on the selection images, is more than the target."""
+    winner = contest.race.leader()
+    assert winner is not None
+    drop = baseline.top1 - float(contest.race.correct(winner).mean())
+    met = 100 * drop <= job.options.target_drop
+    verdict = "met, no QAT" if met else "missed: QAT"
+    screen.say(
+        f"the best setting is {100 * drop:.2f} points below float, target {job.options.target_drop:g}: {verdict}"
+    )
+    return not met
+
+
+def escalate(
+    job: TuneJob,
+    space: QatSpace,
+    folder: RunFolder,
+    contest: Contest,
+    screen: Screen,
+) -> Trained:
+    """QAT from the best and tied settings; the best epoch by the selection images, reported on the report images."""
+    home = folder.path / "qat"
+    starts = save_starts(job, home / "starts", contest, space.starts)
+    training = QatContest(training_runs(space, list(starts), job.options.seed), space, folder.append)
+    training.replay(folder.events())
+    data = QatData(job.calib, np.arange(len(job.calib)), job.val, np.sort(job.splits.selection), job.transform)
+    teacher = float_copy(job.model).cpu().eval()
+    on_epoch = epoch_listener(training, screen)
+    with job.watch.stage("qat"):
+        run_training(training, starts, teacher, data, home, job.resources, job.options.on_bad_image, on_epoch)
+    for name in training.runs:
+        job.bad_images.extend(read_bad_images(home / name))
+        (home / name / TEACHER_LOGITS).unlink(missing_ok=True)
+    return report_trained(job, folder, training, starts)
+
+
+def save_starts(job: TuneJob, home: Path, contest: Contest, count: int) -> dict[str, str]:
+    """{candidate: path of its checkpoint} of the best and tied settings, best first."""
+    outcome = contest.outcome()
+    names = [n for n in contest.race.names if outcome[n] in ("best", "tied")]
+    names.sort(key=lambda n: (outcome[n] != "best", -float(contest.race.correct(n).mean())))
+    paths = {}
+    for name in names[:count]:
+        chosen = contest.candidates[name]
+        sidecar = sidecar_of_search(job, chosen.setting, chosen.plan, {})
+        paths[name] = str(save_calibrated(home, name, job.model, chosen.plan, sidecar).absolute())
+    return paths
+
+
+def epoch_listener(training: QatContest, screen: Screen) -> Callable[[Epoch], None]:
+    """Says a line for every epoch of every run."""
+
+    def show(epoch: Epoch) -> None:
+        loss = "start" if epoch.loss is None else f"loss {epoch.loss:.4f}"
+        stop = ", stopped" if epoch.name in training.stopped else ""
+        screen.say(
+            f"{epoch.name} lr {training.runs[epoch.name].config.lr:g}, epoch {epoch.epoch}: {loss}, "
+            f"selection {accuracy(epoch.top1_correct, epoch.images)}{stop}"
+        )
+
+    return show
+
+
+def report_trained(job: TuneJob, folder: RunFolder, training: QatContest, starts: Mapping[str, str]) -> Trained:
+    """The best epoch of all runs, evaluated and saved."""
+    run = training.runs[training.best().name]
+    outcome = read_outcome(folder.path / "qat" / run.name)
+    known = outcome.epochs[outcome.best_epoch].selection  # the state may be an epoch ahead of the log
+    best = Epoch(run.name, outcome.best_epoch, known.images, known.top1_correct, training.best().loss)
+    start = load_calibrated(starts[run.start])
+    model = start.loaded.model.to(job.device)
+    model.load_state_dict(outcome.best_state)
+    size, ids = job.options.batch_size, job.splits.report
+    with job.watch.stage("report"), frozen_weights(model):
+        evaluation = evaluate(model, job.stream(job.val, ids, size), job.to_input)
+    recipe = {"config": run.config.to_dict(), "best_epoch": best.epoch, "run": run.name}
+    weights = {k: v for k, v in model.state_dict().items() if not k.endswith("._amax")}
+    sidecar = replace(
+        start.sidecar,
+        weights_fingerprint=weights_fingerprint(weights),
+        calibration={**start.sidecar.calibration, "qat": recipe},
+        accuracy={"qat": evaluation.summary()},
+    )
+    plan = start.plan.with_amax(scales_of(model))
+    path = save_calibrated(folder.best, checkpoint_name(job.options), model, plan, sidecar, suffix="qat")
+    summary = {
+        **evaluation.summary(),
+        **recipe,
+        "start": start.sidecar.setting.to_dict(),
+        "selection": {"images": best.images, "top1_correct": best.top1_correct, "top1": best.top1},
+        "runs": {n: {"config": r.config.to_dict(), "start": r.start} for n, r in training.runs.items()},
+        "stopped": sorted(training.stopped),
+        "failed": training.failed,
+        "epochs": {name: [asdict(epoch) for epoch in epochs] for name, epochs in training.history.items()},
+    }
+    return Trained(best, run, evaluation, path, summary)
