@@ -146,9 +146,9 @@ def ray_reader(
 class _Shared:
     """What every rank is started with."""
 
-    task: ray.ObjectRef
-    train: tuple[str, ray.ObjectRef]
-    val: tuple[str, ray.ObjectRef]
+    task: ray.ObjectRef[QatTask]
+    train: tuple[str, ray.ObjectRef[SampleIndex]]
+    val: tuple[str, ray.ObjectRef[SampleIndex]]
     on_bad_image: str
     folder: Path
     run: str

@@ -10,7 +10,8 @@ the 8 runs each time. About 17 minutes each on two CPU cores that other work sha
 
 from vitq_ray.search_space import loguniform
 
-SPACE: dict = {}  # the setting of the command line, or with --from-run the best and tied ones of that run
+# The setting of the command line, or with --from-run the best and tied ones of that run.
+SPACE: dict[str, tuple[object, ...]] = {}
 
 QAT = {
     "lr": loguniform(1e-4, 3e-3),
