@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,12 @@ from vitq_ray.base.config import InputError
 from vitq_ray.commands import train
 from vitq_ray.commands.options import TrainOptions
 from vitq_ray.commands.parser import parse
+from vitq_ray.commands.screen import SILENT
+from vitq_ray.data.samples import open_split
+from vitq_ray.data.splits import make_splits
 from vitq_ray.models.google import google_arrays
+from vitq_ray.run.folder import read_bad_images
+from vitq_ray.run.results import Stopwatch
 
 calib, evaluate, qat = load_script("calib"), load_script("evaluate"), load_script("qat")
 SCRIPT = ROOT / "scripts" / "qat.py"
@@ -265,3 +271,96 @@ def test_a_given_option_is_known_from_a_default() -> None:
     assert options.only(options.given) == {"qat_lr": 1e-4, "distill": False}
     with pytest.raises(InputError, match="unrecognized arguments: --lr"):
         parse(TrainOptions, ["--lr", "1"], "qat.py")
+
+
+def break_images(folder: Path, split: str, indices: list[int]) -> None:
+    """Replace some images of a zip by what is none."""
+    with zipfile.ZipFile(folder / f"{split}.zip") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(folder / f"{split}.zip", "w") as archive:
+        for i, (name, data) in enumerate(members.items()):
+            archive.writestr(name, b"not an image" if i in indices else data)
+
+
+def test_a_start_is_calibrated_as_calib_does_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same images and scales; broken ones are replaced and listed, too few are an error, chance is warned of."""
+    (tmp_path / "data").mkdir()
+    project = make_project(tmp_path / "data", train=40, val=30)
+    first = np.random.default_rng(42).permutation(40)[:8].tolist()
+    break_images(project.folder, "train", first[:3])
+    skip = ("--on-bad-image", "skip")
+    small = ("--num-calib-batch", 2, "--calib-batchsz", 4, "--wprec", 4, "--aprec", 4, *skip)
+    assert run(calib, *project.options, *small, "--calib-output-path", tmp_path / "calib") == 0
+    assert run(qat, *project.options, *QUICK, *skip, "--output", tmp_path / "run") == 0
+    ours = torch.load(tmp_path / "run" / "start" / "vit_calib.pth", weights_only=True)
+    theirs = torch.load(tmp_path / "calib" / "vit_calib.pth", weights_only=True)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    listed = [row["image"] for row in result(tmp_path / "calib")["bad_images"]]
+    assert set(listed) <= {row["image"] for row in result(tmp_path / "run")["bad_images"]}
+    argv = [str(a) for a in (*project.options, *QUICK, *skip, "--output", tmp_path / "prepared")]
+    train.prepare(train.complete(parse(TrainOptions, argv, "qat.py"), SILENT), Stopwatch(), SILENT)
+    assert [name for name, _ in read_bad_images(tmp_path / "prepared")] == listed, "those of calibration alone"
+    assert len(listed) >= 3
+
+    others = [i for i in range(40) if i not in first[:3]]
+    break_images(project.folder, "train", [*first[:3], *others[:30]])
+    capsys.readouterr()
+    assert run(qat, *project.options, *QUICK, *skip, "--output", tmp_path / "few") == 2
+    assert (
+        "2 batches of 4 asked for, the readable images make 1; 33 broken ones were skipped" in capsys.readouterr().err
+    )
+
+
+def test_a_start_at_chance_level_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    project = make_project(tmp_path, train=40, val=30)
+    lines = [line.split("\t") for line in (tmp_path / "train_map.txt").read_text().splitlines()]
+    (tmp_path / "train_map.txt").write_text("".join(f"{n}\t{(int(label) + 1) % 7}\n" for n, label in lines))
+    assert run(qat, *project.options, *QUICK, "--num-epochs", 1, "--output", tmp_path / "run") == 0
+    assert "not above chance level" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["best", "elsewhere"])
+def test_a_split_seed_that_contradicts_the_checkpoint_is_refused_wherever_it_lies(
+    place: str, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a search with split seed 3 leaves it; without a given seed, its halves are taken."""
+    best = tmp_path / "search" / "best"
+    options = ("--pretrained_dir", best / "vit_calib.pth", "--data-path", project.folder, "--num-epochs", "1")
+    options = (*options, "--batch-size", 8, "--no-dashboard")
+    assert run(calib, *project.options, "--num-calib-batch", 2, "--calib-output-path", best) == 0
+    sidecar = json.loads((best / "vit_calib.json").read_text())
+    sidecar["calibration"]["split_seed"] = 3
+    (best / "vit_calib.json").write_text(json.dumps(sidecar))
+    fingerprint = result(best)["data_fingerprint"]
+    val = open_split(str(project.folder), "val", 7)
+    splits = make_splits("train", open_split(str(project.folder), "train", 7), val, 3)
+    run_json = {"splits": splits.to_dict(), "data_fingerprint": fingerprint, "options": {"split_seed": 3}}
+    (tmp_path / "search" / "run.json").write_text(json.dumps(run_json))
+    if place == "elsewhere":
+        (tmp_path / "search").rename(tmp_path / "other")
+        (tmp_path / "other" / "best").rename(tmp_path / "moved")
+        options = ("--pretrained_dir", tmp_path / "moved" / "vit_calib.pth", *options[2:])
+    assert run(qat, *options, "--split-seed", 4, "--output", tmp_path / "a") == 2
+    assert "--split-seed: 4 given, but" in capsys.readouterr().err
+    for name, given in (("b", ()), ("c", ("--split-seed", 3))):
+        assert run(qat, *options, *given, "--output", tmp_path / name) == 0
+        values = json.loads((tmp_path / name / "run.json").read_text())
+        assert values["options"]["split_seed"] == 3
+        assert values["splits"]["report"] == splits.report.tolist()
+
+
+def test_decode_threads_do_nothing_where_ray_data_reads(
+    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(calib, *project.options, "--num-calib-batch", 2, "--calib-output-path", tmp_path) == 0
+    options = ("--pretrained_dir", tmp_path / "vit_calib.pth", "--data-path", project.folder, "--batch-size", 8)
+    assert run(qat, *options, "--num-workers", 2, "--decode-threads", 4, "--output", tmp_path / "o") == 2
+    assert "--decode-threads: 4 given, but several workers (--num-workers)" in capsys.readouterr().err
+
+
+def test_a_batch_size_that_is_overridden_is_said(
+    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(qat, *project.options, *QUICK, "--global-batch-size", 10, "--output", tmp_path / "o") == 0
+    assert "--batch-size 8 does nothing: --global-batch-size 10 says how many" in capsys.readouterr().err
+    assert result(tmp_path / "o")["config"]["global_batch"] == 10

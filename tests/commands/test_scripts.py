@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.conftest import Project, encode_png, load_script, tiny_vit, write_zip_split
+from vitq_ray.base import files
 from vitq_ray.models.google import google_arrays
 
 calib, evaluate = load_script("calib"), load_script("evaluate")
@@ -338,3 +339,30 @@ def test_workers_do_not_change_results(count: int, ray_cluster: None, project: P
     one, two = (np.load(folder / "logits.npz") for folder in folders)
     for key in ("logits", "labels", "sample_id"):
         np.testing.assert_array_equal(one[key], two[key])
+
+
+@pytest.mark.parametrize("name", ["vit_calib.pth", "vit.npz"])
+def test_a_checkpoint_is_read_once(
+    name: str, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_calib(project, tmp_path)
+    path = tmp_path / "out" / name if name.endswith("pth") else project.folder / name
+    read: list[str] = []
+    whole = files.read_bytes
+
+    def counted(path: str, what: str) -> bytes:
+        read.append(path)
+        return whole(path, what)
+
+    for module in ("weights", "checkpoint"):
+        monkeypatch.setattr(f"vitq_ray.models.{module}.read_bytes", counted)
+    argv = ("--pretrained_dir", path, "--data-path", project.folder, "--output", tmp_path / "again")
+    assert run(evaluate, *argv) == 0
+    assert [p for p in read if not p.endswith(".json")] == [str(path)]
+
+
+def test_results_say_what_drew_the_calibration_images(project: Project, tmp_path: Path) -> None:
+    assert run_calib(project, tmp_path, "--seed", "5")["calibration"]["drawn_by"] == "seed 5"
+    assert run_calib(project, tmp_path, "--calib-order", "map")["calibration"]["drawn_by"] == "order of the map"
+    sidecar = json.loads((tmp_path / "out" / "vit_calib.json").read_text())
+    assert sidecar["calibration"]["drawn_by"] == "order of the map"

@@ -207,7 +207,7 @@ def test_proposals() -> None:
     assert some == proposals("random", SPACE, defaults, 17, 0).next_round()
     assert some != proposals("random", SPACE, defaults, 17, 1).next_round()
     assert set(some) <= set(settings)
-    with pytest.raises(InputError, match="--num-samples: a grid tries every setting"):
+    with pytest.raises(InputError, match="number of samples: 5 given, but a grid tries every setting"):
         proposals("grid", SPACE, defaults, 5, 0)
 
 

@@ -6,9 +6,9 @@ Older formats load; a newer one is refused with a line that says which version w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import metadata
 from typing import Any
 
+from vitq_ray import __version__
 from vitq_ray.base.config import InputError
 
 FORMATS: dict[str, int] = {
@@ -25,7 +25,7 @@ FORMATS: dict[str, int] = {
 
 def stamp(kind: str) -> dict[str, Any]:
     """What a file of this kind says of itself: its format and the version that writes it."""
-    return {"format": FORMATS[kind], "vitq_ray": metadata.version("vitq_ray")}
+    return {"format": FORMATS[kind], "vitq_ray": __version__}
 
 
 def require_format(kind: str, where: str, values: Mapping[str, Any]) -> int:

@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from vitq_ray import __version__
 from vitq_ray.base.config import InputError
 from vitq_ray.base.files import write_json
 from vitq_ray.base.formats import FORMATS, require_format
@@ -100,8 +101,9 @@ def script_of(result: Mapping[str, Any]) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    names = ("vitq_ray", "torch", "timm", "numpy", "pillow")
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+    names = ("torch", "timm", "numpy", "pillow")
+    own = {"python": platform.python_version(), "vitq_ray": __version__}
+    return own | {name: metadata.version(name) for name in names}
 
 
 def bad_image_rows(bad_images: Iterable[tuple[str, str]]) -> list[dict[str, str]]:

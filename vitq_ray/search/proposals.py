@@ -86,12 +86,10 @@ class OptunaProposals:
 
 
 def proposals(algorithm: str, space: SearchSpace, defaults: Setting, num_samples: int | None, seed: int) -> Proposals:
-    """The source that `--search-alg` and `--num-samples` ask for."""
+    """The source of an algorithm of `SEARCH_ALGORITHMS`; a grid tries every setting and takes no `num_samples`."""
     if algorithm == "grid":
         if num_samples is not None:
-            raise InputError(
-                "--num-samples: a grid tries every setting; expected --search-alg random or optuna with it"
-            )
+            raise InputError(f"number of samples: {num_samples} given, but a grid tries every setting")
         return ListProposals(space.grid(defaults))
     count = num_samples or DEFAULT_SAMPLES
     if algorithm == "random":

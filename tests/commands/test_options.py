@@ -1,0 +1,217 @@
+"""Options: one declaration for command line, Python and run.json; options that do nothing are errors, one row each."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from vitq_ray.base.config import InputError
+from vitq_ray.commands import combinations
+from vitq_ray.commands.declare import Options
+from vitq_ray.commands.main import COMMANDS
+from vitq_ray.commands.options import CalibrateOptions, EvaluateOptions, TrainOptions, TuneOptions
+from vitq_ray.commands.parser import parse, parser_of
+from vitq_ray.commands.screen import SILENT
+from vitq_ray.commands.train import complete
+from vitq_ray.commands.tune_job import bundled_spaces, find_space, prepare, require_used_with
+from vitq_ray.search.space import load_space, space_of
+
+ALL = (CalibrateOptions, EvaluateOptions, TuneOptions, TrainOptions)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_both_spellings_of_every_option_are_read(kind: type[Options]) -> None:
+    for name, row in kind.declared().items():
+        if row.kind.shown is None:
+            continue
+        value = {"": "3"}.get(row.kind.shown, row.kind.shown.strip("{}").split(",")[0])
+        value = "ft1" if name == "quant_mode" else "0.5" if name in ("alpha", "dropout", "tie_margin") else value
+        value = "0.5" if name in ("crop_pct", "min_float_top1") else value
+        bare = row.spelling[2:]
+        read = [
+            getattr(parse(kind, [f"--{bare.replace(*pair)}", value], "x"), name) for pair in (("_", "-"), ("-", "_"))
+        ]
+        assert read[0] == read[1] == row.kind.read(value)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_defaults_are_the_same_from_everywhere(kind: type[Options]) -> None:
+    typed, called = parse(kind, [], "x"), kind.of({})
+    assert typed.to_dict() == called.to_dict() == {name: row.default for name, row in kind.declared().items()}
+    assert not typed.given
+    again = kind.of(typed.to_dict())
+    assert again.to_dict() == typed.to_dict(), "what run.json holds can be read back"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        typed.use_gpu = True  # type: ignore[attr-defined]
+
+
+def test_help_says_text_and_default_of_every_option() -> None:
+    text = " ".join(parser_of(TuneOptions, "python scripts/tune_calib.py").format_help().split())
+    for row in TuneOptions.declared().values():
+        assert row.spelling in text
+        assert row.help in text
+    assert "python scripts/tune_calib.py --resume runs/vit" in text
+    assert "(default: 0.05)" in text
+    assert "None" not in text
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"percentile": 101}, "percentile: expected a number from 0 to 100, got 101"),
+        ({"calibrator": "median"}, "calibrator: invalid choice: 'median' is not one of max, percentile, mse, entropy"),
+        ({"num_calib_batch": 1.5}, "num_calib_batch: expected an integer >= 1, got 1.5"),
+        ({"num_calib_batch": True}, "num_calib_batch: expected an integer >= 1, got True"),
+        ({"use_gpu": "yes"}, "use_gpu: expected True or False, got 'yes'"),
+        ({"data_path": 3}, "data_path: expected text, got 3"),
+        ({"percentil": 3}, "percentil: not an option; the options are pretrained_dir, "),
+    ],
+)
+def test_python_is_checked_as_the_command_line_is(values: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        CalibrateOptions.of(values)
+    assert str(caught.value).startswith(message)
+
+
+def test_values_of_python() -> None:
+    options = CalibrateOptions.of({"data_path": Path("/data"), "quant_mode": "1", "percentile": None, "wprec": 4})
+    assert (options.data_path, options.quant_mode, options.wprec) == ("/data", "ft1", 4)
+    assert options.given == {"data_path", "quant_mode", "wprec"}
+    assert options.name_of("data_path") == "data_path"
+    assert parse(CalibrateOptions, [], "x").name_of("calib_batchsz") == "--calib-batchsz"
+
+
+@pytest.mark.parametrize("line", ["--calib-batch 3", "--lr 1", "extra"])
+def test_no_abbreviations_and_nothing_unknown(line: str) -> None:
+    with pytest.raises(InputError, match="unrecognized arguments"):
+        parse(TrainOptions, line.split(), "x")
+
+
+IDLE = {
+    "calib --percentile 99 --calibrator max": "--percentile: 99.0 given, but the calibrator (--calibrator) does not",
+    "calib --threads-per-worker 2": "--threads-per-worker: 2 given, but without --num-workers everything runs in this",
+    "calib --ray-address auto": "--ray-address: auto given, but without --num-workers everything runs in this process",
+    "evaluate --threads-per-worker 2": "--threads-per-worker: 2 given, but without --num-workers",
+    "evaluate --ray-address auto": "--ray-address: auto given, but without --num-workers",
+    "tune --num-samples 5": "--num-samples: 5 given, but a grid tries every setting; expected --search-alg random or",
+    "tune --from-run d --num-samples 5": "--num-samples: 5 given, but the settings are those of the search that --from",
+    "tune --from-run d --search-alg random": "--search-alg: random given, but the settings are those of the search",
+    "tune --from-run d --quant-mode ft1": "--quant-mode: ft1 given, but the settings are those of the search",
+    "tune --from-run d --calibrator mse": "--calibrator: mse given, but the settings are those of the search",
+    "tune --from-run d --percentile 99": "--percentile: 99.0 given, but the settings are those of the search",
+    "tune --from-run d --num-calib-batch 3": "--num-calib-batch: 3 given, but the settings are those of the search",
+    "tune --from-run d --wprec 4": "--wprec: 4 given, but the settings are those of the search",
+    "tune --from-run d --aprec 4": "--aprec: 4 given, but the settings are those of the search",
+    "tune --ray-address auto --object-store-memory 2": "--object-store-memory: 2.0 given, but the object store of a",
+    "tune --ray-address auto --dashboard": "--dashboard: True given, but a cluster that is joined (--ray-address) has",
+    "tune --resume d --output e": "--output: e given, but a run that goes on (--resume) stays in its folder",
+    "qat --percentile 99 --calibrator max": "--percentile: 99.0 given, but the calibrator (--calibrator) does not take",
+    "qat --no-distill --temperature 2": "--temperature: 2.0 given, but there is no teacher without --distill",
+    "qat --no-distill --distill-scale 2": "--distill-scale: 2.0 given, but there is no teacher without --distill",
+    "qat --no-distill --teacher x.npz": "--teacher: x.npz given, but nothing is learned from it without --distill",
+    "qat --max-failures 1": "--max-failures: 1 given, but one worker (--num-workers 1) trains in this process",
+    "qat --ray-address auto --dashboard": "--dashboard: True given, but a cluster that is joined (--ray-address)",
+    "qat --resume d --output e": "--output: e given, but a run that goes on (--resume) stays in its folder",
+}
+KINDS = dict(zip(COMMANDS, ALL, strict=True))
+TABLES = {
+    "calib": combinations.CALIBRATE,
+    "evaluate": combinations.EVALUATE,
+    "tune": combinations.TUNE,
+    "qat": combinations.TRAIN,
+}
+
+
+@pytest.mark.parametrize("line", IDLE)
+def test_an_option_that_does_nothing_is_an_error(line: str) -> None:
+    command, *argv = line.split()
+    with pytest.raises(InputError) as caught:
+        combinations.require_used(parse(KINDS[command], argv, "x"), TABLES[command])
+    assert str(caught.value).startswith(IDLE[line])
+
+
+def test_every_row_of_the_tables_has_a_test() -> None:
+    rows = {(command, row.option) for command, table in TABLES.items() for row in table}
+    spelled = {(line.split()[0], message.split(":")[0][2:].replace("-", "_")) for line, message in IDLE.items()}
+    assert rows == spelled
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "calib --percentile 99 --calibrator percentile",
+        "calib --num-workers 2 --threads-per-worker 2 --ray-address auto",
+        "tune --wprec 4 --aprec 4",
+        "tune --search-alg optuna --num-samples 5 --seed 3 --split-seed 3",
+        "tune --ray-address auto --no-dashboard",
+        "qat --distill --temperature 2 --distill-scale 3 --teacher x.npz --num-workers 2 --max-failures 1",
+        "qat --seed 3",
+    ],
+)
+def test_options_that_do_something_are_none(line: str) -> None:
+    command, *argv = line.split()
+    combinations.require_used(parse(KINDS[command], argv, "x"), TABLES[command])
+
+
+@pytest.mark.parametrize(
+    ("argv", "column"),
+    [
+        ("--quant-mode ft1", "mode"),
+        ("--calibrator mse", "calibrator"),
+        ("--percentile 99", "percentile"),
+        ("--num-calib-batch 3", "num_batches"),
+        ("--wprec 4", "weight_bits"),
+        ("--aprec 4", "act_bits"),
+    ],
+)
+def test_what_a_space_lists_is_not_an_option(argv: str, column: str) -> None:
+    values = {"mode": ("ft1",), "calibrator": ("mse", "percentile"), "percentile": (99.0,), "num_batches": (1,)}
+    values |= {"weight_bits": (8,), "act_bits": (8,)}
+    options = parse(TuneOptions, argv.split(), "x")
+    with pytest.raises(InputError, match=rf"given, but the space s \(--search-space\) lists {column}"):
+        require_used_with(options, space_of({column: values[column]}, "s.py"))
+    if column not in ("percentile", "calibrator"):
+        require_used_with(options, space_of({name: v for name, v in values.items() if name != column}, "s.py"))
+
+
+def test_what_a_space_does_not_use_is_not_an_option() -> None:
+    space = space_of({"calibrator": ("max", "mse")}, "s.py")
+    with pytest.raises(InputError, match=r"--percentile: 99\.0 given, but no calibrator of the space s takes it"):
+        require_used_with(parse(TuneOptions, ["--percentile", "99"], "x"), space)
+    with pytest.raises(InputError, match=r"--target-drop: 1.0 given, but the space s \(--search-space\) has no QAT"):
+        require_used_with(parse(TuneOptions, ["--target-drop", "1"], "x"), space)
+    with pytest.raises(InputError, match=r"--search-space: s given, but --from-run names the settings"):
+        require_used_with(parse(TuneOptions, ["--from-run", "d", "--search-space", "s"], "x"), space)
+    require_used_with(parse(TuneOptions, ["--percentile", "99"], "x"), space_of({"mode": ("ft1",)}, "s.py"))
+    qat = load_space(find_space("qat"))
+    require_used_with(parse(TuneOptions, ["--from-run", "d", "--search-space", "qat", "--target-drop", "1"], "x"), qat)
+
+
+def test_the_default_space_takes_bits_from_the_command_line() -> None:
+    """`make tune`."""
+    job = prepare(parse(TuneOptions, ["--wprec", "4", "--aprec", "4"], "x"), SILENT)
+    assert {(s.weight_bits, s.act_bits) for s in job.proposals().next_round()} == {(4, 4)}
+
+
+def test_distillation_is_on_with_the_sample_and_with_a_teacher() -> None:
+    given = "--pretrained_dir a_calib.pth --data-path d"
+    assert complete(parse(TrainOptions, [], "x"), SILENT).distill
+    assert complete(parse(TrainOptions, [*given.split(), "--teacher", "x.npz"], "x"), SILENT).distill
+    assert not complete(parse(TrainOptions, given.split(), "x"), SILENT).distill
+    with pytest.raises(InputError, match=r"--temperature: 2\.0 given, but there is no teacher without --distill"):
+        complete(parse(TrainOptions, [*given.split(), "--temperature", "2"], "x"), SILENT)
+
+
+@pytest.mark.parametrize("name", ["qat", "qat.py", "quick"])
+def test_bundled_spaces_are_found_by_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Path(find_space(name)) == bundled_spaces()[name.removesuffix(".py")]
+    (tmp_path / name).write_text("SPACE = {}")
+    assert find_space(name) == name, "a file that is there comes first"
+
+
+def test_an_unknown_space_lists_the_bundled_ones() -> None:
+    with pytest.raises(InputError, match=r"wider\.py: no such file; .*or one of calib, calib_qat, qat, quick, wide"):
+        find_space("wider.py")
