@@ -121,7 +121,8 @@ def test_console_command(project: Project, tmp_path: Path, capsys: pytest.Captur
     assert main(["evaluate", *project.options, "--output", str(tmp_path / "out")]) == 0
     assert "float: top-1 100.00 %" in capsys.readouterr().out
     assert main([]) == 0
-    assert all(f"\n  {name} " in capsys.readouterr().out or name for name in COMMANDS)
+    usage = capsys.readouterr().out
+    assert all(f"\n  {name} " in usage for name in COMMANDS)
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"vitq_ray {vitq_ray.__version__}\n"
     assert main(["calibrate"]) == 2

@@ -204,10 +204,11 @@ def test_distillation_is_on_with_the_sample_and_with_a_teacher() -> None:
         complete(parse(TrainOptions, [*given.split(), "--temperature", "2"], "x"), SILENT)
 
 
-@pytest.mark.parametrize("name", ["qat", "qat.py", "quick"])
+@pytest.mark.parametrize("name", ["qat", "qat.py", "quick", "search_spaces/qat.py"])
 def test_bundled_spaces_are_found_by_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert Path(find_space(name)) == bundled_spaces()[name.removesuffix(".py")]
+    assert Path(find_space(name)) == bundled_spaces()[Path(name).stem]
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("SPACE = {}")
     assert find_space(name) == name, "a file that is there comes first"
 

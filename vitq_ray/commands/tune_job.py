@@ -157,11 +157,14 @@ def bundled_spaces() -> dict[str, Path]:
 
 
 def find_space(text: str) -> str:
-    """The path of a search space, given as a path or as the name of a bundled one, with or without `.py`."""
+    """The path of a search space, given as a path or as the name of a bundled one.
+
+    A name may have `.py` behind it and `search_spaces/` before it, as in a checkout.
+    """
     if Path(text).is_file():
         return text
     bundled = bundled_spaces()
-    name = text.removesuffix(".py")
+    name = text.removeprefix("search_spaces/").removesuffix(".py")
     if name in bundled:
         return str(bundled[name])
     known = ", ".join(bundled)
@@ -170,16 +173,17 @@ def find_space(text: str) -> str:
 
 def require_used_with(options: TuneOptions, space: SearchSpace) -> None:
     """Options that do nothing with this space, given nevertheless, are an error."""
+    what = "the space " + space.name.replace("{", "{{").replace("}", "}}")
     for name, key in combinations.SETTING_FIELDS.items():
         if name in options.given and key in space.choices:
-            raise combinations.idle_error(options, name, f"the space {space.name} ({{search_space}}) lists {key}")
+            raise combinations.idle_error(options, name, f"{what} ({{search_space}}) lists {key}")
     calibrators = {str(calibrator).split()[0] for calibrator in space.values(options.setting)["calibrator"]}
     taken = {parameter.name for name in calibrators for parameter in CALIBRATORS[name].parameters}
     for name in parameters():
         if name in options.given and name not in taken:
-            raise combinations.idle_error(options, name, f"no calibrator of the space {space.name} takes it")
+            raise combinations.idle_error(options, name, f"no calibrator of {what} takes it")
     if "target_drop" in options.given and space.qat is None:
-        raise combinations.idle_error(options, "target_drop", f"the space {space.name} ({{search_space}}) has no QAT")
+        raise combinations.idle_error(options, "target_drop", f"{what} ({{search_space}}) has no QAT")
     if "search_space" in options.given and options.from_run is not None and space.qat is None:
         raise combinations.idle_error(
             options, "search_space", "{from_run} names the settings, and this space has no QAT"
