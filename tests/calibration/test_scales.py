@@ -21,7 +21,7 @@ from vitq_ray.calibration.setting import Setting
 from vitq_ray.calibration.statistics import CalibrationStatistics, collect_statistics
 from vitq_ray.quant.plan import Plan, SitePlan, SiteRule
 from vitq_ray.quant.quantizer import State
-from vitq_ray.quant.sites import MODES
+from vitq_ray.quant.sites import MODES, Mode
 from vitq_ray.quant.vit import apply_plan, float_copy, quantizers_off, site_weights, sites_of
 
 LAYER = "transformer.encoder.layer."
@@ -245,6 +245,16 @@ def test_a_calibrator_is_a_function_and_a_row(
     assert float(ruled.amax[statistics.keys[0]]) == pytest.approx(0.25 * float(whole.amax[statistics.keys[0]]))
     with pytest.raises(InputError, match=r"'part 2' is not one of .*part S \(0 to 1\)"):
         make_setting("ft1", "part 2")
+
+
+def test_a_mode_is_a_row(monkeypatch: pytest.MonkeyPatch, scales: Scales, quant_vit: VisionTransformer) -> None:
+    left_out = frozenset({"matmul", "softmax_input", "aftergemm", "layernorm_input", "residual", "local"})
+    monkeypatch.setitem(MODES, "linears", Mode("linears", 0, False, left_out))
+    plan = scales.plan(make_setting("linears", "max", 1))
+    apply_plan(quant_vit, plan)
+    on = {key for key, _, quantizer in sites_of(quant_vit) if quantizer.state is State.QUANTIZE}
+    assert on == {key for key in plan.sites if key.endswith(("._input_quantizer", "._weight_quantizer"))}
+    assert plan.amax[f"{LAYER}0.ffn.fc1._weight_quantizer"].shape == (128, 1)
 
 
 def test_only_what_is_needed_is_collected(quant_vit: VisionTransformer, images: Tensor) -> None:
