@@ -163,7 +163,7 @@ def test_resuming_with_other_options_is_refused(
     assert run(qat, "--resume", tmp_path / "nothing") == 2
     assert "has no run.json" in capsys.readouterr().err
     assert run(qat, *project.options, *QUICK, "--output", folder) == 2
-    assert "already holds a run; go on with --resume" in capsys.readouterr().err
+    assert "already holds a run; resume it" in capsys.readouterr().err
 
 
 def test_resuming_on_other_data_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,7 +48,7 @@ def test_events_are_appended_line_by_line(tmp_path: Path) -> None:
 
 def test_a_folder_holds_one_run(tmp_path: Path) -> None:
     RunFolder.create(tmp_path, SEARCH).write_run({"options": {}})
-    with pytest.raises(InputError, match=r"already holds a run; go on with --resume .* or choose another --output"):
+    with pytest.raises(InputError, match="already holds a run; resume it, or choose another folder for the output"):
         RunFolder.create(tmp_path, SEARCH)
     assert RunFolder.resume(tmp_path, SEARCH).read_run()["options"] == {}
 

@@ -7,7 +7,8 @@ import pytest
 
 from tests.conftest import ROOT, make_setting
 from vitq_ray.base.config import InputError
-from vitq_ray.calibration.setting import Setting
+from vitq_ray.calibration.scales import kinds_of
+from vitq_ray.calibration.setting import Setting, require_sites
 from vitq_ray.search.proposals import proposals
 from vitq_ray.search.space import load_space, percentiles
 
@@ -92,11 +93,21 @@ def test_columns_that_are_left_out_are_those_of_the_command_line(tmp_path: Path)
 
 def test_patterns_are_checked_against_the_model(tmp_path: Path) -> None:
     space = load_space(write(tmp_path, 'SPACE = {"5.*": [None, "off"], "rules": [["7.ffn.* -> 4 bits"]]}'))
-    space.require_sites(depth=8)
+    require_sites(space.rules, depth=8)
     with pytest.raises(InputError, match=r"rule '5\.\* -> off': its pattern matches no site of the 4 blocks"):
-        space.require_sites(depth=4)
+        require_sites(space.rules, depth=4)
     with pytest.raises(InputError, match=r"rule '7\.ffn\.\* -> 4 bits': its pattern matches no site"):
-        space.require_sites(depth=6)
+        require_sites(space.rules, depth=6)
+
+
+def test_calibrators_that_a_setting_may_have(tmp_path: Path) -> None:
+    text = 'SPACE = {"calibrator": ["max", "percentile 99"], "0.*": [None, "mse"], "rules": [["1.* -> entropy"]]}'
+    found = load_space(write(tmp_path, text)).calibrations(make_setting())
+    assert sorted(map(str, found)) == ["entropy", "max", "mse", "percentile 99"]
+    assert kinds_of(found) == ("histogram",)
+    assert kinds_of(load_space(write(tmp_path, 'SPACE = {"calibrator": ["max"]}')).calibrations(make_setting())) == (
+        "range",
+    )
 
 
 @pytest.mark.parametrize("algorithm", ["random", "optuna"])

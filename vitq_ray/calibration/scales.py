@@ -39,10 +39,12 @@ class _Wanted:
 
 def kinds_needed(settings: Iterable[Setting]) -> tuple[str, ...]:
     """What statistics must keep for these settings: keys of `statistics.STATISTICS`."""
-    kinds = set()
-    for setting in settings:
-        calibrations = (setting.calibrator, *(rule.calibrator for rule in setting.rules))
-        kinds |= {calibration.row.statistic for calibration in calibrations if calibration is not None}
+    return kinds_of(calibration for setting in settings for calibration in setting.calibrations)
+
+
+def kinds_of(calibrations: Iterable[Calibration], *others: str) -> tuple[str, ...]:
+    """What statistics must keep for these calibrators, and for who else needs some."""
+    kinds = {calibration.row.statistic for calibration in calibrations} | set(others)
     return tuple(sorted(kinds - ({RANGE} if HISTOGRAM in kinds else set())))  # a histogram knows its range
 
 

@@ -194,6 +194,11 @@ class Setting(Config):
         return {**values, "calibrator": str(self.calibrator), "weights": str(self.weights), **texts}
 
     @property
+    def calibrations(self) -> tuple[Calibration, ...]:
+        """Every calibrator of activations that it names."""
+        return (self.calibrator, *(rule.calibrator for rule in self.rules if rule.calibrator is not None))
+
+    @property
     def label(self) -> str:
         """Short name for tables, e.g. `ft2 percentile 99.99 n=10 w8a8`."""
         own = [] if self.weights == _MAX else [f"weights={self.weights}"]

@@ -7,7 +7,6 @@ float model ──► teacher, with distillation                    ──► fl
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +18,6 @@ import torch
 from torch import nn
 
 from vitq_ray.base.config import InputError
-from vitq_ray.base.files import exists
 from vitq_ray.cluster.qat_group import QatMetrics, Workers, plan_workers, ray_nodes, run_on_workers, worker_bytes
 from vitq_ray.cluster.start import cluster
 from vitq_ray.commands import combinations
@@ -51,7 +49,7 @@ from vitq_ray.qat.task import Judgement, QatTask, Recorder, is_judged, read_judg
 from vitq_ray.qat.teacher import TEACHER_LOGITS
 from vitq_ray.quant.vit import float_copy, scales_of
 from vitq_ray.run.folder import RunFolder, default_folder, read_bad_images, record_bad_images
-from vitq_ray.run.results import TRAINING, Stopwatch, result_of, versions
+from vitq_ray.run.results import SEARCH, TRAINING, Stopwatch, result_of, versions
 
 # What may differ between a run and its continuation: it does not change what is computed.
 FREE_OPTIONS = frozenset(
@@ -293,14 +291,14 @@ def _split_seed_of(sidecar: Sidecar, val: SampleIndex) -> int | None:
 
 def search_splits(checkpoint: str, fingerprint: str) -> Halves | None:
     """The splits of the search whose `best/` this checkpoint lies in, if it was on this val."""
-    run = f"{checkpoint.rpartition('/')[0].rpartition('/')[0]}/run.json"
-    if "/best/" not in f"/{checkpoint}" or "://" in checkpoint or not exists(run):
+    if "://" in checkpoint or (best := Path(checkpoint).absolute().parent).name != "best":
         return None
-    description = json.loads(Path(run).read_text())
-    splits = description.get("splits")
-    if splits is None or description.get("data_fingerprint") != fingerprint:
+    if not (best.parent / "run.json").is_file():
         return None
-    return Halves(Splits.from_dict(splits), description["options"]["split_seed"], "search")
+    description = RunFolder(best.parent).read_run()
+    if description["script"] != SEARCH or description["data_fingerprint"] != fingerprint:
+        return None
+    return Halves(Splits.from_dict(description["splits"]), description["options"]["split_seed"], "search")
 
 
 def load_teacher(options: TrainOptions, start: CalibratedModel) -> nn.Module | None:

@@ -177,7 +177,8 @@ def calibrate(job: TuneJob, folder: RunFolder, metrics: Metrics, screen: Screen)
             job.to_input,
             collector(workers, job.model, job.transform),
             lambda: metrics.add("vitq_calibration_batches", 1),
-            bad_images=job.bad_images,
+            job.kinds,
+            job.bad_images,
         ).statistics
     record_bad_images(folder.path, list(job.bad_images))  # a resumed search does not read these images again
     folder.write_statistics(statistics.to_bytes())

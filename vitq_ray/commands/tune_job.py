@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
 from vitq_ray.calibration.calibrators import CALIBRATORS
-from vitq_ray.calibration.setting import Setting, read_setting
+from vitq_ray.calibration.scales import NOISE_NEEDS, kinds_of
+from vitq_ray.calibration.setting import Setting, read_setting, require_sites
 from vitq_ray.cluster.stream import stream_batches
 from vitq_ray.cluster.trials import Resources, nodes_for
 from vitq_ray.commands import combinations
@@ -88,6 +89,13 @@ class TuneJob:
         return sorted(set(batch_counts(self.space, self.defaults, self.fixed)))
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """What statistics must keep: for the calibrators that a setting may have, and for the forecast of noise."""
+        space = self.space.calibrations(self.defaults)
+        fixed = [c for setting in self.fixed for c in setting.calibrations] if self.fixed is not None else None
+        return kinds_of(space if fixed is None else fixed, NOISE_NEEDS)
+
+    @property
     def selection_bytes(self) -> int:
         """Memory of the decoded selection images."""
         return len(self.splits.selection) * self.loaded.geometry.img_size**2 * 3
@@ -106,6 +114,7 @@ def prepare(options: TuneOptions, screen: Screen) -> TuneJob:
     device = device_of(options)
     checkpoint, data = paths_of(options)
     loaded = load_model(options.model_type, checkpoint, options.img_size)
+    require_sites([*space.rules, *defaults.rules], loaded.geometry.depth)
     classes = loaded.geometry.num_classes
     val = open_split(data, "val", classes)
     split = default_calib_split(data)
@@ -195,15 +204,17 @@ def require_used_with(options: TuneOptions, space: SearchSpace) -> None:
 
 def settings_of_run(path: Path, options: TuneOptions) -> tuple[Setting, ...]:
     """The best setting of a finished search and those tied with it."""
+    what = options.name_of("from_run")
+    if not RunFolder(path).finished:
+        raise InputError(f"{what}: {path} is not the folder of a finished search (no result.json of one)")
+    result, run = read_result(path), RunFolder(path).read_run()
     try:
-        result = read_result(path)
-        size = RunFolder(path).read_run()["options"]["calib_batchsz"]
+        size = run["options"]["calib_batchsz"]
         candidates = result["candidates"].values()
         chosen = [c for outcome in ("best", "tied") for c in candidates if c["outcome"] == outcome]
         return tuple(read_setting(c["setting"], result["format"], size) for c in chosen if c["same_as"] is None)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        what = options.name_of("from_run")
         raise InputError(f"{what}: {path} is not the folder of a finished search ({reason})") from None
 
 

@@ -60,8 +60,8 @@ class RunFolder:
     def create(path: Path, script: str) -> RunFolder:
         """A new run; InputError where the folder already holds one, or cannot be written to."""
         if (path / "run.json").exists():
-            raise InputError(f"{path}: already holds a run; go on with --resume {path}, or choose another --output")
-        output_folder(str(path), "--output")
+            raise InputError(f"{path}: already holds a run; resume it, or choose another folder for the output")
+        output_folder(str(path), "folder of the run")
         return RunFolder(path, script)
 
     @staticmethod
@@ -72,11 +72,11 @@ class RunFolder:
             InputError: where there is none, or one of another script or of a newer version.
         """
         if not (path / "run.json").is_file():
-            raise InputError(f"--resume: {path} has no run.json; expected the folder of a run of {script}")
+            raise InputError(f"{path}: has no run.json; expected the folder of a run of {script}")
         folder = RunFolder(path, script)
         found = folder.read_run()["script"]
         if found != script:
-            raise InputError(f"--resume: {path} holds a run of {found}, expected one of {script}")
+            raise InputError(f"{path}: holds a run of {found}, expected one of {script}")
         folder._cut_half_line()
         return folder
 
@@ -122,7 +122,7 @@ class RunFolder:
         then = {"options": options, **_compared(stored)}
         if (difference := first_difference(then, {"options": new, **_compared(now)})) is not None:
             kind = _KINDS.get(self.script, "run")
-            raise InputError(f"--resume {self.path}: this is another {kind}: {difference}")
+            raise InputError(f"{self.path}: this is another {kind}: {difference}")
         return first_difference(stored.get("versions", {}), now.get("versions", versions()))
 
     def write_statistics(self, data: bytes) -> None:

@@ -86,10 +86,12 @@ class OptunaProposals:
 
 
 def proposals(algorithm: str, space: SearchSpace, defaults: Setting, num_samples: int | None, seed: int) -> Proposals:
-    """The source of an algorithm of `SEARCH_ALGORITHMS`; a grid tries every setting and takes no `num_samples`."""
+    """The source for one of `SEARCH_ALGORITHMS`. `num_samples` is for those that draw; InputError for a grid."""
     if algorithm == "grid":
         if num_samples is not None:
-            raise InputError(f"number of samples: {num_samples} given, but a grid tries every setting")
+            raise InputError(
+                f"number of samples: {num_samples} given, but a grid tries every setting; expected random or optuna"
+            )
         return ListProposals(space.grid(defaults))
     count = num_samples or DEFAULT_SAMPLES
     if algorithm == "random":

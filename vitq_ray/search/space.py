@@ -172,10 +172,17 @@ class SearchSpace:
                 break
         return list(found)
 
-    def require_sites(self, depth: int) -> None:
-        """InputError naming a pattern of this space that matches no site of a model of `depth` blocks."""
-        require_sites([rule for name, values in self.choices.items() for rule in _rules_of_column(name, values)], depth)
-        require_sites([Rule.parse(rule) for rules in self.choices.get("rules", ()) for rule in rules], depth)
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """Every rule that a setting of this space may have."""
+        columns = [rule for name, values in self.choices.items() for rule in _rules_of_column(name, values)]
+        return (*columns, *(Rule.parse(rule) for rules in self.choices.get("rules", ()) for rule in rules))
+
+    def calibrations(self, defaults: Setting) -> tuple[Calibration, ...]:
+        """Every calibrator of activations that a setting may have, with whatever numbers."""
+        named = (_calibration({**_columns_of(defaults), "calibrator": c}) for c in self.values(defaults)["calibrator"])
+        rules = (rule.calibrator for rule in (*self.rules, *defaults.rules) if rule.calibrator is not None)
+        return (*named, *rules)
 
 
 def _is_pattern(column: str) -> bool:
