@@ -46,7 +46,8 @@ class Config:
     """Base of the frozen dataclasses: `to_dict`, and a `from_dict` that refuses unknown and missing keys."""
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)  # type: ignore[call-overload]
+        values: dict[str, Any] = dataclasses.asdict(self)  # type: ignore[call-overload]
+        return values
 
     @classmethod
     def from_dict(cls: type[T], values: Mapping[str, Any], complete: bool = False) -> T:

@@ -20,7 +20,8 @@ def resolve(path: str) -> tuple[fs.FileSystem, str]:
     if "://" not in path:
         return fs.LocalFileSystem(), str(Path(path).expanduser().absolute())
     try:
-        return fs.FileSystem.from_uri(path)
+        found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(path)
+        return found
     except (ValueError, OSError) as error:
         raise InputError(f"{path}: not a readable URI: {one_line(error)}") from None
 
@@ -35,7 +36,8 @@ def read_bytes(path: str, what: str) -> bytes:
         if info.type == fs.FileType.Directory:
             raise InputError(f"{path}: is a folder; expected {what}")
         with filesystem.open_input_stream(inner) as stream:
-            return stream.read()
+            data: bytes = stream.read()
+            return data
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {one_line(error)}") from None
 

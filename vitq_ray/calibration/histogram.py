@@ -142,7 +142,7 @@ class Histogram:
 
 def _add(a: Counts, b: Counts) -> Counts:
     longer, shorter = sorted((a, b), key=len, reverse=True)
-    counts = longer.copy()
+    counts: Counts = longer.copy()
     counts[: len(shorter)] += shorter
     return counts
 

@@ -250,7 +250,8 @@ hurried_ray_data = _Hurry()
 
 
 def _dataset(source: SampleDatasource, num_tasks: int, num_cpus: float, max_tasks: int | None) -> Dataset:
-    dataset = ray.data.read_datasource(source, override_num_blocks=num_tasks, num_cpus=num_cpus, concurrency=max_tasks)
+    limits = {"num_cpus": num_cpus, "concurrency": max_tasks}
+    dataset: Dataset = ray.data.read_datasource(source, override_num_blocks=num_tasks, **limits)
     context = dataset.context  # this data set's own copy
     cpus, _ = _cpus_and_store()
     ahead = cpus * max(_LEAST_AHEAD, _TASKS_AHEAD * -(-source.estimate_inmemory_data_size() // num_tasks))

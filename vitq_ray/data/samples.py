@@ -123,7 +123,8 @@ class SampleIndex:
     def _read_file(self, i: int) -> bytes:
         filesystem, root = self._place
         with filesystem.open_input_file(f"{root}/{self.name(i)}") as file:
-            return file.read()
+            data: bytes = file.read()
+            return data
 
     def _read_member(self, i: int, member: Any) -> bytes:
         raw = self._raw_member(i, member)
@@ -159,7 +160,8 @@ class SampleIndex:
                 if not self._file:
                     filesystem, path = self._place
                     self._file.append(filesystem.open_input_file(path))
-        return self._file[0].read_at(length, offset)
+        data: bytes = self._file[0].read_at(length, offset)
+        return data
 
 
 def has_split(data_path: str, split: str) -> bool:

@@ -136,7 +136,8 @@ def load_rgb(data: bytes) -> Image.Image:
         _check_pixels(*image.size)
         image.load()
         if image.mode in ("I", "I;16", "I;16B", "I;16L"):
-            return Image.fromarray((np.asarray(image, np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+            grey: Image.Image = Image.fromarray((np.asarray(image, np.int64) >> 8).clip(0, 255).astype(np.uint8))
+            return grey.convert("RGB")
         return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -203,7 +204,8 @@ def _timm_train_transform(evaluation: EvalTransform, kind: str) -> Callable[[Ima
     for operation in (op for step in transform.transforms for op in getattr(step, "ops", ())):
         if operation.name.startswith("Posterize"):
             operation.aug_fn = _posterize
-    return transform
+    augment: Callable[[Image.Image], Tensor] = transform
+    return augment
 
 
 # Augmentations draw from the random generators of the process: one image at a time may own them.

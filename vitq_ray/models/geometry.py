@@ -257,7 +257,8 @@ def build_model(geometry: Geometry) -> VisionTransformer:
         )
     if g.pre_logits is not None:
         _add_pre_logits(model, g.pre_logits, g.num_classes)
-    return model.eval()
+    ready: VisionTransformer = model.eval()
+    return ready
 
 
 def _create_timm(name: str, **options: Any) -> Any:

@@ -159,7 +159,7 @@ def _resize_as_timm(checkpoint: Checkpoint, geometry: Geometry, model: VisionTra
     prefix = 0 if model.no_embed_class else geometry.num_prefix_tokens
     side = grid_side(checkpoint, positions.shape[1] - prefix)
     flexible = "flexi" in (geometry.timm_name or "")
-    return resample_abs_pos_embed(
+    resized: Tensor = resample_abs_pos_embed(
         positions,
         new_size=[geometry.grid, geometry.grid],
         old_size=[side, side],
@@ -167,6 +167,7 @@ def _resize_as_timm(checkpoint: Checkpoint, geometry: Geometry, model: VisionTra
         interpolation="bilinear" if flexible else "bicubic",
         antialias=not flexible,
     )
+    return resized
 
 
 def _preprocessing(model: VisionTransformer, geometry: Geometry) -> tuple[Channels, Channels, str]:

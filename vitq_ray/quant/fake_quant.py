@@ -68,7 +68,8 @@ def fake_quantize(
         levels: smallest and largest integer less the zero point, where the grid is not the symmetric one of `bits`:
             (0, 255) for unsigned 8 bits. The step is amax / largest level.
     """
-    return _FakeQuantize.apply(x, amax, levels or integer_range(bits), axis, learned_over)
+    quantized: Tensor = _FakeQuantize.apply(x, amax, levels or integer_range(bits), axis, learned_over)
+    return quantized
 
 
 class _FakeQuantize(torch.autograd.Function):

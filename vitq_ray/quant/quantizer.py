@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,10 @@ class TensorQuantizer(nn.Module):
     @property
     def axis(self) -> int | None:
         return self.rule.axis
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Tensor: ...  # a module's own returns Any
 
     def forward(self, x: Tensor) -> Tensor:
         if self.state is State.OFF:

@@ -75,10 +75,12 @@ class QuantAttention(nn.Module):
         q, k, v = (self._split_heads(g.linear(x, w, b)) for g, w, b in zip(gemms, weights, biases, strict=True))
         y = self._attend(self.q_norm(q), self.k_norm(k), v)
         y = self.out._input_quantizer(y.transpose(1, 2).flatten(2))
-        return self.proj_drop(self.out.linear(y, self.proj.weight, self.proj.bias))
+        dropped: Tensor = self.proj_drop(self.out.linear(y, self.proj.weight, self.proj.bias))
+        return dropped
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # (B, H, N, D)
+        heads: Tensor = x.unflatten(-1, (self.num_heads, self.head_dim))
+        return heads.transpose(1, 2)  # (B, H, N, D)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q·kᵀ/√d)·v with its five sites; (B, H, N, D) each."""
@@ -88,7 +90,7 @@ class QuantAttention(nn.Module):
         k = self.matmul_k_input_quantizer(k)
         v = self.matmul_v_input_quantizer(v)
         scores = self.softmax_input_quantizer(q @ k.transpose(-2, -1)) * self.scale  # (B, H, N, N)
-        probabilities = self.attn_drop(scores.softmax(dim=-1))
+        probabilities: Tensor = self.attn_drop(scores.softmax(dim=-1))
         return self.matmul_a_input_quantizer(probabilities) @ v
 
     def _attention_is_float(self) -> bool:
@@ -147,14 +149,16 @@ class QuantBlock(nn.Module):
         x = self.add1_residual_input_quantizer(x) + local
         local = self.ls2(self._feed_forward(self.norm2(self.layernorm_input2_quantizer(x))))
         local = self.drop_path2(self.add2_local_input_quantizer(local))
-        return self.add2_residual_input_quantizer(x) + local
+        total: Tensor = self.add2_residual_input_quantizer(x) + local
+        return total
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         mlp, fc1, fc2 = self.mlp, self.ffn.fc1, self.ffn.fc2
         x = fc1.linear(fc1._input_quantizer(x), mlp.fc1.weight, mlp.fc1.bias)
         x = mlp.drop1(mlp.act(x))
         x = fc2.linear(fc2._input_quantizer(x), mlp.fc2.weight, mlp.fc2.bias)
-        return mlp.drop2(x)
+        dropped: Tensor = mlp.drop2(x)
+        return dropped
 
     def quantizer(self, site: str) -> TensorQuantizer:
         """The quantizer of a site, by its name within a block."""
