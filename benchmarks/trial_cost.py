@@ -108,12 +108,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             store.add(batch)
         images = store.stored()
         rules = RaceRules(len(images), args.images)
-        shared = share(model, images, rules, transform, args.images, Resources())
-        for name in names:
-            shared.add(name, plan)
-        start = time.perf_counter()
-        run_trials(shared, watch, Resources(), Path(folder) / "tune")
-        end = time.perf_counter()
+        with share(model, images, rules, transform, args.images, Resources()) as shared:
+            for name in names:
+                shared.add(name, plan)
+            start = time.perf_counter()
+            run_trials(shared, watch, Resources(), Path(folder) / "tune")
+            end = time.perf_counter()
     steps = len(watch.times) - 1
     cost = ((watch.times[-1] - watch.times[0]) * workers - watch.busy) / steps
     print(f"{args.trials} trials of {args.chunks} chunks of {args.images} images on {workers} workers")

@@ -29,7 +29,6 @@ from vitq_ray.cluster.qat_group import Plan, QatMetrics, Workers, plan_workers, 
 from vitq_ray.data.loader import Batch, iter_batches
 from vitq_ray.data.samples import SampleIndex, open_split
 from vitq_ray.measure.evaluation import Counts
-from vitq_ray.models.checkpoint import CalibratedModel
 from vitq_ray.models.load import load_model
 from vitq_ray.qat.loop import DivergedError
 from vitq_ray.qat.ranks import QatData, Ranks, thread_reader
@@ -98,7 +97,7 @@ def test_two_workers_follow_one_with_quantizers_on(setup: Setup, tmp_path: Path)
 def test_two_workers_follow_one_for_long_with_quantizers_off(setup: Setup, tmp_path: Path) -> None:
     """Without rounding to a grid, a difference in the last bit stays one. Dropout is on: its masks are the same."""
     loaded = dataclasses.replace(setup.start.loaded, model=float_copy(setup.start.loaded.model))
-    start = CalibratedModel(loaded, setup.start.sidecar)
+    start = dataclasses.replace(setup.start, loaded=loaded)
     config = dataclasses.replace(CONFIG, lr=0.02, epochs=5, augment="none")
     one = losses_alone(task_of(setup, tmp_path / "one", config, start=start))
     two = losses_on_workers(task_of(setup, tmp_path / "two", config, start=start), 2)
@@ -128,7 +127,7 @@ class DeadlyTeacher(nn.Module):
 def test_a_killed_worker_does_not_end_training(setup: Setup, tmp_path: Path) -> None:
     """Killed at step 10, training goes on from the state of step 8 and follows the run that was not disturbed."""
     loaded = dataclasses.replace(setup.start.loaded, model=float_copy(setup.start.loaded.model))
-    start = CalibratedModel(loaded, setup.start.sidecar)
+    start = dataclasses.replace(setup.start, loaded=loaded)
     config = dataclasses.replace(CONFIG, lr=0.02, epochs=3)
     one = losses_alone(task_of(setup, tmp_path / "one", config, start=start))
     teacher = DeadlyTeacher(setup.teacher, 10, tmp_path / "killed")

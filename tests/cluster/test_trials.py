@@ -151,11 +151,11 @@ def start_trials(
     referee: Recorder, statistics: CalibrationStatistics, images: ImageSet, rules: RaceRules, folder: Path
 ) -> None:
     model = quantize_vit(tiny_vit())
-    shared = share(model, stored(images), rules, EvalTransform(16), 10, Resources())
     scales = Scales(model, statistics)
-    for name, setting in SETTINGS.items():
-        shared.add(name, scales.plan(setting))
-    run_trials(shared, referee, Resources(), folder)
+    with share(model, stored(images), rules, EvalTransform(16), 10, Resources()) as shared:
+        for name, setting in SETTINGS.items():
+            shared.add(name, scales.plan(setting))
+        run_trials(shared, referee, Resources(), folder)
 
 
 def test_trials_give_what_the_driver_gives(
@@ -223,12 +223,24 @@ def test_a_killed_worker_does_not_lose_a_trial(
 
 def test_a_trial_that_fails_is_an_error(ray_cluster: None, statistics: CalibrationStatistics, tmp_path: Path) -> None:
     model, images = quantize_vit(tiny_vit()), image_set()
-    shared = share(model, stored(images), RaceRules(33, 10), EvalTransform(16), 10, Resources())
     plan = Scales(model, statistics).plan(SETTINGS["a"])
     sites = {key: site for key, site in plan.sites.items() if not key.endswith("0.ffn.fc1._input_quantizer")}
-    shared.add("a", dataclasses.replace(plan, sites=sites))
-    with pytest.raises(RuntimeError, match=r"(?s)1 of 1 trials failed; .*has 57 sites, which are not those of"):
-        run_trials(shared, Recorder(["a"], 33), Resources(), tmp_path / "tune", max_failures=1)
+    message = r"(?s)1 of 1 trials failed; .*has 57 sites, which are not those of"
+    with share(model, stored(images), RaceRules(33, 10), EvalTransform(16), 10, Resources()) as shared:
+        shared.add("a", dataclasses.replace(plan, sites=sites))
+        with pytest.raises(RuntimeError, match=message):
+            run_trials(shared, Recorder(["a"], 33), Resources(), tmp_path / "tune", max_failures=1)
+
+
+def test_no_process_of_a_race_stays(ray_cluster: None, statistics: CalibrationStatistics) -> None:
+    """The desk is an actor: without its end, every search of one session would leave a process behind."""
+    model = quantize_vit(tiny_vit())
+    with share(model, stored(image_set()), RaceRules(33, 10), EvalTransform(16), 10, Resources()) as shared:
+        plan = Scales(model, statistics).plan(SETTINGS["a"])
+        shared.add("a", plan)
+        assert ray.get(shared.desk.get.remote("a")).key == plan.key
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(shared.desk.get.remote("a"))
 
 
 def test_no_node_can_hold_a_trial(ray_cluster: None) -> None:

@@ -133,6 +133,7 @@ class Shared:
         self.desk.put.remote(name, plan)
 
 
+@contextmanager
 def share(
     model: nn.Module,
     images: StoredImages,
@@ -140,20 +141,29 @@ def share(
     transform: EvalTransform,
     batch_size: int,
     resources: Resources,
-) -> Shared:
-    """Put the model into the object store, once. The desk stays on the driver's node: others may be lost."""
+) -> Iterator[Shared]:
+    """What trials read, for as long as the context lasts: the model goes into the object store, once.
+
+    The desk stays on the driver's node, since others may be lost. It is a process, and ends with the context.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return Shared(
+    desk = _Desk.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    shared = Shared(
         run=uuid.uuid4().hex,
         model=ray.put(copy.deepcopy(model).cpu()),
         images=images,
-        desk=_Desk.options(scheduling_strategy=here).remote(),  # type: ignore[attr-defined]
+        desk=desk,
         rules=rules,
         transform=transform,
         batch_size=batch_size,
         threads=resources.threads,
         use_gpu=resources.gpus > 0,
     )
+    try:
+        yield shared
+    finally:
+        if ray.is_initialized():
+            ray.kill(desk)
 
 
 class Worker:

@@ -225,8 +225,10 @@ def race(
     options = job.options
     rules = race_rules(len(images), options.chunk_images, options.batch_size, options.alpha, options.tie_margin)
     field_of_race = Race(rules)
-    shared = share(job.model, images, rules, job.transform, options.batch_size, job.resources)
-    with LiveRace(field_of_race, baseline, screen) as table:
+    with (
+        share(job.model, images, rules, job.transform, options.batch_size, job.resources) as shared,
+        LiveRace(field_of_race, baseline, screen) as table,
+    ):
 
         def on_candidate(candidate: Candidate) -> None:
             shared.add(candidate.name, candidate.plan)

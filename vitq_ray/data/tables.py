@@ -280,7 +280,9 @@ def match_names(
         part = slice(first, first + _HASHED_AT_ONCE)
         place[part] = np.searchsorted(hashes, _hashes(text, start[part], length[part], 0), side="right") - 1
     del hashes
-    rows: npt.NDArray[np.int64] = _confirmed(order, place, text, start, length, raw, members["name_start"], members["name_length"], skip)
+    rows: npt.NDArray[np.int64] = _confirmed(
+        order, place, text, start, length, raw, members["name_start"], members["name_length"], skip
+    )
     missing = np.flatnonzero(rows < 0)
     if len(missing):
         old = _code_page_437(raw, members, skip)

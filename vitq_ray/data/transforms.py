@@ -138,7 +138,8 @@ def load_rgb(data: bytes) -> Image.Image:
         if image.mode in ("I", "I;16", "I;16B", "I;16L"):
             grey: Image.Image = Image.fromarray((np.asarray(image, np.int64) >> 8).clip(0, 255).astype(np.uint8))
             return grey.convert("RGB")
-        return image if image.mode == "RGB" else image.convert("RGB")
+        rgb: Image.Image = image if image.mode == "RGB" else image.convert("RGB")
+        return rgb
 
 
 def _ignore_pillow_warnings() -> None:
