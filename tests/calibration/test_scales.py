@@ -19,6 +19,7 @@ from vitq_ray.calibration.histogram import StatisticsError
 from vitq_ray.calibration.scales import Scales, apply_setting, kinds_needed, noise_per_site, plan_of
 from vitq_ray.calibration.setting import Setting
 from vitq_ray.calibration.statistics import CalibrationStatistics, collect_statistics
+from vitq_ray.commands.calibrate import quantized_weight_share
 from vitq_ray.quant.plan import Plan, SitePlan, SiteRule
 from vitq_ray.quant.quantizer import State
 from vitq_ray.quant.sites import MODES, Mode
@@ -291,3 +292,12 @@ def test_a_setting_applied_is_the_plan_returned(
         assert quantizer.rule == plan.sites[key].rule
         assert torch.equal(quantizer.amax, plan.sites[key].amax)
     assert set(site_weights(quant_vit)) <= set(plan.sites)
+
+
+def test_share_of_quantized_weights(quant_vit: VisionTransformer, scales: Scales) -> None:
+    """Counted by hand: fc2 of both blocks is 32 x 128 each, a site that is off does not count."""
+    total = sum(parameter.numel() for parameter in quant_vit.parameters())
+    linear = 2 * (4 * 32 * 32 + 2 * 32 * 128)
+    assert quantized_weight_share(quant_vit, scales.plan(BASE)) == linear / total
+    ruled = scales.plan(with_rules("*.fc2._weight_quantizer -> off"))
+    assert quantized_weight_share(quant_vit, ruled) == (linear - 2 * 32 * 128) / total

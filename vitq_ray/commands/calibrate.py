@@ -37,9 +37,7 @@ from vitq_ray.measure.evaluation import Evaluation, sanity_problem
 from vitq_ray.models.checkpoint import Sidecar, save_calibrated
 from vitq_ray.models.load import LoadedModel, load_model
 from vitq_ray.quant.plan import Plan
-from vitq_ray.quant.quantizer import State
-from vitq_ray.quant.sites import WEIGHT
-from vitq_ray.quant.vit import frozen_weights, quant_blocks, quantize_vit, sites_of
+from vitq_ray.quant.vit import frozen_weights, quantize_vit, site_weights
 from vitq_ray.run.results import CALIBRATION, Stopwatch, result_of, versions, write_result
 
 
@@ -106,7 +104,7 @@ def calibrate(options: CalibrateOptions, screen: Screen = SILENT) -> CalibrateRe
             seen = collect(job, options, workers, screen)
         with watch.stage("scales"):
             plan = apply(job, seen, screen)
-        screen.say(quantizer_summary(job.model))
+        screen.say(plan_summary(job.model, plan))
         with watch.stage("evaluate"):
             evaluation = evaluate_all(job, options, workers, screen)
     calibration = {
@@ -241,25 +239,21 @@ def calibration_of(job: CalibrationJob, options: OneSettingOptions) -> dict[str,
     }
 
 
-def quantizer_summary(model: nn.Module) -> str:
-    """Every quantizer: site, bits, axis, amax, on or off; then the share of all weights that are quantized."""
+def plan_summary(model: nn.Module, plan: Plan) -> str:
+    """Every site: bits, axis, amax, on or off; then the share of all weights that are quantized."""
     lines = [f"{'site':<70} {'bits':>4} {'axis':>10} {'amax':>23}  state"]
-    for key, _, quantizer in sites_of(model):
-        axis = "per tensor" if quantizer.axis is None else f"axis {quantizer.axis}"
-        low, high = quantizer.amax.min().item(), quantizer.amax.max().item()
+    for key, site in plan.sites.items():
+        rule, low, high = site.rule, site.amax.min().item(), site.amax.max().item()
+        axis = "per tensor" if rule.axis is None else f"axis {rule.axis}"
         amax = f"{high:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
-        state = "on" if quantizer.state is State.QUANTIZE else "off"
-        lines.append(f"{key:<70} {quantizer.bits:>4} {axis:>10} {amax:>23}  {state}")
-    on = [q.state is State.QUANTIZE for _, _, q in sites_of(model)]
-    share = quantized_weight_share(model)
-    return "\n".join((*lines, f"quantizers: {sum(on)} of {len(on)} on; {share:.2%} of all weights quantized"))
+        lines.append(f"{key:<70} {rule.bits:>4} {axis:>10} {amax:>23}  {'on' if rule.on else 'off'}")
+    on, share = sum(site.rule.on for site in plan.sites.values()), quantized_weight_share(model, plan)
+    return "\n".join((*lines, f"quantizers: {on} of {len(plan.sites)} on; {share:.2%} of all weights quantized"))
 
 
-def quantized_weight_share(model: nn.Module) -> float:
+def quantized_weight_share(model: nn.Module, plan: Plan) -> float:
     """Quantized parameters over all parameters, a fraction."""
-    states = {key: q.state for key, site, q in sites_of(model) if site.family == WEIGHT}
-    weights = [w for block in quant_blocks(model) for w in block.weights().values()]
-    quantized = sum(w.numel() for w, state in zip(weights, states.values(), strict=True) if state is State.QUANTIZE)
+    quantized = sum(w.numel() for key, w in site_weights(model).items() if plan.sites[key].rule.on)
     return quantized / sum(parameter.numel() for parameter in model.parameters())
 
 
