@@ -26,8 +26,7 @@ from vitq_ray.calibration.setting import Setting
 from vitq_ray.cluster.start import cluster
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.models.google import google_arrays
-from vitq_ray.quant.plan import Plan, plan_of_mode
-from vitq_ray.quant.sites import FUSED_GROUPS, MODES, WEIGHT, site_key
+from vitq_ray.quant.plan import Plan, SitePlan, SiteRule
 from vitq_ray.quant.vit import observing, quantize_vit, site_weights, sites_of, tensor_keys
 
 ROOT = Path(__file__).resolve().parents[1]  # of the repository
@@ -75,22 +74,40 @@ def observed(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     return seen
 
 
+# DESIGN section 4, by hand: what a mode leaves out (parts of site names), whether weights have a scale per row, and
+# whether query, key and value share theirs.
+_INNER = ("layernorm_input", "local_input")
+BY_HAND: dict[str, tuple[tuple[str, ...], bool, bool]] = {
+    "ft1": ((*_INNER, "residual_input", "softmax_input", "_aftergemm"), True, False),
+    "ft2": ((*_INNER, "residual_input"), False, True),
+    "ft3": (_INNER, False, True),
+    "trt": (("layernorm_input", "softmax_input", "_aftergemm"), False, True),
+}
+_FUSED = ("attn.{}._weight_quantizer", "attn.{}._aftergemm_quantizer", "attn.matmul_{}_input_quantizer")
+
+
 def plan_by_hand(model: nn.Module, images: Tensor, mode: str, bits: int = 8, act_bits: int | None = None) -> Plan:
-    """The plan of max |x| on these images, made from the tables by hand."""
-    tensors = {key: x.abs().max() for key, x in observed(model, images).items()}
-    per_row = MODES[mode].weight_axis is not None
+    """The plan of max |x| on these images, for a model of two blocks, spelled out without the package's tables."""
+    left_out, per_row, fused = BY_HAND[mode]
+    tensors, weights = observed(model, images), site_weights(model)
     amax = {}
     for key, site, _ in sites_of(model):
-        prefix = key.removesuffix(site.name)
-        if site.family == WEIGHT:
-            magnitude = site_weights(model)[key].detach().abs()
+        if key in weights:
+            magnitude = weights[key].detach().abs()
             amax[key] = magnitude.amax(1, keepdim=True) if per_row else magnitude.max()
         else:
-            amax[key] = tensors[prefix + site.tensor]
-    if MODES[mode].fuse_qkv:
-        for keys in ([site_key(i, name) for name in group] for i in range(2) for group in FUSED_GROUPS):
-            amax |= dict.fromkeys(keys, torch.stack([amax[key] for key in keys]).max())
-    return plan_of_mode(mode, amax, bits, act_bits or bits, depth=2)
+            amax[key] = tensors[key.removesuffix(site.name) + site.tensor].abs().max()
+    for block, pattern in ((i, pattern) for i in (0, 1) for pattern in _FUSED if fused):
+        names = "qkv" if "matmul" in pattern else ("query", "key", "value")
+        keys = [f"transformer.encoder.layer.{block}.{pattern.format(name)}" for name in names]
+        amax |= dict.fromkeys(keys, torch.stack([amax[key] for key in keys]).max())
+    sites = {}
+    for key, value in amax.items():
+        is_weight = "_weight_" in key
+        own_bits = bits if is_weight else act_bits or bits
+        on = not any(part in key for part in left_out)
+        sites[key] = SitePlan(value, SiteRule(own_bits, 0 if is_weight and per_row else None, on))
+    return Plan(mode, sites)
 
 
 @pytest.fixture

@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.conftest import DATA, load_script
+from vitq_ray.commands.tune_qat import save_starts
+from vitq_ray.models.checkpoint import load_calibrated
 
 CHECKPOINTS = ("calib/vit_calib", "calib-mse/vit_calib", "search/best/vit_calib", "qat/vit_qat")
 
@@ -122,3 +125,18 @@ def test_no_path_of_a_machine_is_in_them() -> None:
     assert len(files) > 10
     for path in files:
         assert '"/' not in path.read_text(), path
+
+
+def test_starts_of_an_old_training_are_kept(old: Path) -> None:
+    """The states of a search's trainings name their start by its fingerprint: a resumed search must not write it anew."""
+    home, start = old / "search" / "qat" / "starts", load_calibrated("search/best/vit_calib.pth")
+    home.mkdir(parents=True)
+    for ending in ("pth", "json"):
+        shutil.copy(f"search/best/vit_calib.{ending}", home / f"c000_calib.{ending}")
+    before = {path.name: path.read_bytes() for path in home.iterdir()}
+    race = SimpleNamespace(names=("c000",), correct=lambda name: np.ones(3, bool))
+    candidate = SimpleNamespace(setting=start.sidecar.setting, plan=start.plan)
+    contest: Any = SimpleNamespace(race=race, outcome=lambda: {"c000": "best"}, candidates={"c000": candidate})
+    job: Any = SimpleNamespace(model=start.loaded.model)
+    assert save_starts(job, home, contest, 3) == {"c000": str((home / "c000_calib.pth").absolute())}
+    assert {path.name: path.read_bytes() for path in home.iterdir()} == before

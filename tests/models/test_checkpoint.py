@@ -5,7 +5,6 @@ import json
 import pickle
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,14 +14,13 @@ from vitq_ray.base.config import InputError
 from vitq_ray.calibration.scales import apply_setting
 from vitq_ray.calibration.setting import Setting
 from vitq_ray.calibration.statistics import collect_statistics
-from vitq_ray.models.checkpoint import Sidecar, is_calibrated, load_calibrated, save_calibrated
+from vitq_ray.models.checkpoint import Sidecar, load_calibrated, save_calibrated
 from vitq_ray.models.geometry import geometry_of
-from vitq_ray.models.google import google_arrays
 from vitq_ray.models.load import HALF, LoadedModel
 from vitq_ray.models.weights import weights_fingerprint
 from vitq_ray.quant.plan import Plan
 from vitq_ray.quant.sites import MODES
-from vitq_ray.quant.vit import quantize_vit, sites_of
+from vitq_ray.quant.vit import apply_plan, quantize_vit, sites_of
 
 LAYER = "transformer.encoder.layer.0."
 
@@ -120,12 +118,30 @@ def test_half_written_files_never_appear(tmp_path: Path, images: Tensor, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_is_calibrated(saved: Path, tmp_path: Path) -> None:
-    assert is_calibrated(str(saved))
-    np.savez(tmp_path / "float.npz", **google_arrays(tiny_vit()))
-    assert not is_calibrated(str(tmp_path / "float.npz"))
-    torch.save(tiny_vit().state_dict(), tmp_path / "float.pth")
-    assert not is_calibrated(str(tmp_path / "float.pth"))
+def test_changed_weights_are_saved_and_known_again(tmp_path: Path, images: Tensor) -> None:
+    """What raced is what is saved: the plan of the file has the key of the plan that was saved."""
+    model, plan, sidecar = calibrated(images, make_setting(num_batches=1))
+    changed = dataclasses.replace(
+        plan, weights={"blocks.1.mlp.fc2.bias": torch.arange(32.0), "head.bias": torch.ones(7)}
+    )
+    said = dataclasses.replace(sidecar, changed_weights=tuple(changed.weights))
+    with pytest.raises(ValueError, match=r"does not follow this plan: blocks\.1\.mlp\.fc2\.bias has other values"):
+        save_calibrated(tmp_path, "tiny", model, changed, said)
+    apply_plan(model, changed)
+    back = load_calibrated(str(save_calibrated(tmp_path, "tiny", model, changed, said)))
+    assert back.plan.key == changed.key != plan.key
+    assert torch.equal(logits(back.loaded.model, images), logits(model, images))
+    apply_plan(model, plan)
+    again = load_calibrated(str(save_calibrated(tmp_path, "other", model, plan, sidecar)))
+    assert torch.equal(again.loaded.model.head.bias, tiny_vit().head.bias), "of a plan without changes: as they were"
+
+
+def test_a_plan_that_the_model_does_not_follow_is_not_saved(tmp_path: Path, images: Tensor) -> None:
+    model, plan, sidecar = calibrated(images, make_setting(num_batches=1))
+    other = plan.after_training({key: amax * 2 for key, amax in plan.amax.items()})
+    with pytest.raises(ValueError, match=r"does not follow this plan: .* has another amax"):
+        save_calibrated(tmp_path, "tiny", model, other, sidecar)
+    assert list(tmp_path.iterdir()) == []
 
 
 def edit_state(path: Path, **changes: object) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vitq_ray.quant.fake_quant import _native_forward, fake_quantize, integer_range, scale_of
+from vitq_ray.quant.fake_quant import _native_forward, fake_quantize, integer_range, step_of
 
 BITS = range(2, 9)
 
@@ -37,7 +37,7 @@ def test_equals_pytorchs_kernel_bit_for_bit(bits: int, axis: int | None) -> None
     generator = torch.Generator().manual_seed(bits)
     x = torch.randn(300, 200, generator=generator)
     amax = torch.rand(() if axis is None else (x.shape[axis],), generator=generator) * 3 + 0.01
-    native = _native_forward(x, scale_of(amax, bits), integer_range(bits), axis)
+    native = _native_forward(x, step_of(amax, integer_range(bits)[1]), integer_range(bits), axis)
     assert torch.equal(fake_quantize(x, amax, bits, axis), native)
 
 

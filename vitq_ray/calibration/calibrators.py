@@ -200,6 +200,10 @@ def _divergence_kernel(counts: npt.NDArray[np.float64], levels: int) -> npt.NDAr
     return result
 
 
+def _weight_mse(weight: Tensor, values: tuple[float, ...], axis: int | None, bits: int) -> Tensor:
+    return weight_mse(weight, axis, bits)
+
+
 # The table ----------------------------------------------------------------------------------------------------------
 
 
@@ -223,7 +227,7 @@ class Calibrator:
         help: half a sentence for the command line.
         statistic: what it needs to have seen of an activation tensor, a key of `statistics.STATISTICS`.
         activation: (what was seen of each tensor, parameter values, bits) -> (tensors,) amax.
-        weight: ((rows, columns) weight, axis, bits) -> amax, as `weight_max`; None: not for weights.
+        weight: ((rows, columns) weight, parameter values, axis, bits) -> amax, as `weight_max`; None: not for weights.
         parameters: the numbers behind its name in the text form, `percentile 99.9`.
     """
 
@@ -231,7 +235,7 @@ class Calibrator:
     help: str
     statistic: str
     activation: Callable[[Sequence[Any], tuple[float, ...], int], Amax]
-    weight: Callable[[Tensor, int | None, int], Tensor] | None = None
+    weight: Callable[[Tensor, tuple[float, ...], int | None, int], Tensor] | None = None
     parameters: tuple[Parameter, ...] = ()
 
     @property
@@ -246,7 +250,11 @@ CALIBRATORS: dict[str, Calibrator] = {
     row.name: row
     for row in (
         Calibrator(
-            "max", "largest value", "range", lambda s, _, bits: max_amax(s), lambda w, axis, _: weight_max(w, axis)
+            "max",
+            "largest value",
+            "range",
+            lambda s, _, bits: max_amax(s),
+            lambda w, _, axis, bits: weight_max(w, axis),
         ),
         Calibrator(
             "percentile",
@@ -255,11 +263,15 @@ CALIBRATORS: dict[str, Calibrator] = {
             lambda s, values, bits: percentile_amax(s, values)[0],
             parameters=(PERCENTILE,),
         ),
-        Calibrator("mse", "least squared error", "histogram", lambda s, _, bits: mse_amax(s, bits), weight_mse),
+        Calibrator("mse", "least squared error", "histogram", lambda s, _, bits: mse_amax(s, bits), _weight_mse),
         Calibrator("entropy", "least KL divergence", "histogram", lambda s, _, bits: entropy_amax(s, bits)),
     )
 }
-WEIGHT_CALIBRATORS = tuple(name for name, row in CALIBRATORS.items() if row.weight is not None)
+
+
+def weight_calibrators() -> tuple[str, ...]:
+    """Names of the calibrators that can calibrate weights."""
+    return tuple(name for name, row in CALIBRATORS.items() if row.weight is not None)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from vitq_ray.base.config import InputError
 
 INITIAL_BINS = 2048
 MAX_BINS = 2**20  # a range that grew 512-fold after the first batch; the index is proven exact below 2**22 bins
+ZEROS = "is all zeros in the first calibration batch, so its range is unknown"
 _MIN_ELEMENTS_PER_THREAD = 1 << 16
 
 Counts = npt.NDArray[np.int64]
@@ -162,7 +163,7 @@ def _finite_range(x: Tensor) -> tuple[float, float]:
 
 def _first_width(maximum: float) -> float:
     if maximum == 0:
-        raise StatisticsError("is all zeros in the first calibration batch, so its range is unknown")
+        raise StatisticsError(ZEROS)
     return maximum / INITIAL_BINS
 
 

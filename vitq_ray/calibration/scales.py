@@ -137,7 +137,7 @@ class Scales:
         if place not in self._of_weights:
             scale = calibration.row.weight
             assert scale is not None  # Setting and _can_calibrate have checked it
-            self._of_weights[place] = scale(self._weights[key], rule.axis, rule.bits).cpu()
+            self._of_weights[place] = scale(self._weights[key], calibration.values, rule.axis, rule.bits).cpu()
         return self._of_weights[place]
 
     def _fused(self, amax: Mapping[str, Tensor], wanted: Mapping[str, _Wanted]) -> dict[str, Tensor]:
@@ -194,6 +194,8 @@ def noise_per_site(
     for key, site in plan.sites.items():
         if not site.rule.on:
             continue
+        if site.rule.zero_point or not site.rule.signed:
+            raise ValueError(f"noise: {key} has {site.rule}; the forecast is for symmetric grids")
         if key in weights:
             noise[key] = _noise_of_weight(weights[key].detach(), site)
         else:

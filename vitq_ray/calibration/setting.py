@@ -6,7 +6,8 @@
 
 A rule is written as text, `0.attn.* -> percentile 99.9`, `*.ffn.fc2._input_quantizer -> x 0.9`,
 `*.attn.matmul_a_input_quantizer -> 6 bits`, `*.attn.softmax_input_quantizer -> off`. Its pattern is matched as
-`fnmatch` does against `<block>.<site>`; `SITE_GROUPS` has names for patterns that are often wanted. Later rules win.
+`fnmatch` does against `<block>.<site>`; `SITE_GROUPS` has names for patterns that are often wanted. A later rule wins
+over an earlier one of its kind; rules of different kinds (calibrator, factor, bits, off) all hold.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vitq_ray.base.config import Config, InputError, is_number, require_choice, require_int
-from vitq_ray.calibration.calibrators import CALIBRATORS, PERCENTILE, WEIGHT_CALIBRATORS, Calibration
+from vitq_ray.calibration.calibrators import CALIBRATORS, PERCENTILE, Calibration, weight_calibrators
 from vitq_ray.quant.plan import MAX_BITS, MIN_BITS
 from vitq_ray.quant.sites import MODES, local_name, sites_of_blocks
 
@@ -39,7 +40,7 @@ class Rule:
 
     Attributes:
         sites: pattern, or a name of `SITE_GROUPS`.
-        calibrator: for the matched sites it can calibrate: weights only where it is one of `WEIGHT_CALIBRATORS`.
+        calibrator: for the matched sites it can calibrate: weights only where it is one of `weight_calibrators()`.
         factor: on amax, > 0.
         bits: 2 to 8.
         off: the sites stay in floating point.
@@ -156,7 +157,7 @@ class Setting(Config):
         num_batches, batch_size: calibration batches, and images in each.
         weight_bits, act_bits: 2 to 8.
         weights: calibrator of weights.
-        rules: for single sites, in order; a later one wins.
+        rules: for single sites, in order; of one kind the last one holds.
         transforms, corrections: by name, with strengths.
     """
 
@@ -210,7 +211,7 @@ class Setting(Config):
 
 def _of_weights(value: Any) -> Calibration:
     calibration = Calibration.parse(value, "calibrator of weights")
-    require_choice("calibrator of weights", calibration.name, WEIGHT_CALIBRATORS)
+    require_choice("calibrator of weights", calibration.name, weight_calibrators())
     return calibration
 
 

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
-from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -28,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
-from vitq_ray.base.formats import FORMATS, require_format
-from vitq_ray.calibration.histogram import Histogram, Range, StatisticsError
+from vitq_ray.base.formats import require_format, stamp
+from vitq_ray.calibration.histogram import ZEROS, Histogram, Range, StatisticsError
 from vitq_ray.quant.vit import observing, tensor_keys
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -158,8 +157,7 @@ class CalibrationStatistics:
         buffer = io.BytesIO()
         np.savez_compressed(
             buffer,
-            format=np.array(FORMATS["statistics"]),
-            vitq_ray=np.array(metadata.version("vitq_ray")),
+            **{name: np.array(value) for name, value in stamp("statistics").items()},
             kinds=np.array(list(self.kinds)),
             keys=np.array(self.keys),
             snapshots=np.array(self.snapshots, np.int64),
@@ -265,13 +263,16 @@ class _Collector:
             raise ValueError(f"batch {index} is past the last snapshot, {self._snapshots[-1]} batches")
         segment = bisect.bisect_right(self._snapshots, index)
         self._seen[segment] += 1
-        return {key: self._observer(key, segment) for key in self._keys}
+        return {key: self._observer(key, segment, index == 0) for key in self._keys}
 
-    def _observer(self, key: str, segment: int) -> Callable[[Tensor], None]:
+    def _observer(self, key: str, segment: int, first: bool) -> Callable[[Tensor], None]:
         def observe(x: Tensor) -> None:
             try:
                 for kind in self._kinds:
-                    self._take(kind, segment, key, STATISTICS[kind].observe(x, self._widths.get(key) or None))
+                    value = STATISTICS[kind].observe(x, self._widths.get(key) or None)
+                    if first and value.max == 0:  # as a histogram says, which has no width then
+                        raise StatisticsError(ZEROS)
+                    self._take(kind, segment, key, value)
             except StatisticsError as error:
                 raise StatisticsError(f"{key}: {error}") from None
 

@@ -9,7 +9,7 @@ from ray.util.metrics import Counter, Gauge
 
 
 @dataclass(frozen=True)
-class Metric:
+class RayMetric:
     """One row of the table of metrics: Prometheus adds `ray_` before its name, and `_total` behind a counter's."""
 
     kind: type[Counter] | type[Gauge]
@@ -17,22 +17,22 @@ class Metric:
     tags: tuple[str, ...] = ("run",)
 
 
-METRICS: dict[str, Metric] = {
-    "vitq_calibration_batches": Metric(Counter, "calibration batches observed"),
-    "vitq_images_evaluated": Metric(Counter, "images evaluated, by candidate", ("run", "candidate")),
-    "vitq_images_per_second": Metric(Gauge, "images evaluated per second since the race began"),
-    "vitq_candidates": Metric(
+RAY_METRICS: dict[str, RayMetric] = {
+    "vitq_calibration_batches": RayMetric(Counter, "calibration batches observed"),
+    "vitq_images_evaluated": RayMetric(Counter, "images evaluated, by candidate", ("run", "candidate")),
+    "vitq_images_per_second": RayMetric(Gauge, "images evaluated per second since the race began"),
+    "vitq_candidates": RayMetric(
         Gauge, "candidates by state: waiting, racing, beaten, tied, behind, finished", ("run", "state")
     ),
-    "vitq_candidate_accuracy": Metric(
+    "vitq_candidate_accuracy": RayMetric(
         Gauge, "top-1 of a candidate on the images it has seen, a fraction", ("run", "candidate")
     ),
-    "vitq_best_accuracy": Metric(Gauge, "largest selection top-1 of the finished candidates, a fraction"),
-    "vitq_qat_epoch": Metric(Gauge, "epoch of QAT"),
-    "vitq_qat_step": Metric(Gauge, "step of QAT, over all epochs"),
-    "vitq_qat_loss": Metric(Gauge, "training loss of the last step"),
-    "vitq_qat_images_per_second": Metric(Gauge, "training speed of the last step"),
-    "vitq_qat_selection_top1": Metric(Gauge, "top-1 on the selection images after the last epoch, a fraction"),
+    "vitq_best_accuracy": RayMetric(Gauge, "largest selection top-1 of the finished candidates, a fraction"),
+    "vitq_qat_epoch": RayMetric(Gauge, "epoch of QAT"),
+    "vitq_qat_step": RayMetric(Gauge, "step of QAT, over all epochs"),
+    "vitq_qat_loss": RayMetric(Gauge, "training loss of the last step"),
+    "vitq_qat_images_per_second": RayMetric(Gauge, "training speed of the last step"),
+    "vitq_qat_selection_top1": RayMetric(Gauge, "top-1 on the selection images after the last epoch, a fraction"),
 }
 
 
@@ -54,6 +54,6 @@ class Metrics:
 
     def _metric(self, name: str) -> Any:
         if name not in self._metrics:
-            row = METRICS[name]
+            row = RAY_METRICS[name]
             self._metrics[name] = row.kind(name, description=row.description, tag_keys=row.tags)
         return self._metrics[name]

@@ -27,7 +27,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's Train tab
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",  # on a busy machine, processes take long to import PyTorch
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials.jsonl is the record, not Tune's CSV and JSON files
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is handled once, in cli.run
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is handled once, in commands/main
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_worker_niceness": "0",  # Ray's 15 lets whatever else runs on the machine go first
     # glibc's malloc in the processes of a Ray that is started here: keep some freed memory, since fresh pages for every

@@ -150,7 +150,7 @@ def collect_on(
 ) -> CalibrationStatistics:
     """Statistics of all batches, from those of batch 0 (`first`) and the others, which `batches` has.
 
-    `on_batch` sees the index of every batch and the float model's logits, as in `calibrate.collect_statistics`.
+    `on_batch` sees the index of every batch and the float model's logits, as in `statistics.collect_statistics`.
     """
     widths = ray.put(first.widths())
     indices: list[int] = []
@@ -194,7 +194,7 @@ def evaluate_on(
     batches: Iterable[Batch],
     on_batch: Callable[[Batch, Tensor], None] = lambda batch, logits: None,
 ) -> Evaluation:
-    """As `evaluate.evaluate`, batch for batch, on the workers of a pool."""
+    """As `evaluation.evaluate`, batch for batch, on the workers of a pool."""
     kept: deque[Batch] = deque()
 
     def items() -> Iterator[tuple[Batch]]:

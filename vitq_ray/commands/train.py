@@ -415,7 +415,7 @@ def save(job: TrainJob, outcome: QatOutcome, judgement: Judgement) -> tuple[Path
         accuracy=counts.accuracy(),
         versions=versions(),
     )
-    plan = start.plan.with_amax(scales_of(model))
+    plan = start.plan.after_training(scales_of(model))
     path = save_calibrated(job.folder.path, checkpoint_name(options), model, plan, sidecar, suffix="qat")
     return path, sidecar
 

@@ -162,7 +162,7 @@ def run(job: TuneJob, folder: RunFolder, screen: Screen) -> dict[str, Any]:
 def calibrate(job: TuneJob, folder: RunFolder, metrics: Metrics, screen: Screen) -> CalibrationStatistics:
     """Statistics of the calibration images, with a snapshot at every batch count of the space."""
     if folder.statistics.exists():
-        return CalibrationStatistics.from_bytes(folder.statistics.read_bytes())
+        return CalibrationStatistics.from_bytes(folder.statistics.read_bytes(), str(folder.statistics))
     options, size = job.options, job.options.calib_batchsz
     batches = job.stream(job.calib, job.splits.calibration, size)
     workers = Workers(

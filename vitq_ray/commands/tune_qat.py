@@ -23,7 +23,7 @@ from vitq_ray.models.weights import weights_fingerprint
 from vitq_ray.qat.ranks import QatData
 from vitq_ray.qat.state import read_outcome
 from vitq_ray.qat.teacher import TEACHER_LOGITS
-from vitq_ray.quant.vit import float_copy, frozen_weights, scales_of
+from vitq_ray.quant.vit import apply_plan, float_copy, frozen_weights, scales_of
 from vitq_ray.run.folder import RunFolder, read_bad_images
 from vitq_ray.search.asha import Epoch, QatContest, TrainingRun, training_runs
 from vitq_ray.search.contest import Contest
@@ -83,15 +83,21 @@ def escalate(
 
 
 def save_starts(job: TuneJob, home: Path, contest: Contest, count: int) -> dict[str, str]:
-    """{candidate: path of its checkpoint} of the best and tied settings, best first."""
+    """{candidate: path of its checkpoint} of the best and tied settings, best first.
+
+    One that an earlier start of this run wrote is kept: the states of its trainings name it by its fingerprint.
+    """
     outcome = contest.outcome()
     names = [n for n in contest.race.names if outcome[n] in ("best", "tied")]
     names.sort(key=lambda n: (outcome[n] != "best", -float(contest.race.correct(n).mean())))
     paths = {}
     for name in names[:count]:
-        chosen = contest.candidates[name]
-        sidecar = sidecar_of_search(job, chosen.setting, chosen.plan, {})
-        paths[name] = str(save_calibrated(home, name, job.model, chosen.plan, sidecar).absolute())
+        chosen, path = contest.candidates[name], home / f"{name}_calib.pth"
+        if not (path.exists() and load_calibrated(str(path)).plan.key == chosen.plan.key):
+            apply_plan(job.model, chosen.plan)
+            sidecar = sidecar_of_search(job, chosen.setting, chosen.plan, {})
+            path = save_calibrated(home, name, job.model, chosen.plan, sidecar)
+        paths[name] = str(path.absolute())
     return paths
 
 
@@ -129,7 +135,7 @@ def report_trained(job: TuneJob, folder: RunFolder, training: QatContest, starts
         calibration={**start.sidecar.calibration, "qat": recipe},
         accuracy={"qat": evaluation.summary()},
     )
-    plan = start.plan.with_amax(scales_of(model))
+    plan = start.plan.after_training(scales_of(model))
     path = save_calibrated(folder.best, checkpoint_name(job.options), model, plan, sidecar, suffix="qat")
     summary = {
         **evaluation.summary(),

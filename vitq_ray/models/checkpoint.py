@@ -28,7 +28,7 @@ from vitq_ray.models.load import Channels, LoadedModel, load_model
 from vitq_ray.models.weights import read_checkpoint, read_state, weights_fingerprint
 from vitq_ray.quant.plan import Plan, SitePlan, SiteRule, rule_of
 from vitq_ray.quant.sites import MODES, sites_of_blocks
-from vitq_ray.quant.vit import apply_plan, quantize_vit, site_weights
+from vitq_ray.quant.vit import apply_plan, quantize_vit, require_follows, site_weights
 
 _AMAX = "._amax"
 _DECIDES = ("mean", "std", "interpolation", "crop_pct", "setting", "geometry", "sites")  # the logits of a checkpoint
@@ -39,8 +39,9 @@ class Sidecar(Config):
     """What `<name>_calib.json` holds.
 
     `calibration`, `accuracy` and `versions` are for the reader; the rest is needed to run the checkpoint. `sites` is
-    what every site of the plan does apart from its amax, which the `.pth` has. `checkpoint_fingerprint` ties the `.pth`
-    and what is said of it here together (`fingerprint_of`).
+    what every site of the plan does apart from its amax, which the `.pth` has; `changed_weights` names, as timm does,
+    those that the plan changed. `checkpoint_fingerprint` ties the `.pth` and what is said of it here together
+    (`fingerprint_of`).
     """
 
     setting: Setting
@@ -52,6 +53,7 @@ class Sidecar(Config):
     data_fingerprint: str
     seed: int
     sites: dict[str, SiteRule]
+    changed_weights: tuple[str, ...] = ()
     crop_pct: float | None = None
     checkpoint_fingerprint: str = ""
     calibration: dict[str, Any] = field(default_factory=dict)
@@ -92,6 +94,7 @@ class Sidecar(Config):
             data_fingerprint=data_fingerprint,
             seed=seed,
             sites=plan.rules,
+            changed_weights=tuple(plan.weights),
             crop_pct=crop_pct,
             calibration=dict(calibration),
             accuracy=dict(accuracy),
@@ -118,6 +121,7 @@ class Sidecar(Config):
                 values[key] = tuple(map(float, values.get(key, ())))
             if found == 1:
                 values["sites"] = _rules_of_mode(values["setting"], values["geometry"].depth)
+                values["changed_weights"] = []
             sites = values.get("sites", {})
             values["sites"] = {key: _site_rule(rule) for key, rule in sites.items()}
             return cls.from_dict({**values, "format": FORMATS["sidecar"]}, complete=True)
@@ -156,8 +160,9 @@ def save_calibrated(
 ) -> Path:
     """Write `<name>_<suffix>.pth` and `.json`; returns the path of the `.pth`. The sidecar comes last.
 
-    `model` has the weights; those that the plan changes are saved as the plan has them, scales always.
+    Raises ValueError unless `model` follows `plan`, whose weights and scales are saved.
     """
+    require_follows(model, plan)
     path = folder / f"{name}_{suffix}.pth"
     state = fastertransformer_state(model, plan, sidecar.geometry)
     fingerprint = fingerprint_of(state, json.loads(json.dumps(sidecar.to_dict())))
@@ -177,7 +182,7 @@ def fingerprint_of(state: Mapping[str, Tensor], described: Mapping[str, Any]) ->
 
 def fastertransformer_state(model: torch.nn.Module, plan: Plan, geometry: Geometry) -> dict[str, Tensor]:
     """Weights and `_amax` of every site, under FasterTransformer's names, in its order."""
-    weights = {k: v for k, v in model.state_dict().items() if not k.endswith(_AMAX)} | dict(plan.weights)
+    weights = {k: v for k, v in model.state_dict().items() if not k.endswith(_AMAX)}
     amax = {key + _AMAX: value for key, value in plan.amax.items()}
     state = to_fastertransformer(weights, geometry) | amax
     return {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
@@ -190,11 +195,6 @@ class CalibratedModel:
     loaded: LoadedModel
     plan: Plan
     sidecar: Sidecar
-
-
-def is_calibrated(path: str) -> bool:
-    """Whether the file at `path` is a checkpoint in FasterTransformer key names."""
-    return not path.endswith((".npz", ".safetensors")) and is_fastertransformer(read_state(path))
 
 
 def load_calibrated(path: str) -> CalibratedModel:
@@ -220,11 +220,15 @@ def _calibrated(path: str, state: Mapping[str, Tensor]) -> CalibratedModel:
         raise InputError(f"{sidecar_path}: not found; a calibrated checkpoint needs its JSON sidecar beside it")
     sidecar, described = _read_sidecar(sidecar_path)
     model = quantize_vit(build_model(sidecar.geometry))
-    _load_weights(path, model, from_fastertransformer(state, sidecar.geometry))
+    weights = from_fastertransformer(state, sidecar.geometry)
+    _load_weights(path, model, weights)
     sites = _sites_of(path, model, state, sidecar)
     if fingerprint_of(state, described) != sidecar.checkpoint_fingerprint:
         raise InputError(f"{path}: is not the checkpoint that {sidecar_path} describes; one of the two was changed")
-    plan = Plan(sidecar.setting.mode, sites)
+    for name in sidecar.changed_weights:
+        if name not in weights:
+            raise InputError(f"{path}: has no weight {name}, which {sidecar_path} says was changed")
+    plan = Plan(sidecar.setting.mode, sites, {name: weights[name].clone() for name in sidecar.changed_weights})
     apply_plan(model, plan)
     loaded = LoadedModel(
         model=model.eval(),

@@ -180,5 +180,7 @@ class Follower:
                 whole = lines[: lines.rfind(b"\n") + 1]  # the rest is still being written
                 self._read[path] += len(whole)
                 for row in map(json.loads, whole.splitlines()):
-                    if "format" not in row:  # else the first line
+                    if "format" in row:  # the first line
+                        require_format("steps", str(path), row)
+                    else:
                         sink(row)

@@ -37,11 +37,6 @@ def integer_range(bits: int) -> tuple[int, int]:
     return -qmax - 1, qmax
 
 
-def scale_of(amax: Tensor, bits: int) -> Tensor:
-    """Step size amax / qmax of the symmetric grid, same shape as `amax`."""
-    return step_of(amax, integer_range(bits)[1])
-
-
 def step_of(amax: Tensor, largest: int) -> Tensor:
     """amax / largest level, same shape as `amax`; a zero amax yields a step that quantizes everything to 0."""
     step = (amax / largest).clamp_min(_SMALLEST_SCALE)

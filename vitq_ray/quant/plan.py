@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vitq_ray.base.config import Config, InputError, require_int
 from vitq_ray.quant.fake_quant import step_of
-from vitq_ray.quant.sites import MODES, WEIGHT, Mode, Site, sites_of_blocks
+from vitq_ray.quant.sites import WEIGHT, Mode, Site
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -109,10 +109,11 @@ class Plan:
         """{site: what it does apart from its scale}."""
         return {name: site.rule for name, site in self.sites.items()}
 
-    def with_amax(self, amax: Mapping[str, Tensor]) -> Plan:
-        """The same plan with other scales, such as learned ones; every site must be there."""
+    def after_training(self, amax: Mapping[str, Tensor]) -> Plan:
+        """The plan of a trained model: its scales, which may be learned; all of its weights are its own. Every site
+        must be there."""
         sites = {name: SitePlan(amax[name].detach().cpu().clone(), site.rule) for name, site in self.sites.items()}
-        return dataclasses.replace(self, sites=sites)
+        return Plan(self.mode, sites)
 
     def degenerate_sites(self) -> list[str]:
         """Sites with an amax of 0 (in any channel): they quantize to zeros."""
@@ -141,12 +142,3 @@ def rule_of(mode: Mode, site: Site, weight_bits: int, act_bits: int) -> SiteRule
     is_weight = site.family == WEIGHT
     bits = weight_bits if is_weight else act_bits
     return SiteRule(bits, mode.weight_axis if is_weight else None, mode.quantizes(site))
-
-
-def plan_of_mode(mode: str, amax: Mapping[str, Tensor], weight_bits: int, act_bits: int, depth: int) -> Plan:
-    """The plan of a mode with these amax values, without any rule of its own for a site."""
-    sites = sites_of_blocks(depth)
-    return Plan(
-        mode,
-        {key: SitePlan(amax[key], rule_of(MODES[mode], site, weight_bits, act_bits)) for key, site in sites.items()},
-    )

@@ -289,6 +289,17 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
         quantizer.take(plan.sites[key].amax, plan.sites[key].rule)
 
 
+def require_follows(model: nn.Module, plan: Plan) -> None:
+    """Raise ValueError unless the model has the scales and the changed weights of the plan."""
+    parameters = dict(model.named_parameters())
+    for key, amax in scales_of(model).items():
+        if key not in plan.sites or not torch.equal(amax.detach().cpu(), plan.sites[key].amax.cpu()):
+            raise ValueError(f"the model does not follow this plan: {key} has another amax")
+    for name, tensor in plan.weights.items():
+        if not torch.equal(parameters[name].detach().cpu(), tensor.cpu()):
+            raise ValueError(f"the model does not follow this plan: {name} has other values")
+
+
 def _change_weights(model: nn.Module, changes: Mapping[str, Tensor]) -> None:
     """Take over changed weights, in place; what they were is kept with the model for `_restore_weights`."""
     parameters = dict(model.named_parameters())

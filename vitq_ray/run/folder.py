@@ -10,7 +10,8 @@ qat/              of a search that trains: a folder for every training run
 bad_images.jsonl  with `--on-bad-image skip`: what was skipped; training runs have one of their own
 
 Runs of searches and trainings are begun and resumed by one rule. A search is resumed by replaying trials.jsonl, whose
-first line says its format; without one it is of format 1. Its events: `float` (results of the float model),
+first line says which format it was begun in; without one that is format 1, and candidates that a later version added
+say theirs. Its events: `float` (results of the float model),
 `candidate` (name, setting, predicted noise), `chunk` (results of a candidate on images `start` … of the race's order;
 every metric of `measure.metrics` packed, in base64), `decision`, `resumed`, `winner`.
 """
