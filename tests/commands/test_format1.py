@@ -128,7 +128,7 @@ def test_no_path_of_a_machine_is_in_them() -> None:
 
 
 def test_starts_of_an_old_training_are_kept(old: Path) -> None:
-    """The states of a search's trainings name their start by its fingerprint: a resumed search must not write it anew."""
+    """The states of trainings name their start by its fingerprint: a search that goes on must not write it anew."""
     home, start = old / "search" / "qat" / "starts", load_calibrated("search/best/vit_calib.pth")
     home.mkdir(parents=True)
     for ending in ("pth", "json"):

@@ -150,14 +150,13 @@ class CalibrationStatistics:
 
     def to_bytes(self) -> bytes:
         """An `.npz`, no pickle inside: for each kind the values of all tensors, segment after segment."""
-        arrays: dict[str, Any] = {}
+        arrays: dict[str, Any] = {name: np.array(value) for name, value in stamp("statistics").items()}
         for kind, rows in self.kinds.items():
             packed = STATISTICS[kind].pack([value for row in rows for value in row])
             arrays |= {f"{kind}/{name}": array for name, array in packed.items()}
         buffer = io.BytesIO()
         np.savez_compressed(
             buffer,
-            **{name: np.array(value) for name, value in stamp("statistics").items()},
             kinds=np.array(list(self.kinds)),
             keys=np.array(self.keys),
             snapshots=np.array(self.snapshots, np.int64),
