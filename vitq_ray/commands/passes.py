@@ -32,6 +32,9 @@ class Workers:
         return WorkerPool(model, transform, self.count, self.threads, self.gpus)
 
 
+IN_THIS_PROCESS = Workers(None)
+
+
 def workers_of(options: WorkerOptions, use_gpu: bool) -> Workers:
     return Workers(options.num_workers, options.threads_per_worker, 1.0 if use_gpu else 0.0)
 
