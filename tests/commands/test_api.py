@@ -43,8 +43,7 @@ def test_warnings_go_to_the_log_and_nothing_is_printed() -> None:
         with log_shown(Terminal("x")):
             logging.getLogger("vitq_ray.models.geometry").warning("seen on a terminal")
         logging.basicConfig(format="heard: %(message)s")
-        SILENT.warn("by a script that listens")
-    """
+        SILENT.warn("by a script that listens")"""
     process = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )

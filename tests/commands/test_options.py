@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
 from vitq_ray.base.config import InputError
 from vitq_ray.commands import combinations
 from vitq_ray.commands.declare import Options
@@ -202,6 +206,18 @@ def test_distillation_is_on_with_the_sample_and_with_a_teacher() -> None:
     assert not complete(parse(TrainOptions, given.split(), "x"), SILENT).distill
     with pytest.raises(InputError, match=r"--temperature: 2\.0 given, but there is no teacher without --distill"):
         complete(parse(TrainOptions, [*given.split(), "--temperature", "2"], "x"), SILENT)
+
+
+def test_help_names_every_mode() -> None:
+    """A mode is a row of the table, also for help: one more, in a process of its own."""
+    code = """if True:
+                MODES["ft9"] = MODES["ft1"]
+        from vitq_ray.commands.options import TuneOptions
+        print(TuneOptions.declared()["quant_mode"].help)"""
+    process = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert process.stdout == "ft1, ft2, ft3, trt or ft9\n", process.stderr
 
 
 @pytest.mark.parametrize("name", ["qat", "qat.py", "quick", "search_spaces/qat.py"])
