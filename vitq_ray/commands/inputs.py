@@ -67,3 +67,25 @@ def drawn_by(order: str, option: str, seed: int) -> str:
     versions stay.
     """
     return "order of the map" if order == "map" else f"{option} {seed}"
+
+
+def bundled_spaces() -> dict[str, Path]:
+    """{name: file} of the search spaces that come with the package."""
+    folder = Path(str(files("vitq_ray") / "search_spaces"))
+    return {path.stem: path for path in sorted(folder.glob("*.py"))}
+
+
+def find_space(text: str) -> str:
+    """The path of a search space, given as a path or as the name of a bundled one.
+
+    A name may have `.py` behind it, and `search_spaces/` before it as in a checkout, also in one that is no longer
+    there: earlier versions stored such paths.
+    """
+    path = Path(text)
+    if path.is_file():
+        return text
+    bundled, name = bundled_spaces(), path.name.removesuffix(".py")
+    if name in bundled and (path.parent == Path() or path.parent.name == "search_spaces"):
+        return str(bundled[name])
+    known = ", ".join(bundled)
+    raise InputError(f"{text}: no such file; expected a Python file that defines SPACE, or one of {known}")
