@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -229,6 +230,8 @@ def test_a_contradicted_sidecar_is_refused(
     )
     assert run(qat, *options, "--quant-mode", "ft1") == 2
     assert "--quant-mode: ft1 given, but" in capsys.readouterr().err
+    assert run(qat, *options, "--model_type", "ViT-B_16") == 2
+    assert re.search(r"--model_type ViT-B_16: its \w+: \d+ given, but", capsys.readouterr().err), "as evaluate has it"
 
 
 def test_the_splits_of_a_search_are_taken_over(project: Project, tmp_path: Path) -> None:

@@ -10,12 +10,11 @@ from typing import TypeVar
 import torch
 
 from vitq_ray.base.config import InputError
-from vitq_ray.commands.options import (
-    ModelOptions,
-)
+from vitq_ray.commands.options import ModelOptions, parameters
 from vitq_ray.commands.screen import Screen
 from vitq_ray.data.transforms import EvalTransform
-from vitq_ray.models.geometry import AUTO
+from vitq_ray.models.checkpoint import Sidecar
+from vitq_ray.models.geometry import AUTO, named_geometry
 from vitq_ray.models.load import LoadedModel
 
 M = TypeVar("M", bound=ModelOptions)
@@ -53,6 +52,31 @@ def device_of(options: ModelOptions) -> torch.device:
 def eval_transform(loaded: LoadedModel, crop_pct: float | None = None) -> EvalTransform:
     """How images are prepared for this model."""
     return EvalTransform(loaded.geometry.img_size, loaded.mean, loaded.std, loaded.interpolation, crop_pct)
+
+
+def require_as_calibrated(options: ModelOptions, sidecar: Sidecar) -> None:
+    """What the user says of a calibrated checkpoint must be what its sidecar says; what is not said is not compared."""
+    setting = sidecar.setting
+    stored = {
+        "quant_mode": setting.mode,
+        "wprec": setting.weight_bits,
+        "aprec": setting.act_bits,
+        "calibrator": setting.calibrator.name,
+        **dict.fromkeys(parameters()),
+        **{p.name: v for p, v in zip(setting.calibrator.row.parameters, setting.calibrator.values, strict=True)},
+        "num_calib_batch": setting.num_batches,
+        "calib_batchsz": setting.batch_size,
+        "img_size": sidecar.geometry.img_size,
+        "crop_pct": sidecar.crop_pct,
+    }
+    rows = [(options.name_of(name), given, stored[name]) for name, given in options.only(stored).items()]
+    if "model_type" in options.given and (named := named_geometry(options.model_type)) is not None:
+        what = f"{options.name_of('model_type')} {options.model_type}: its"
+        for name in ("patch_size", "width", "depth", "heads", "mlp_width"):
+            rows.append((f"{what} {name}", getattr(named, name), getattr(sidecar.geometry, name)))
+    for what, given, there in rows:
+        if given != there:
+            raise InputError(f"{what}: {given} given, but {options.pretrained_dir} was calibrated with {there}")
 
 
 def checkpoint_name(options: ModelOptions) -> str:

@@ -23,8 +23,15 @@ from vitq_ray.cluster.start import cluster
 from vitq_ray.commands import combinations
 from vitq_ray.commands.calibrate import apply, calibration_of, collect
 from vitq_ray.commands.calibrate import prepare as prepare_calibration
-from vitq_ray.commands.inputs import checkpoint_name, device_of, eval_transform, paths_of, with_sample
-from vitq_ray.commands.options import TrainOptions, parameters
+from vitq_ray.commands.inputs import (
+    checkpoint_name,
+    device_of,
+    eval_transform,
+    paths_of,
+    require_as_calibrated,
+    with_sample,
+)
+from vitq_ray.commands.options import TrainOptions
 from vitq_ray.commands.passes import IN_THIS_PROCESS
 from vitq_ray.commands.resume import stored_options, with_stored
 from vitq_ray.commands.screen import (
@@ -234,27 +241,6 @@ def calibrate_start(options: TrainOptions, loaded: LoadedModel, folder: Path, wa
         versions=versions(),
     )
     save_calibrated(folder, checkpoint_name(options), job.model, plan, sidecar)
-
-
-def require_as_calibrated(options: TrainOptions, sidecar: Sidecar) -> None:
-    """What the user says of a calibrated checkpoint must be what its sidecar says."""
-    setting = sidecar.setting
-    stored = {
-        "quant_mode": setting.mode,
-        "wprec": setting.weight_bits,
-        "aprec": setting.act_bits,
-        "calibrator": setting.calibrator.name,
-        **dict.fromkeys(parameters()),
-        **{p.name: v for p, v in zip(setting.calibrator.row.parameters, setting.calibrator.values, strict=True)},
-        "num_calib_batch": setting.num_batches,
-        "calib_batchsz": setting.batch_size,
-        "img_size": sidecar.geometry.img_size,
-        "crop_pct": sidecar.crop_pct,
-    }
-    for name, given in options.only(stored).items():
-        if given != stored[name]:
-            what = f"{options.name_of(name)}: {given} given"
-            raise InputError(f"{what}, but {options.pretrained_dir} was calibrated with {stored[name]}")
 
 
 @dataclass(frozen=True)
