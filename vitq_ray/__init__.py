@@ -8,6 +8,7 @@
 Names are loaded when they are first used, so that importing this package is quick and workers load what they need.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from vitq_ray.search.space import percentiles as percentiles
 
 __version__ = "0.2.0"
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # else Python prints warnings that nobody listens to
 
 _WHERE = {
     "calibrate": "commands.api",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,7 +19,15 @@ from vitq_ray.base.config import InputError
 from vitq_ray.calibration import calibrators
 from vitq_ray.calibration.calibrators import Calibrator, Parameter
 from vitq_ray.calibration.histogram import StatisticsError
-from vitq_ray.calibration.scales import Scales, apply_setting, kinds_needed, noise_per_site, plan_of
+from vitq_ray.calibration.scales import (
+    Scales,
+    apply_setting,
+    kinds_needed,
+    noise_per_site,
+    plan_of,
+    require_all_possible,
+    require_possible,
+)
 from vitq_ray.calibration.setting import Setting
 from vitq_ray.calibration.statistics import CalibrationStatistics, collect_statistics
 from vitq_ray.commands.calibrate import quantized_weight_share
@@ -116,6 +125,24 @@ def test_fused_sites_are_not_parted(rule: str, scales: Scales) -> None:
     with pytest.raises(InputError, match="whose scale it shares in this mode differ in bits or in being off"):
         scales.plan(with_rules(rule))
     scales.plan(with_rules(rule, base=make_setting("ft1", "max", 1)))  # nothing is fused there
+
+
+def test_what_is_possible_is_known_without_a_model() -> None:
+    free = make_setting("ft1", "max", 1)
+    for rule in ("*.attn.matmul_?_input_quantizer -> 6 bits", "* -> percentile 90", "1.* -> off"):
+        require_all_possible([with_rules(rule), with_rules(rule, base=free)], 2)
+    parted = with_rules("0.attn.matmul_q_input_quantizer -> 6 bits")
+    require_possible(replace(parted, mode="ft1"), 2)
+    require_possible(replace(parted, act_bits=6), 2)  # 6 bits are what the other two have
+    for impossible, reason in (
+        (parted, "rules: .*0.attn.matmul_q_input_quantizer and the two sites whose scale it shares in this mode"),
+        (with_rules("*._weight_quantizer -> entropy", base=free), "entropy cannot calibrate the weights it matches"),
+        (with_rules("7.* -> off"), "matches no site of the 2 blocks"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            require_possible(impossible, 2)
+        with pytest.raises(InputError, match=rf"^setting '{re.escape(impossible.label)}': .*{reason.split()[-1]}"):
+            require_all_possible([free, replace(parted, mode="ft1"), impossible], 2)
 
 
 def test_weights_take_only_calibrators_for_weights(scales: Scales) -> None:

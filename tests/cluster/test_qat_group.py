@@ -25,7 +25,14 @@ from torch import nn
 from tests.conftest import make_project, scrape
 from tests.qat.test_qat_loop import CONFIG, TRANSFORM, Setup, calibrated
 from vitq_ray.base.config import InputError
-from vitq_ray.cluster.qat_group import Plan, QatMetrics, Workers, plan_workers, run_on_workers, worker_bytes
+from vitq_ray.cluster.qat_group import (
+    QatMetrics,
+    RankResources,
+    TrainWorkers,
+    rank_resources,
+    run_on_workers,
+    worker_bytes,
+)
 from vitq_ray.data.loader import Batch, iter_batches
 from vitq_ray.data.samples import SampleIndex, open_split
 from vitq_ray.measure.evaluation import Counts
@@ -39,7 +46,7 @@ from vitq_ray.quant.vit import float_copy
 from vitq_ray.run.folder import read_bad_images, record_bad_images
 
 GB = 1e9
-PLAN = Plan(1.0, 1)
+RESOURCES = RankResources(1.0, 1)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +82,7 @@ def losses_on_workers(
         seen[report.step] = report.loss
         on_step(report)
 
-    run_on_workers(task, Workers(count, **options), "error", keep, lambda report: None, PLAN)
+    run_on_workers(task, TrainWorkers(count, **options), "error", keep, lambda report: None, RESOURCES)
     return seen
 
 
@@ -153,7 +160,7 @@ def test_a_diverging_loss_is_one_clear_error_and_not_tried_again(setup: Setup, t
     assert (tmp_path / "run" / "state.pt").exists()
 
 
-# Plans --------------------------------------------------------------------------------------------------------------
+# Resources ----------------------------------------------------------------------------------------------------------
 
 
 def node(cpus: float, gpus: float = 0, memory: float = 100 * GB) -> dict[str, float]:
@@ -173,18 +180,18 @@ def node(cpus: float, gpus: float = 0, memory: float = 100 * GB) -> dict[str, fl
     ],
 )
 def test_cpus_are_shared_out(count: int, nodes: list[dict[str, float]], cpus: float, threads: int) -> None:
-    plan = plan_workers(Workers(count), nodes, int(GB))
-    assert (plan.cpus, plan.threads) == (cpus, threads)
-    assert (plan.warning is not None) == (cpus < 1)
-    assert sum(int(n["CPU"] / plan.cpus + 1e-6) for n in nodes) >= count
+    resources = rank_resources(TrainWorkers(count), nodes, int(GB))
+    assert (resources.cpus, resources.threads) == (cpus, threads)
+    assert (resources.warning is not None) == (cpus < 1)
+    assert sum(int(n["CPU"] / resources.cpus + 1e-6) for n in nodes) >= count
 
 
 def test_missing_gpus_and_memory_are_refused() -> None:
     with pytest.raises(InputError, match="2 workers need a GPU each, the cluster has 1"):
-        plan_workers(Workers(2, use_gpu=True), [node(8, gpus=1)], int(GB))
+        rank_resources(TrainWorkers(2, use_gpu=True), [node(8, gpus=1)], int(GB))
     with pytest.raises(InputError, match=r"3 workers of about 4.0 GB each do not fit into memory; 2 would"):
-        plan_workers(Workers(3), [node(8, memory=10 * GB)], int(4 * GB))
-    assert plan_workers(Workers(2, use_gpu=True), [node(8, gpus=1), node(8, gpus=1)], int(GB)).warning is None
+        rank_resources(TrainWorkers(3), [node(8, memory=10 * GB)], int(4 * GB))
+    assert rank_resources(TrainWorkers(2, use_gpu=True), [node(8, gpus=1), node(8, gpus=1)], int(GB)).warning is None
 
 
 def test_a_worker_of_the_sample_is_small(setup: Setup, tmp_path: Path) -> None:

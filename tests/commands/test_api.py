@@ -33,6 +33,24 @@ def test_importing_loads_neither_torch_nor_ray() -> None:
     assert process.stdout.strip() == "[]", process.stderr
 
 
+def test_warnings_go_to_the_log_and_nothing_is_printed() -> None:
+    """In a process of its own: pytest listens to logs, and Python prints warnings that nobody listens to."""
+    code = """if True:
+        import logging, vitq_ray
+        from vitq_ray.commands.screen import SILENT, Terminal, log_shown
+        SILENT.warn("unheard")
+        logging.getLogger("vitq_ray.models.geometry").warning("unheard")
+        with log_shown(Terminal("x")):
+            logging.getLogger("vitq_ray.models.geometry").warning("seen on a terminal")
+        logging.basicConfig(format="heard: %(message)s")
+        SILENT.warn("by a script that listens")"""
+    process = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert process.stdout == ""
+    assert process.stderr == "warning: seen on a terminal\nheard: by a script that listens\n"
+
+
 def test_every_name_is_there() -> None:
     for name in vitq_ray.__all__:
         assert getattr(vitq_ray, name) is not None

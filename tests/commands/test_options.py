@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.conftest import DATA, ROOT
 from vitq_ray.base.config import InputError
+from vitq_ray.calibration.setting import Setting
 from vitq_ray.commands import combinations
 from vitq_ray.commands.declare import Options
+from vitq_ray.commands.inputs import bundled_spaces, find_space
 from vitq_ray.commands.main import COMMANDS
 from vitq_ray.commands.options import CalibrateOptions, EvaluateOptions, TrainOptions, TuneOptions
 from vitq_ray.commands.parser import parse, parser_of
+from vitq_ray.commands.resume import with_stored
 from vitq_ray.commands.screen import SILENT
 from vitq_ray.commands.train import complete
-from vitq_ray.commands.tune_job import bundled_spaces, find_space, prepare, require_used_with
+from vitq_ray.commands.tune import open_folder
+from vitq_ray.commands.tune_job import describe, prepare, require_used_with, sidecar_of_search
+from vitq_ray.quant.plan import Plan, SitePlan, rule_of
+from vitq_ray.quant.sites import MODES, sites_of_blocks
 from vitq_ray.search.space import load_space, space_of
 
 ALL = (CalibrateOptions, EvaluateOptions, TuneOptions, TrainOptions)
@@ -189,6 +201,96 @@ def test_what_a_space_does_not_use_is_not_an_option() -> None:
     require_used_with(parse(TuneOptions, ["--from-run", "d", "--search-space", "qat", "--target-drop", "1"], "x"), qat)
 
 
+@pytest.mark.parametrize("algorithm", ["grid", "random"])
+def test_impossible_rules_are_found_before_anything_is_computed(algorithm: str, tmp_path: Path) -> None:
+    space = tmp_path / "s.py"
+    space.write_text("SPACE = {'mode': ['ft1', 'ft2'], 'calibrator': ['max'], '0.attn.key._weight_quantizer': ['off']}")
+    options = parse(TuneOptions, ["--search-space", str(space), "--search-alg", algorithm], "x")
+    with pytest.raises(InputError, match=r"s\.py: setting 'ft2 max n=10 w8a8 .* -> off': rules: .* in being off"):
+        prepare(options, SILENT)
+    prepare(parse(TuneOptions, ["--search-space", str(space), "--search-alg", "optuna"], "x"), SILENT)
+
+
+def test_spaces_may_hold_rules_and_calibrators_as_objects(tmp_path: Path) -> None:
+    space = tmp_path / "s.py"
+    space.write_text(
+        """
+from vitq_ray import Calibration, Rule
+SPACE = {"calibrator": [Calibration("max"), Calibration("percentile", (99.5,))], "weights": [Calibration("mse")],
+         "rules": [(), (Rule("0.*", bits=6), "1.* -> mse")]}
+"""
+    )
+    job = prepare(parse(TuneOptions, ["--search-space", str(space), "--output", str(tmp_path / "run")], "x"), SILENT)
+    assert describe(job)["search_space"]["choices"] == {
+        "calibrator": ["max", "percentile 99.5"],
+        "weights": ["mse"],
+        "rules": [[], ["0.* -> 6 bits", "1.* -> mse"]],
+    }
+    open_folder(job, SILENT)
+    resumed = replace(job, options=replace(job.options, resume=str(tmp_path / "run")))
+    assert open_folder(resumed, SILENT).path == tmp_path / "run", "a search of the same space goes on"
+
+
+def test_choices_of_the_wide_space_are_those_that_version_0_1_0_stored() -> None:
+    own = [None, "max", "mse", "entropy", "percentile 99.9"]
+    job = prepare(parse(TuneOptions, ["--search-space", "wide", "--search-alg", "random"], "x"), SILENT)
+    choices = describe(job)["search_space"]["choices"]
+    assert list(choices.items()) == [
+        ("mode", ["ft1", "ft2", "ft3", "trt"]),
+        ("calibrator", ["max", "mse", "entropy", "percentile"]),
+        ("percentile", [99.0, 99.9, 99.99, 99.999, 99.9999]),
+        ("num_batches", [2, 8, 32]),
+        ("weight_bits", [4, 8]),
+        ("act_bits", [4, 6, 8]),
+        ("attention_probabilities", own),
+        ("gelu_output", own),
+        ("gemm_outputs", own),
+        ("weights", ["max", "mse"]),
+    ]
+
+
+def test_every_bundled_space_can_be_searched() -> None:
+    for name in bundled_spaces():
+        algorithm = "random" if name == "wide" else "grid"
+        job = prepare(parse(TuneOptions, ["--search-space", name, "--search-alg", algorithm], "x"), SILENT)
+        assert job.proposals().next_round()
+    assert len(load_space(find_space("rules")).grid(Setting())) == 18
+
+
+def test_batches_of_an_earlier_search_are_as_large_as_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its batches had 4 images; 8 is the default here."""
+    monkeypatch.chdir(DATA / "format1")
+    argv = ["--from-run", "search", "--pretrained_dir", "vit.npz", "--data-path", "."]
+    job = prepare(parse(TuneOptions, argv, "x"), SILENT)
+    assert job.options.calib_batchsz == describe(job)["options"]["calib_batchsz"] == 4
+    assert job.fixed
+    setting = job.fixed[0]
+    sites = sites_of_blocks(job.loaded.geometry.depth)
+    rules = {key: rule_of(MODES[setting.mode], site, 8, 8) for key, site in sites.items()}
+    plan = Plan(setting.mode, {key: SitePlan(torch.ones(()), rule) for key, rule in rules.items()})
+    assert setting.batch_size == sidecar_of_search(job, setting, plan, {}).calibration["batch_size"] == 4
+    prepare(parse(TuneOptions, [*argv, "--calib-batchsz", "4"], "x"), SILENT)
+    message = r"^--calib-batchsz: 8 given, but the settings of search \(--from-run\) were found with 4$"
+    with pytest.raises(InputError, match=message):
+        prepare(parse(TuneOptions, [*argv, "--calib-batchsz", "8"], "x"), SILENT)
+
+
+def test_files_of_a_resumed_run_may_be_spelled_differently(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "space.py").write_text("SPACE = {}")
+    stored = TuneOptions.of({"pretrained_dir": "a.npz", "data_path": "s3://b/d", "search_space": "space.py"}).to_dict()
+
+    def resumed(*argv: str, **changes: str) -> TuneOptions:
+        return with_stored(parse(TuneOptions, ["--resume", "r", *argv], "x"), {**stored, **changes}, {"resume"})
+
+    again = resumed("--search-space", "./space.py", "--pretrained_dir", str(tmp_path / "a.npz"))
+    assert (again.search_space, again.pretrained_dir) == ("space.py", "a.npz"), "what is stored counts"
+    resumed("--search-space", "calib", search_space="/some/checkout/search_spaces/calib.py")
+    for argv in ("--search-space calib", "--pretrained_dir b.npz", "--data-path b/d", "--data-path s3:/b/d"):
+        with pytest.raises(InputError, match=r"given, but r was started with"):
+            resumed(*argv.split())
+
+
 def test_the_default_space_takes_bits_from_the_command_line() -> None:
     """`make tune`."""
     job = prepare(parse(TuneOptions, ["--wprec", "4", "--aprec", "4"], "x"), SILENT)
@@ -204,15 +306,31 @@ def test_distillation_is_on_with_the_sample_and_with_a_teacher() -> None:
         complete(parse(TrainOptions, [*given.split(), "--temperature", "2"], "x"), SILENT)
 
 
-@pytest.mark.parametrize("name", ["qat", "qat.py", "quick", "search_spaces/qat.py"])
+def test_help_names_every_mode() -> None:
+    """A mode is a row of the table, also for help: one more, in a process of its own."""
+    code = """if True:
+        from vitq_ray.quant.sites import MODES
+        MODES["ft9"] = MODES["ft1"]
+        from vitq_ray.commands.options import TuneOptions
+        print(TuneOptions.declared()["quant_mode"].help)"""
+    process = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert process.stdout == "ft1, ft2, ft3, trt or ft9\n", process.stderr
+
+
+@pytest.mark.parametrize("name", ["qat", "qat.py", "quick", "search_spaces/qat.py", "gone/search_spaces/qat.py"])
 def test_bundled_spaces_are_found_by_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert Path(find_space(name)) == bundled_spaces()[Path(name).stem]
-    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text("SPACE = {}")
     assert find_space(name) == name, "a file that is there comes first"
 
 
 def test_an_unknown_space_lists_the_bundled_ones() -> None:
-    with pytest.raises(InputError, match=r"wider\.py: no such file; .*or one of calib, calib_qat, qat, quick, wide"):
+    message = r"wider\.py: no such file; .*or one of calib, calib_qat, qat, quick, rules, wide"
+    with pytest.raises(InputError, match=message):
         find_space("wider.py")
+    with pytest.raises(InputError, match=r"mine/calib\.py: no such file"):
+        find_space("mine/calib.py")

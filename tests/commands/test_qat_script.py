@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -229,6 +230,8 @@ def test_a_contradicted_sidecar_is_refused(
     )
     assert run(qat, *options, "--quant-mode", "ft1") == 2
     assert "--quant-mode: ft1 given, but" in capsys.readouterr().err
+    assert run(qat, *options, "--model_type", "ViT-B_16") == 2
+    assert re.search(r"--model_type ViT-B_16: its \w+: \d+ given, but", capsys.readouterr().err), "as evaluate has it"
 
 
 def test_the_splits_of_a_search_are_taken_over(project: Project, tmp_path: Path) -> None:
@@ -238,14 +241,14 @@ def test_the_splits_of_a_search_are_taken_over(project: Project, tmp_path: Path)
     splits = {"selection": list(range(60)), "report": list(range(60, 150))}
     description = {"splits": splits, "data_fingerprint": fingerprint, "options": {"split_seed": 3}}
     (tmp_path / "search" / "run.json").write_text(json.dumps(description))
-    found = train.search_splits(str(best / "vit_calib.pth"), fingerprint)
+    found = train.splits_of_search_run(str(best / "vit_calib.pth"), fingerprint)
     assert found is not None
     assert [ids.tolist() for ids in (found.splits.selection, found.splits.report)] == [
         splits["selection"],
         splits["report"],
     ]
-    assert train.search_splits(str(best / "vit_calib.pth"), "other data") is None
-    assert train.search_splits(str(tmp_path / "search" / "vit_calib.pth"), fingerprint) is None
+    assert train.splits_of_search_run(str(best / "vit_calib.pth"), "other data") is None
+    assert train.splits_of_search_run(str(tmp_path / "search" / "vit_calib.pth"), fingerprint) is None
     options = ("--pretrained_dir", best / "vit_calib.pth", "--data-path", project.folder, "--num-epochs", "1")
     assert run(qat, *options, "--batch-size", 8, "--no-dashboard", "--output", tmp_path / "o") == 0
     assert result(tmp_path / "o")["images"] == 90

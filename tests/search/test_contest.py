@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from tests.conftest import make_setting
 from vitq_ray.base.config import InputError
+from vitq_ray.calibration.scales import require_possible
 from vitq_ray.calibration.statistics import CalibrationStatistics, collect_statistics
 from vitq_ray.measure.metrics import METRICS, Metric
 from vitq_ray.measure.racing import Race, RaceRules
@@ -194,6 +196,31 @@ def test_optuna_learns() -> None:
         rounds.append([s.act_bits for s in settings])
         source.tell({s: s.act_bits / 10 - (s.mode == "ft2") for s in settings})
     assert np.mean(rounds[-1] + rounds[-2]) > np.mean(rounds[0] + rounds[1]) + 0.8
+
+
+PARTED = "*.attn.matmul_q_input_quantizer"
+
+
+def test_optuna_goes_round_settings_that_are_not_possible(
+    quant_vit: VisionTransformer, statistics: CalibrationStatistics, tmp_path: Path
+) -> None:
+    """ft2 fuses query, key and value, which a rule for one of them parts; ft1 does not."""
+    space = SearchSpace("parted", {**SPACE.choices, PARTED: (None, "5 bits", "off")})
+    require = partial(require_possible, depth=len(quant_vit.blocks))
+    contest = make(
+        quant_vit, statistics, RunFolder(tmp_path), OptunaProposals(space, make_setting(), 32, 3, require=require)
+    )
+    run(contest)
+    assert len(contest.candidates) == 32
+    parted = [c.setting for c in contest.candidates.values() if any(rule.sites == PARTED for rule in c.setting.rules)]
+    assert {setting.mode for setting in parted} == {"ft1"}
+
+
+def test_a_space_where_nothing_is_possible_is_refused() -> None:
+    space = SearchSpace("parted", {"mode": ("ft2", "trt"), PARTED: ("5 bits", "off")})
+    source = proposals("optuna", space, make_setting(), 8, 0, partial(require_possible, depth=2))
+    with pytest.raises(InputError, match=r"no possible setting found, e\.g\. '.*differ in bits or in being off"):
+        source.next_round()
 
 
 def test_proposals() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +35,71 @@ class _Wanted:
     calibration: Calibration
     rule: SiteRule
     factor: float = 1.0
+
+
+def require_possible(setting: Setting, depth: int) -> None:
+    """InputError where a model of `depth` blocks cannot do what the rules ask for; as `Scales.plan`, but at once."""
+    _wanted(setting, depth)
+
+
+def require_all_possible(settings: Iterable[Setting], depth: int) -> None:
+    """As `require_possible`, of many settings; the error names the first that is not.
+
+    Mode, bits and rules decide it: settings that agree in these are looked at once.
+    """
+    known = set()
+    for setting in settings:
+        asked = (setting.mode, setting.weight_bits, setting.act_bits, setting.rules)
+        if asked not in known:
+            known.add(asked)
+            try:
+                require_possible(setting, depth)
+            except InputError as error:
+                raise InputError(f"setting {setting.label!r}: {error}") from None
+
+
+def _wanted(setting: Setting, depth: int) -> dict[str, _Wanted]:
+    """{site: what the setting asks of it}. InputError for rules that match no site, change none, or part fused ones."""
+    require_sites(setting.rules, depth)
+    mode, sites = MODES[setting.mode], sites_of_blocks(depth)
+    wanted = {
+        key: _Wanted(
+            setting.weights if site.family == WEIGHT else setting.calibrator,
+            rule_of(mode, site, setting.weight_bits, setting.act_bits),
+        )
+        for key, site in sites.items()
+    }
+    for rule in setting.rules:
+        changed = {key: _changed(wanted[key], rule) for key in _matched(rule, depth)}
+        if not changed:
+            raise InputError(f"rule {str(rule)!r}: {rule.calibrator} cannot calibrate the weights it matches")
+        wanted |= changed
+    if mode.fuse_qkv:
+        _require_fused_alike(wanted, depth)
+    return wanted
+
+
+def _matched(rule: Rule, depth: int) -> list[str]:
+    """Sites that a rule changes: those that it matches and can calibrate, and what is one quantizer with them."""
+    sites = sites_of_blocks(depth)
+    matched = {key for key in sites if rule.matches(key)}
+    for keys in _groups(SHARED_SITES, depth):
+        matched |= set(keys) if matched & set(keys) else set()
+    return [key for key in sites if key in matched and _can_calibrate(rule, sites[key])]
+
+
+def _groups(groups: Iterable[Iterable[str]], depth: int) -> Iterator[list[str]]:
+    """Groups of sites, in every block, by their full names."""
+    return ([site_key(index, name) for name in group] for index in range(depth) for group in groups)
+
+
+def _require_fused_alike(wanted: Mapping[str, _Wanted], depth: int) -> None:
+    for keys in _groups(FUSED_GROUPS, depth):
+        if len({wanted[key].rule for key in keys}) > 1:
+            raise InputError(
+                f"rules: {keys[0]} and the two sites whose scale it shares in this mode differ in bits or in "
+                "being off; expected a pattern that matches all three"
+            )
 
 
 def kinds_needed(settings: Iterable[Setting]) -> tuple[str, ...]:
@@ -65,42 +130,12 @@ class Scales:
         Raises:
             InputError: for a rule that matches no site or changes none, and for one that parts fused sites.
         """
-        wanted = self._wanted(setting)
+        wanted = _wanted(setting, self._depth)
         amax = self._amax_of_tensors(wanted, setting.num_batches) | self._amax_of_weights(wanted)
         amax = {key: value if wanted[key].factor == 1 else value * wanted[key].factor for key, value in amax.items()}
         if MODES[setting.mode].fuse_qkv:
-            amax |= self._fused(amax, wanted)
+            amax |= self._fused(amax)
         return Plan(setting.mode, {key: SitePlan(amax[key], wanted[key].rule) for key in self._sites})
-
-    # What is asked of each site -----------------------------------------------------------------------------------
-
-    def _wanted(self, setting: Setting) -> dict[str, _Wanted]:
-        require_sites(setting.rules, self._depth)
-        mode = MODES[setting.mode]
-        wanted = {
-            key: _Wanted(
-                setting.weights if site.family == WEIGHT else setting.calibrator,
-                rule_of(mode, site, setting.weight_bits, setting.act_bits),
-            )
-            for key, site in self._sites.items()
-        }
-        for rule in setting.rules:
-            changed = {key: _changed(wanted[key], rule) for key in self._matched(rule)}
-            if not changed:
-                raise InputError(f"rule {str(rule)!r}: {rule.calibrator} cannot calibrate the weights it matches")
-            wanted |= changed
-        return wanted
-
-    def _matched(self, rule: Rule) -> list[str]:
-        """Sites that a rule changes: those that it matches and can calibrate, and what is one quantizer with them."""
-        matched = {key for key in self._sites if rule.matches(key)}
-        for index in range(self._depth):
-            for group in SHARED_SITES:
-                keys = {site_key(index, name) for name in group}
-                matched |= keys if matched & keys else set()
-        return [key for key in self._sites if key in matched and _can_calibrate(rule, self._sites[key])]
-
-    # Their amax ---------------------------------------------------------------------------------------------------
 
     def _amax_of_tensors(self, wanted: Mapping[str, _Wanted], num_batches: int) -> dict[str, Tensor]:
         """{activation site: amax, shape ()}, float32."""
@@ -140,18 +175,11 @@ class Scales:
             self._of_weights[place] = scale(self._weights[key], calibration.values, rule.axis, rule.bits).cpu()
         return self._of_weights[place]
 
-    def _fused(self, amax: Mapping[str, Tensor], wanted: Mapping[str, _Wanted]) -> dict[str, Tensor]:
+    def _fused(self, amax: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Query, key and value with the maximum of their three scales, in every block."""
         fused: dict[str, Tensor] = {}
-        for index in range(self._depth):
-            for group in FUSED_GROUPS:
-                keys = [site_key(index, name) for name in group]
-                if len({wanted[key].rule for key in keys}) > 1:
-                    raise InputError(
-                        f"rules: {keys[0]} and the two sites whose scale it shares in this mode differ in bits or in "
-                        "being off; expected a pattern that matches all three"
-                    )
-                fused |= dict.fromkeys(keys, torch.stack([amax[key] for key in keys]).amax(dim=0))
+        for keys in _groups(FUSED_GROUPS, self._depth):
+            fused |= dict.fromkeys(keys, torch.stack([amax[key] for key in keys]).amax(dim=0))
         return fused
 
 

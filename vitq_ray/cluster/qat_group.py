@@ -68,7 +68,7 @@ class QatMetrics:
 
 
 @dataclass(frozen=True)
-class Workers:
+class TrainWorkers:
     """How many ranks, on what, and how often the group may be started again."""
 
     count: int
@@ -77,7 +77,7 @@ class Workers:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RankResources:
     """What each rank gets: CPUs as Ray counts them (a fraction where ranks outnumber CPUs), and threads."""
 
     cpus: float
@@ -85,7 +85,7 @@ class Plan:
     warning: str | None = None
 
 
-def plan_workers(workers: Workers, nodes: list[dict[str, float]], bytes_per_worker: int) -> Plan:
+def rank_resources(workers: TrainWorkers, nodes: list[dict[str, float]], bytes_per_worker: int) -> RankResources:
     """Fit the ranks into the nodes' resources. InputError where GPUs or memory are missing; CPUs are shared out."""
     gpus = sum(math.floor(node.get("GPU", 0)) for node in nodes)
     if workers.use_gpu and gpus < workers.count:
@@ -99,12 +99,12 @@ def plan_workers(workers: Workers, nodes: list[dict[str, float]], bytes_per_work
     cpus = [node.get("CPU", 0) for node in nodes]
     total = sum(math.floor(c) for c in cpus)
     if total >= workers.count:
-        return Plan(1.0, max(1, total // workers.count))
+        return RankResources(1.0, max(1, total // workers.count))
     for parts in range(2, 1000):
         if sum(math.floor(c * parts) for c in cpus) >= workers.count:
             share_of_cpu = math.floor(10_000 / parts) / 10_000  # Ray counts in ten-thousandths
             warning = f"{workers.count} workers share {total} CPUs, one thread each: they will be slower than {total}"
-            return Plan(share_of_cpu, 1, warning)
+            return RankResources(share_of_cpu, 1, warning)
     raise InputError(f"workers: {workers.count} workers on {total} CPUs; choose fewer")
 
 
@@ -157,11 +157,11 @@ class _Shared:
 
 def run_on_workers(
     task: QatTask,
-    workers: Workers,
+    workers: TrainWorkers,
     on_bad_image: str,
     on_step: Callable[[StepReport], None],
     on_epoch: Callable[[EpochReport], object],
-    plan: Plan,
+    resources: RankResources,
 ) -> QatOutcome:
     """`run_task` on several workers; the callbacks are called here, a moment later. Needs a running Ray.
 
@@ -180,13 +180,13 @@ def run_on_workers(
         on_bad_image=on_bad_image,
         folder=folder,
         run=folder.name,
-        threads=plan.threads,
+        threads=resources.threads,
     )
     trainer = TorchTrainer(
         _rank_main,
         train_loop_config={"shared": shared},
         scaling_config=ScalingConfig(
-            num_workers=workers.count, use_gpu=workers.use_gpu, resources_per_worker=_resources(workers, plan)
+            num_workers=workers.count, use_gpu=workers.use_gpu, resources_per_worker=_per_worker(workers, resources)
         ),
         torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo"),
         run_config=RunConfig(
@@ -206,8 +206,8 @@ def run_on_workers(
     return read_outcome(folder)
 
 
-def _resources(workers: Workers, plan: Plan) -> dict[str, float]:
-    return {"CPU": plan.cpus, "GPU": 1.0} if workers.use_gpu else {"CPU": plan.cpus}
+def _per_worker(workers: TrainWorkers, resources: RankResources) -> dict[str, float]:
+    return {"CPU": resources.cpus, "GPU": 1.0} if workers.use_gpu else {"CPU": resources.cpus}
 
 
 def _fit(trainer: TorchTrainer, follower: Follower) -> BaseException | None:

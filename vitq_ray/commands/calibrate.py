@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitq_ray.base.config import InputError
 from vitq_ray.base.files import output_folder
 from vitq_ray.calibration.scales import apply_setting, kinds_needed
 from vitq_ray.calibration.setting import Setting
@@ -26,7 +25,7 @@ from vitq_ray.commands.inputs import (
     with_sample,
 )
 from vitq_ray.commands.options import CalibrateOptions, OneSettingOptions
-from vitq_ray.commands.passes import Workers, collector, evaluation_pass, ray_for, workers_of
+from vitq_ray.commands.passes import ValImages, Workers, collector, evaluate_val, ray_for, workers_of
 from vitq_ray.commands.screen import SILENT, Screen, result_line, seconds_line, warn_of_bad_images
 from vitq_ray.data.loader import iter_batches
 from vitq_ray.data.samples import SampleIndex, open_split
@@ -106,7 +105,7 @@ def calibrate(options: CalibrateOptions, screen: Screen = SILENT) -> CalibrateRe
             plan = apply(job, seen, screen)
         screen.say(plan_summary(job.model, plan))
         with watch.stage("evaluate"):
-            evaluation = evaluate_all(job, options, workers, screen)
+            evaluation = evaluate_all(job, options, screen)
     calibration = {
         **calibration_of(job, options),
         "images_also_evaluated": len(seen.sample_ids) if job.split == "val" else 0,
@@ -204,24 +203,11 @@ def apply(job: CalibrationJob, seen: CalibrationPass, screen: Screen) -> Plan:
     return plan
 
 
-def evaluate_all(job: CalibrationJob, options: CalibrateOptions, workers: Workers, screen: Screen) -> Evaluation:
-    """All of val in map order."""
-    size = options.batch_size
-    batches = iter_batches(
-        job.val,
-        range(len(job.val)),
-        job.transform,
-        size,
-        options.decode_threads,
-        options.on_bad_image,
-        job.bad_images,
-    )
-    shown = screen.track(batches, -(-len(job.val) // size), "evaluate")
+def evaluate_all(job: CalibrationJob, options: CalibrateOptions, screen: Screen) -> Evaluation:
+    """All of val, by the quantized model."""
+    images = ValImages(job.val, range(len(job.val)), job.transform, job.to_input, job.bad_images)
     with frozen_weights(job.model):
-        evaluation = evaluation_pass(job.model, shown, job.to_input, job.transform, workers)
-    if evaluation.images == 0:
-        raise InputError(f"{options.data_path}: no readable image in val")
-    return evaluation
+        return evaluate_val(job.model, images, options, screen)
 
 
 # What is written and shown ------------------------------------------------------------------------------------------

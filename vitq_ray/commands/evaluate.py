@@ -15,16 +15,15 @@ from torch import Tensor, nn
 from vitq_ray.base.config import InputError
 from vitq_ray.base.files import atomic_file, output_file, output_folder
 from vitq_ray.commands import combinations
-from vitq_ray.commands.inputs import device_of, eval_transform, paths_of, with_sample
+from vitq_ray.commands.inputs import device_of, eval_transform, paths_of, require_as_calibrated, with_sample
 from vitq_ray.commands.options import EvaluateOptions
-from vitq_ray.commands.passes import evaluation_pass, ray_for, workers_of
+from vitq_ray.commands.passes import ValImages, evaluate_val, ignore, ray_for
 from vitq_ray.commands.screen import SILENT, Screen, result_line, warn_of_bad_images
-from vitq_ray.data.loader import Batch, iter_batches
+from vitq_ray.data.loader import Batch
 from vitq_ray.data.samples import SampleIndex, open_split
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.measure.evaluation import Evaluation, sanity_problem
 from vitq_ray.models.checkpoint import CalibratedModel, Sidecar, open_checkpoint
-from vitq_ray.models.geometry import named_geometry
 from vitq_ray.models.load import LoadedModel
 from vitq_ray.quant.vit import frozen_weights
 from vitq_ray.run.results import EVALUATION, Stopwatch, result_of, write_result
@@ -126,41 +125,11 @@ def load(options: EvaluateOptions) -> tuple[LoadedModel, Sidecar | None]:
     return opened, None
 
 
-def require_as_calibrated(options: EvaluateOptions, sidecar: Sidecar) -> None:
-    """What the user says of a calibrated checkpoint must be what its sidecar says."""
-    setting, geometry = sidecar.setting, sidecar.geometry
-    pairs = {
-        options.name_of("quant_mode"): (options.quant_mode, setting.mode),
-        options.name_of("img_size"): (options.img_size, geometry.img_size),
-        options.name_of("crop_pct"): (options.crop_pct, sidecar.crop_pct),
-    }
-    if (named := named_geometry(options.model_type)) is not None:
-        pairs |= {
-            f"{options.name_of('model_type')} {options.model_type}: its {name}": (
-                getattr(named, name),
-                getattr(geometry, name),
-            )
-            for name in ("patch_size", "width", "depth", "heads", "mlp_width")
-        }
-    for what, (given, stored) in pairs.items():
-        if given is not None and given != stored:
-            raise InputError(f"{what}: {given} given, but {options.pretrained_dir} was calibrated with {stored}")
-
-
 def classify_all(job: EvaluationJob, options: EvaluateOptions, kept: KeptLogits, screen: Screen) -> Evaluation:
     """Every image, here or on workers; logits are kept where they are to be saved."""
-    size = options.batch_size
-    batches = iter_batches(
-        job.index, job.ids, job.transform, size, options.decode_threads, options.on_bad_image, job.bad_images
-    )
-    shown = screen.track(batches, -(-len(job.ids) // size), "evaluate")
-    on_batch = kept.add if options.save_logits else lambda batch, logits: None
-    workers = workers_of(options, options.use_gpu)
+    images = ValImages(job.index, job.ids, job.transform, job.to_input, job.bad_images)
     with job.model() as model:
-        evaluation = evaluation_pass(model, shown, job.to_input, job.transform, workers, on_batch)
-    if evaluation.images == 0:
-        raise InputError(f"{options.data_path}: no readable image in val")
-    return evaluation
+        return evaluate_val(model, images, options, screen, kept.add if options.save_logits else ignore)
 
 
 class KeptLogits:

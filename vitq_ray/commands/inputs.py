@@ -10,12 +10,11 @@ from typing import TypeVar
 import torch
 
 from vitq_ray.base.config import InputError
-from vitq_ray.commands.options import (
-    ModelOptions,
-)
+from vitq_ray.commands.options import ModelOptions, parameters
 from vitq_ray.commands.screen import Screen
 from vitq_ray.data.transforms import EvalTransform
-from vitq_ray.models.geometry import AUTO
+from vitq_ray.models.checkpoint import Sidecar
+from vitq_ray.models.geometry import AUTO, named_geometry
 from vitq_ray.models.load import LoadedModel
 
 M = TypeVar("M", bound=ModelOptions)
@@ -55,6 +54,31 @@ def eval_transform(loaded: LoadedModel, crop_pct: float | None = None) -> EvalTr
     return EvalTransform(loaded.geometry.img_size, loaded.mean, loaded.std, loaded.interpolation, crop_pct)
 
 
+def require_as_calibrated(options: ModelOptions, sidecar: Sidecar) -> None:
+    """What the user says of a calibrated checkpoint must be what its sidecar says; what is not said is not compared."""
+    setting = sidecar.setting
+    stored = {
+        "quant_mode": setting.mode,
+        "wprec": setting.weight_bits,
+        "aprec": setting.act_bits,
+        "calibrator": setting.calibrator.name,
+        **dict.fromkeys(parameters()),
+        **{p.name: v for p, v in zip(setting.calibrator.row.parameters, setting.calibrator.values, strict=True)},
+        "num_calib_batch": setting.num_batches,
+        "calib_batchsz": setting.batch_size,
+        "img_size": sidecar.geometry.img_size,
+        "crop_pct": sidecar.crop_pct,
+    }
+    rows = [(options.name_of(name), given, stored[name]) for name, given in options.only(stored).items()]
+    if "model_type" in options.given and (named := named_geometry(options.model_type)) is not None:
+        what = f"{options.name_of('model_type')} {options.model_type}: its"
+        for name in ("patch_size", "width", "depth", "heads", "mlp_width"):
+            rows.append((f"{what} {name}", getattr(named, name), getattr(sidecar.geometry, name)))
+    for what, given, there in rows:
+        if given != there:
+            raise InputError(f"{what}: {given} given, but {options.pretrained_dir} was calibrated with {there}")
+
+
 def checkpoint_name(options: ModelOptions) -> str:
     """Name of the files a checkpoint goes into: the model type given, or with `auto` the stem of its file."""
     return Path(paths_of(options)[0]).stem if options.model_type == AUTO else options.model_type
@@ -67,3 +91,25 @@ def drawn_by(order: str, option: str, seed: int) -> str:
     versions stay.
     """
     return "order of the map" if order == "map" else f"{option} {seed}"
+
+
+def bundled_spaces() -> dict[str, Path]:
+    """{name: file} of the search spaces that come with the package."""
+    folder = Path(str(files("vitq_ray") / "search_spaces"))
+    return {path.stem: path for path in sorted(folder.glob("*.py"))}
+
+
+def find_space(text: str) -> str:
+    """The path of a search space, given as a path or as the name of a bundled one.
+
+    A name may have `.py` behind it, and `search_spaces/` before it as in a checkout, also in one that is no longer
+    there: earlier versions stored such paths.
+    """
+    path = Path(text)
+    if path.is_file():
+        return text
+    bundled, name = bundled_spaces(), path.name.removesuffix(".py")
+    if name in bundled and (path.parent == Path() or path.parent.name == "search_spaces"):
+        return str(bundled[name])
+    known = ", ".join(bundled)
+    raise InputError(f"{text}: no such file; expected a Python file that defines SPACE, or one of {known}")

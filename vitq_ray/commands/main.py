@@ -92,7 +92,9 @@ def run(command: Command, argv: Sequence[str] | None, typed: str) -> int:
         parser, options, screen = (import_module(f"vitq_ray.commands.{m}") for m in ("parser", "options", "screen"))
         given = parser.parse(getattr(options, command.options), argv, typed)
         use_case = getattr(import_module(f"vitq_ray.commands.{command.module}"), command.module)
-        use_case(given, screen.Terminal(typed))
+        terminal = screen.Terminal(typed)
+        with screen.log_shown(terminal):
+            use_case(given, terminal)
 
     return exit_code(work)
 

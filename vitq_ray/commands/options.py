@@ -5,6 +5,7 @@ The docstring of a command's class is its help; `{command}` stands for what the 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,12 @@ from vitq_ray.search.proposals import DEFAULT_SAMPLES, SEARCH_ALGORITHMS
 MOST_SELECTION_IMAGES = 10_000  # by default: they are kept decoded
 DEFAULT_SPACE = "calib"
 _MODE = Choice(tuple(MODES), {"1": "ft1", "2": "ft2"})  # the old toolkit's names
+
+
+def _names(table: Iterable[str]) -> str:
+    """`a, b or c`."""
+    *others, last = table
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +77,7 @@ class SettingOptions(Options):
     """one quantization setting, and what is drawn for it; the numbers of calibrators are rows of `CALIBRATORS`"""
 
     seed: int = option(Number(int, 0), 42, "seed of every random choice")
-    quant_mode: str = option(_MODE, "ft2", "ft1, ft2, ft3 or trt")
+    quant_mode: str = option(_MODE, "ft2", _names(MODES))
     calibrator: str = option(Choice(tuple(CALIBRATORS)), "percentile", "how amax is chosen")
     num_calib_batch: int = option(Number(int, 1), 10, "number of calibration batches")
     calib_batchsz: int = option(Number(int, 1), 8, "images per calibration batch")
@@ -152,7 +159,6 @@ class EvaluateOptions(ModelOptions, DecodeOptions, WorkerOptions):
     """
 
     batch_size: int = option(Number(int, 1), 64, "images per batch")
-    engine: str = option(Choice(("fake",)), "fake", "fake quantization in floating point")
     quant_mode: str | None = option(_MODE, None, "checked against the mode of the calibrated checkpoint")
     limit: int | None = option(Number(int, 1), None, "evaluate only the first N images of val")
     save_logits: str | None = option(Text(), None, "file (.npz) for the logits of every image")

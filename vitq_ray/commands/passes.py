@@ -9,10 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vitq_ray.base.config import InputError
 from vitq_ray.cluster.start import cluster
 from vitq_ray.cluster.workers import WorkerPool, collect_with, evaluate_on
-from vitq_ray.commands.options import WorkerOptions
-from vitq_ray.data.loader import Batch
+from vitq_ray.commands.options import CalibrateOptions, EvaluateOptions, WorkerOptions
+from vitq_ray.commands.screen import Screen
+from vitq_ray.data.loader import Batch, iter_batches
+from vitq_ray.data.samples import SampleIndex
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.measure.calibration import Collect, ToInput, collect_here
 from vitq_ray.measure.evaluation import Evaluation, evaluate
@@ -32,6 +35,9 @@ class Workers:
         return WorkerPool(model, transform, self.count, self.threads, self.gpus)
 
 
+IN_THIS_PROCESS = Workers(None)
+
+
 def workers_of(options: WorkerOptions, use_gpu: bool) -> Workers:
     return Workers(options.num_workers, options.threads_per_worker, 1.0 if use_gpu else 0.0)
 
@@ -48,16 +54,60 @@ def collector(workers: Workers, model: nn.Module, transform: EvalTransform) -> C
     return collect_with(lambda: workers.pool(model, transform), workers.threads)
 
 
+OnBatch = Callable[[Batch, Tensor], None]  # (batch, its logits)
+
+
+def ignore(batch: Batch, logits: Tensor) -> None:
+    """For who wants no logits."""
+
+
 def evaluation_pass(
     model: nn.Module,
     batches: Iterable[Batch],
     to_input: ToInput,
     transform: EvalTransform,
     workers: Workers,
-    on_batch: Callable[[Batch, Tensor], None] = lambda batch, logits: None,
+    on_batch: OnBatch = ignore,
 ) -> Evaluation:
     """Classify every image; the same counts, however many workers there are."""
     if workers.count is None:
         return evaluate(model, batches, to_input, on_batch)
     with workers.pool(model, transform) as pool:
         return evaluate_on(pool, batches, on_batch)
+
+
+@dataclass(frozen=True)
+class ValImages:
+    """What is evaluated, and how it is prepared.
+
+    Attributes:
+        ids: which images of `index`, in order.
+        to_input: uint8 (B, S, S, 3) -> what the model takes, on its device.
+        bad_images: (address, reason) of every broken image met, appended to.
+    """
+
+    index: SampleIndex
+    ids: range
+    transform: EvalTransform
+    to_input: ToInput
+    bad_images: list[tuple[str, str]]
+
+
+def evaluate_val(
+    model: nn.Module,
+    images: ValImages,
+    options: CalibrateOptions | EvaluateOptions,
+    screen: Screen,
+    on_batch: OnBatch = ignore,
+) -> Evaluation:
+    """Classify images of val, here or on workers, with progress shown. InputError where none can be read."""
+    size, transform = options.batch_size, images.transform
+    batches = iter_batches(
+        images.index, images.ids, transform, size, options.decode_threads, options.on_bad_image, images.bad_images
+    )
+    shown = screen.track(batches, -(-len(images.ids) // size), "evaluate")
+    workers = workers_of(options, options.use_gpu)
+    evaluation = evaluation_pass(model, shown, images.to_input, transform, workers, on_batch)
+    if evaluation.images == 0:
+        raise InputError(f"{options.data_path}: no readable image in val")
+    return evaluation

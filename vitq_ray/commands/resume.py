@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from vitq_ray.base.config import InputError
 from vitq_ray.commands.declare import Options
+from vitq_ray.commands.inputs import find_space
 from vitq_ray.run.folder import RunFolder
 
 O = TypeVar("O", bound=Options)  # noqa: E741
+
+
+_FILES = frozenset({"pretrained_dir", "data_path", "teacher", "search_space"})
 
 
 def stored_options(folder: str, script: str) -> dict[str, Any]:
@@ -24,10 +29,27 @@ def with_stored(options: O, stored: Mapping[str, Any], free: Collection[str]) ->
     """The stored options; of those given now the free ones count, and the others must be as stored."""
     now = options.to_dict()
     for name in sorted(options.given - set(free)):
-        if now[name] != stored.get(name):
+        if not _same(name, now[name], stored.get(name)):
             raise InputError(
                 f"{options.name_of(name)}: {now[name]} given, but {now['resume']} was started with {stored.get(name)}"
             )
     before = {name: stored[name] for name in options.declared() if name in stored and name not in ("resume", "output")}
     merged = type(options).of({**before, **options.only(free)}, options.typed)
     return replace(merged, given=options.given & frozenset(free))
+
+
+def _same(name: str, given: Any, stored: Any) -> bool:
+    """Whether an option was given as it is stored; files may be spelled differently."""
+    if given == stored or name not in _FILES or given is None or stored is None:
+        return bool(given == stored)
+    return _place(name, given) == _place(name, stored)
+
+
+def _place(name: str, text: str) -> str:
+    """What a path or the name of a bundled space stands for. A URI, and a space that is not there, for itself."""
+    if "://" in text:
+        return text
+    if name == "search_space":
+        with suppress(InputError):
+            text = find_space(text)
+    return str(Path(text).resolve())

@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -69,6 +70,28 @@ class Terminal(Screen):
 
 
 SILENT = Screen()
+
+
+class _Shown(logging.Handler):
+    """Warnings in the log, shown on a screen that prints."""
+
+    def __init__(self, screen: Terminal) -> None:
+        super().__init__(logging.WARNING)
+        self._screen = screen
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._screen.warn(one_line(record.getMessage()))
+
+
+@contextmanager
+def log_shown(screen: Terminal) -> Iterator[None]:
+    """While the context lasts, warnings in the log `vitq_ray` are the screen's."""
+    log, handler = logging.getLogger("vitq_ray"), _Shown(screen)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 class Counted(Protocol):

@@ -18,14 +18,21 @@ import torch
 from torch import nn
 
 from vitq_ray.base.config import InputError
-from vitq_ray.cluster.qat_group import QatMetrics, Workers, plan_workers, ray_nodes, run_on_workers, worker_bytes
+from vitq_ray.cluster.qat_group import QatMetrics, TrainWorkers, rank_resources, ray_nodes, run_on_workers, worker_bytes
 from vitq_ray.cluster.start import cluster
 from vitq_ray.commands import combinations
 from vitq_ray.commands.calibrate import apply, calibration_of, collect
 from vitq_ray.commands.calibrate import prepare as prepare_calibration
-from vitq_ray.commands.inputs import checkpoint_name, device_of, eval_transform, paths_of, with_sample
-from vitq_ray.commands.options import TrainOptions, parameters
-from vitq_ray.commands.passes import Workers as PassWorkers
+from vitq_ray.commands.inputs import (
+    checkpoint_name,
+    device_of,
+    eval_transform,
+    paths_of,
+    require_as_calibrated,
+    with_sample,
+)
+from vitq_ray.commands.options import TrainOptions
+from vitq_ray.commands.passes import IN_THIS_PROCESS
 from vitq_ray.commands.resume import stored_options, with_stored
 from vitq_ray.commands.screen import (
     SILENT,
@@ -92,7 +99,7 @@ class TrainJob:
     options: TrainOptions
     folder: RunFolder
     task: QatTask
-    workers: Workers
+    workers: TrainWorkers
     device: torch.device
     split_source: str
 
@@ -193,7 +200,7 @@ def prepare(options: TrainOptions, watch: Stopwatch, screen: Screen) -> TrainJob
         teacher = load_teacher(options, start)
         task = QatTask(config, start, teacher, data, halves.splits.report, folder.path, options.checkpoint_steps)
         steps_per_epoch(len(data.train_ids), config)
-    workers = Workers(options.num_workers, options.use_gpu, options.max_failures)
+    workers = TrainWorkers(options.num_workers, options.use_gpu, options.max_failures)
     return TrainJob(replace(options, split_seed=halves.split_seed), folder, task, workers, device, halves.source)
 
 
@@ -218,7 +225,7 @@ def calibrate_start(options: TrainOptions, loaded: LoadedModel, folder: Path, wa
     with watch.stage("load"):
         job = prepare_calibration(options, "train", "shuffled", loaded)
     with watch.stage("calibrate"):
-        seen = collect(job, options, PassWorkers(None), screen)
+        seen = collect(job, options, IN_THIS_PROCESS, screen)
         plan = apply(job, seen, screen)
     record_bad_images(folder.parent, job.bad_images)
     calibration = calibration_of(job, options)
@@ -236,27 +243,6 @@ def calibrate_start(options: TrainOptions, loaded: LoadedModel, folder: Path, wa
     save_calibrated(folder, checkpoint_name(options), job.model, plan, sidecar)
 
 
-def require_as_calibrated(options: TrainOptions, sidecar: Sidecar) -> None:
-    """What the user says of a calibrated checkpoint must be what its sidecar says."""
-    setting = sidecar.setting
-    stored = {
-        "quant_mode": setting.mode,
-        "wprec": setting.weight_bits,
-        "aprec": setting.act_bits,
-        "calibrator": setting.calibrator.name,
-        **dict.fromkeys(parameters()),
-        **{p.name: v for p, v in zip(setting.calibrator.row.parameters, setting.calibrator.values, strict=True)},
-        "num_calib_batch": setting.num_batches,
-        "calib_batchsz": setting.batch_size,
-        "img_size": sidecar.geometry.img_size,
-        "crop_pct": sidecar.crop_pct,
-    }
-    for name, given in options.only(stored).items():
-        if given != stored[name]:
-            what = f"{options.name_of(name)}: {given} given"
-            raise InputError(f"{what}, but {options.pretrained_dir} was calibrated with {stored[name]}")
-
-
 @dataclass(frozen=True)
 class Halves:
     """How val is divided, the seed it was divided by, and where that comes from."""
@@ -272,7 +258,7 @@ def halves_of_val(options: TrainOptions, sidecar: Sidecar, train_images: SampleI
     One rule wherever the checkpoint lies: half of val has been selected by, and must not be reported on. So a split
     seed that was given and is another is an error.
     """
-    searched = search_splits(paths_of(options)[0], val.fingerprint)
+    searched = splits_of_search_run(paths_of(options)[0], val.fingerprint)
     stored = searched.split_seed if searched else _split_seed_of(sidecar, val)
     if stored is not None and "split_seed" in options.given and options.split_seed != stored:
         raise InputError(
@@ -289,7 +275,7 @@ def _split_seed_of(sidecar: Sidecar, val: SampleIndex) -> int | None:
     return sidecar.calibration.get("split_seed") if val.fingerprint == sidecar.data_fingerprint else None
 
 
-def search_splits(checkpoint: str, fingerprint: str) -> Halves | None:
+def splits_of_search_run(checkpoint: str, fingerprint: str) -> Halves | None:
     """The splits of the search whose `best/` this checkpoint lies in, if it was on this val."""
     if "://" in checkpoint or (best := Path(checkpoint).absolute().parent).name != "best":
         return None
@@ -367,10 +353,10 @@ def run(job: TrainJob, screen: Screen) -> QatOutcome:
     with TrainingProgress(task.config.epochs, screen) as progress:
         if job.workers.count == 1:
             return run_here(job, progress)
-        plan = plan_workers(job.workers, ray_nodes(), worker_bytes(task))
-        if plan.warning:
-            screen.warn(plan.warning)
-        return run_on_workers(task, job.workers, job.options.on_bad_image, progress.step, progress.epoch, plan)
+        resources = rank_resources(job.workers, ray_nodes(), worker_bytes(task))
+        if resources.warning:
+            screen.warn(resources.warning)
+        return run_on_workers(task, job.workers, job.options.on_bad_image, progress.step, progress.epoch, resources)
 
 
 def run_here(job: TrainJob, progress: TrainingProgress) -> QatOutcome:

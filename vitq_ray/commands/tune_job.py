@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from importlib.resources import files
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
 from vitq_ray.calibration.calibrators import CALIBRATORS
-from vitq_ray.calibration.scales import NOISE_NEEDS, kinds_of
-from vitq_ray.calibration.setting import Setting, read_setting, require_sites
+from vitq_ray.calibration.scales import NOISE_NEEDS, kinds_of, require_all_possible, require_possible
+from vitq_ray.calibration.setting import Calibration, Rule, Setting, Technique, read_setting, require_sites
 from vitq_ray.cluster.stream import stream_batches
 from vitq_ray.cluster.trials import Resources, nodes_for
 from vitq_ray.commands import combinations
-from vitq_ray.commands.inputs import device_of, drawn_by, eval_transform, paths_of, with_sample
+from vitq_ray.commands.inputs import device_of, drawn_by, eval_transform, find_space, paths_of, with_sample
 from vitq_ray.commands.options import MOST_SELECTION_IMAGES, TuneOptions, parameters
 from vitq_ray.commands.screen import Screen
 from vitq_ray.data.loader import Batch
@@ -31,10 +31,12 @@ from vitq_ray.qat.ranks import steps_per_epoch
 from vitq_ray.quant.plan import Plan
 from vitq_ray.quant.vit import quantize_vit
 from vitq_ray.run.folder import RunFolder
-from vitq_ray.run.results import Stopwatch, read_result, versions
+from vitq_ray.run.results import Stopwatch, versions
 from vitq_ray.search.asha import training_runs
 from vitq_ray.search.proposals import ListProposals, Proposals, proposals
 from vitq_ray.search.space import QatSpace, SearchSpace, load_space
+
+MOST_CHECKED = 100_000  # combinations of a grid that are looked through for impossible rules
 
 # Options that may differ when a search is resumed: they decide where and how fast, not what.
 FREE_OPTIONS = frozenset(
@@ -77,7 +79,8 @@ class TuneJob:
         if self.fixed is not None:
             return ListProposals(self.fixed)
         options = self.options
-        return proposals(options.search_alg, self.space, self.defaults, options.num_samples, options.seed)
+        require = partial(require_possible, depth=self.loaded.geometry.depth)
+        return proposals(options.search_alg, self.space, self.defaults, options.num_samples, options.seed, require)
 
     def stream(self, index: SampleIndex, ids: Ids, batch_size: int) -> Iterator[Batch]:
         """Decoded by Ray Data, in the order of the ids."""
@@ -104,7 +107,7 @@ class TuneJob:
 def prepare(options: TuneOptions, screen: Screen) -> TuneJob:
     """Check every option and open every file."""
     combinations.require_used(options, combinations.TUNE)
-    options = with_sample(options, screen)
+    options = with_batches_of_run(with_sample(options, screen))
     space, defaults = load_space(find_space(options.search_space)), options.setting
     require_used_with(options, space)
     if options.from_run is None:
@@ -119,7 +122,7 @@ def prepare(options: TuneOptions, screen: Screen) -> TuneJob:
     val = open_split(data, "val", classes)
     split = default_calib_split(data)
     calib = open_split(data, "train", classes) if split == "train" else val
-    fixed = None if options.from_run is None else settings_of_run(Path(options.from_run), options)
+    fixed = None if options.from_run is None else settings_of_run(options)
     needed = max(batch_counts(space, defaults, fixed)) * options.calib_batchsz
     job = TuneJob(
         options=options,
@@ -135,6 +138,7 @@ def prepare(options: TuneOptions, screen: Screen) -> TuneJob:
         splits=search_splits(options, split, calib, val, needed),
         resources=Resources(options.threads_per_trial, gpus_per_trial(options), options.max_trials_in_flight),
     )
+    require_rules(job)
     require_memory(job)
     if options.from_run is not None:
         require_unseen_report(job, Path(options.from_run))
@@ -159,27 +163,6 @@ def batch_counts(space: SearchSpace, defaults: Setting, fixed: tuple[Setting, ..
 # Search spaces ------------------------------------------------------------------------------------------------------
 
 
-def bundled_spaces() -> dict[str, Path]:
-    """{name: file} of the search spaces that come with the package."""
-    folder = Path(str(files("vitq_ray") / "search_spaces"))
-    return {path.stem: path for path in sorted(folder.glob("*.py"))}
-
-
-def find_space(text: str) -> str:
-    """The path of a search space, given as a path or as the name of a bundled one.
-
-    A name may have `.py` behind it and `search_spaces/` before it, as in a checkout.
-    """
-    if Path(text).is_file():
-        return text
-    bundled = bundled_spaces()
-    name = text.removeprefix("search_spaces/").removesuffix(".py")
-    if name in bundled:
-        return str(bundled[name])
-    known = ", ".join(bundled)
-    raise InputError(f"{text}: no such file; expected a Python file that defines SPACE, or one of {known}")
-
-
 def require_used_with(options: TuneOptions, space: SearchSpace) -> None:
     """Options that do nothing with this space, given nevertheless, are an error."""
     what = "the space " + space.name.replace("{", "{{").replace("}", "}}")
@@ -199,23 +182,62 @@ def require_used_with(options: TuneOptions, space: SearchSpace) -> None:
         )
 
 
+def require_rules(job: TuneJob) -> None:
+    """Rules that are not possible end a search before anything is computed. Optuna goes round them, and grids that are
+    too large to look through are left to the race."""
+    if job.fixed is not None or job.options.search_alg == "optuna":
+        return
+    if job.options.search_alg == "grid" and job.space.size(job.defaults) > MOST_CHECKED:
+        return
+    try:
+        require_all_possible(job.proposals().next_round(), job.loaded.geometry.depth)
+    except InputError as error:
+        raise InputError(f"{job.options.search_space}: {error}") from None
+
+
 # An earlier search --------------------------------------------------------------------------------------------------
 
 
-def settings_of_run(path: Path, options: TuneOptions) -> tuple[Setting, ...]:
-    """The best setting of a finished search and those tied with it."""
-    what = options.name_of("from_run")
-    if not RunFolder(path).finished:
-        raise InputError(f"{what}: {path} is not the folder of a finished search (no result.json of one)")
-    result, run = read_result(path), RunFolder(path).read_run()
+def finished_search(options: TuneOptions) -> RunFolder:
+    """The folder that `from_run` names. InputError where it holds no finished search."""
+    assert options.from_run is not None
+    folder = RunFolder(Path(options.from_run))
+    if not folder.finished:
+        what = options.name_of("from_run")
+        raise InputError(f"{what}: {folder.path} is not the folder of a finished search (no result.json of one)")
+    return folder
+
+
+def with_batches_of_run(options: TuneOptions) -> TuneOptions:
+    """With `from_run`, calibration batches are as large as there. A run that goes on has its own size stored.
+
+    Raises InputError where the folder holds no finished search, and for another size that was given.
+    """
+    if options.from_run is None or options.resume is not None:
+        return options
+    folder = finished_search(options)
+    size = folder.read_run()["options"]["calib_batchsz"]
+    if "calib_batchsz" in options.given and options.calib_batchsz != size:
+        given = f"{options.name_of('calib_batchsz')}: {options.calib_batchsz} given"
+        raise InputError(
+            f"{given}, but the settings of {folder.path} ({options.name_of('from_run')}) were found with {size}"
+        )
+    return replace(options, calib_batchsz=size)
+
+
+def settings_of_run(options: TuneOptions) -> tuple[Setting, ...]:
+    """The best setting of a finished search and those tied with it, with batches as they are calibrated with here."""
+    folder, size = finished_search(options), options.calib_batchsz
+    result = folder.read_result()
     try:
-        size = run["options"]["calib_batchsz"]
         candidates = result["candidates"].values()
         chosen = [c for outcome in ("best", "tied") for c in candidates if c["outcome"] == outcome]
-        return tuple(read_setting(c["setting"], result["format"], size) for c in chosen if c["same_as"] is None)
+        settings = [read_setting(c["setting"], result["format"], size) for c in chosen if c["same_as"] is None]
+        return tuple(replace(setting, batch_size=size) for setting in settings)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"{what}: {path} is not the folder of a finished search ({reason})") from None
+        what = options.name_of("from_run")
+        raise InputError(f"{what}: {folder.path} is not the folder of a finished search ({reason})") from None
 
 
 def require_unseen_report(job: TuneJob, path: Path) -> None:
@@ -293,7 +315,7 @@ def describe(job: TuneJob) -> dict[str, Any]:
         "options": job.options.to_dict(),
         "search_space": {
             "name": space.name,
-            "choices": dict(space.choices),
+            "choices": {name: [_as_written(value) for value in values] for name, values in space.choices.items()},
             "qat": None if space.qat is None else space.qat.to_dict(),
         },
         "splits": splits.to_dict(),
@@ -302,6 +324,13 @@ def describe(job: TuneJob) -> dict[str, Any]:
         "calibration_fingerprint": job.calib.fingerprint,
         "geometry": job.loaded.geometry.to_dict(),
     }
+
+
+def _as_written(value: Any) -> Any:
+    """A value of a space as JSON has it: calibrators and rules, which a space may hold as objects, as their texts."""
+    if isinstance(value, tuple | list):
+        return [_as_written(item) for item in value]
+    return str(value) if isinstance(value, Calibration | Rule | Technique) else value
 
 
 def sidecar_of_search(job: TuneJob, setting: Setting, plan: Plan, accuracy: dict[str, Any]) -> Sidecar:

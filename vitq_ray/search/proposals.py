@@ -6,7 +6,8 @@ function of space, seed and what it was told, so a search that is resumed is pro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import optuna
@@ -44,15 +45,30 @@ class ListProposals:
         """Nothing to learn for."""
 
 
-class OptunaProposals:
-    """Optuna's TPE sampler (Bergstra et al., 2011): rounds of 8, each from the scores of all before it."""
+Require = Callable[[Setting], None]  # raises InputError for a setting that cannot be tried
 
-    def __init__(self, space: SearchSpace, defaults: Setting, count: int, seed: int) -> None:
+
+def _anything(setting: Setting) -> None:
+    pass
+
+
+class OptunaProposals:
+    """Optuna's TPE sampler (Bergstra et al., 2011): rounds of 8, each from the scores of all before it.
+
+    Settings that `require` refuses are not proposed; Optuna learns that nothing is worse. InputError where none is
+    left.
+    """
+
+    def __init__(
+        self, space: SearchSpace, defaults: Setting, count: int, seed: int, require: Require = _anything
+    ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=2 * _ROUND)
         self._study = optuna.create_study(direction="maximize", sampler=sampler)
         self._values, self._defaults = space.values(defaults), defaults
         self._left = count
+        self._require = require
+        self._refused: dict[Setting, InputError] = {}
         self._scores: dict[Setting, float] = {}
         self._asked: list[tuple[optuna.Trial, Setting]] = []
 
@@ -64,13 +80,27 @@ class OptunaProposals:
                 break
             trial = self._study.ask()
             setting = self._suggest(trial)
+            if self._is_refused(setting):
+                self._study.tell(trial, -math.inf)
+                continue
             if setting in self._scores:  # known: Optuna learns from it once more, nothing is run
                 self._study.tell(trial, self._scores[setting])
                 continue
             self._asked.append((trial, setting))
             fresh.setdefault(setting)
         self._left -= len(fresh)
+        if self._refused and not fresh and not self._scores:
+            setting, error = next(iter(self._refused.items()))
+            raise InputError(f"no possible setting found, e.g. {setting.label!r}: {error}")
         return list(fresh)
+
+    def _is_refused(self, setting: Setting) -> bool:
+        if setting not in self._scores and setting not in self._refused:
+            try:
+                self._require(setting)
+            except InputError as error:
+                self._refused[setting] = error
+        return setting in self._refused
 
     def _suggest(self, trial: optuna.Trial) -> Setting:
         row: dict[str, Any] = {}
@@ -85,8 +115,18 @@ class OptunaProposals:
         self._asked = []
 
 
-def proposals(algorithm: str, space: SearchSpace, defaults: Setting, num_samples: int | None, seed: int) -> Proposals:
-    """The source for one of `SEARCH_ALGORITHMS`. `num_samples` is for those that draw; InputError for a grid."""
+def proposals(
+    algorithm: str,
+    space: SearchSpace,
+    defaults: Setting,
+    num_samples: int | None,
+    seed: int,
+    require: Require = _anything,
+) -> Proposals:
+    """The source for one of `SEARCH_ALGORITHMS`. `num_samples` is for those that draw; InputError for a grid.
+
+    `require` is for Optuna, which goes round what it refuses. What the others propose is known beforehand.
+    """
     if algorithm == "grid":
         if num_samples is not None:
             raise InputError(
@@ -96,4 +136,4 @@ def proposals(algorithm: str, space: SearchSpace, defaults: Setting, num_samples
     count = num_samples or DEFAULT_SAMPLES
     if algorithm == "random":
         return ListProposals(space.sample(defaults, count, seed))
-    return OptunaProposals(space, defaults, count, seed)
+    return OptunaProposals(space, defaults, count, seed, require)
