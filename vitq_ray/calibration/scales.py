@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from vitq_ray.calibration.setting import Rule, Setting, require_sites
 from vitq_ray.calibration.statistics import HISTOGRAM, RANGE, CalibrationStatistics
 from vitq_ray.quant.fake_quant import fake_quantize
 from vitq_ray.quant.plan import Plan, SitePlan, SiteRule, rule_of
-from vitq_ray.quant.sites import FUSED_GROUPS, MODES, SHARED_SITES, WEIGHT, Site, site_key, sites_of_blocks
+from vitq_ray.quant.sites import FUSED_GROUPS, MODES, SHARED_SITES, WEIGHT, Mode, Site, site_key, sites_of_blocks
 from vitq_ray.quant.vit import apply_plan, quant_blocks, site_weights
 
 NOISE_NEEDS = HISTOGRAM  # what `noise_per_site` must have seen
@@ -62,11 +63,9 @@ def _wanted(setting: Setting, depth: int) -> dict[str, _Wanted]:
     """{site: what the setting asks of it}. InputError for rules that match no site, change none, or part fused ones."""
     require_sites(setting.rules, depth)
     mode, sites = MODES[setting.mode], sites_of_blocks(depth)
+    plain = _rules_of_mode(mode, setting.weight_bits, setting.act_bits, depth)
     wanted = {
-        key: _Wanted(
-            setting.weights if site.family == WEIGHT else setting.calibrator,
-            rule_of(mode, site, setting.weight_bits, setting.act_bits),
-        )
+        key: _Wanted(setting.weights if site.family == WEIGHT else setting.calibrator, plain[key])
         for key, site in sites.items()
     }
     for rule in setting.rules:
@@ -79,13 +78,19 @@ def _wanted(setting: Setting, depth: int) -> dict[str, _Wanted]:
     return wanted
 
 
-def _matched(rule: Rule, depth: int) -> list[str]:
+@lru_cache(1024)
+def _rules_of_mode(mode: Mode, weight_bits: int, act_bits: int, depth: int) -> dict[str, SiteRule]:
+    return {key: rule_of(mode, site, weight_bits, act_bits) for key, site in sites_of_blocks(depth).items()}
+
+
+@lru_cache(1024)
+def _matched(rule: Rule, depth: int) -> tuple[str, ...]:
     """Sites that a rule changes: those that it matches and can calibrate, and what is one quantizer with them."""
     sites = sites_of_blocks(depth)
     matched = {key for key in sites if rule.matches(key)}
     for keys in _groups(SHARED_SITES, depth):
         matched |= set(keys) if matched & set(keys) else set()
-    return [key for key in sites if key in matched and _can_calibrate(rule, sites[key])]
+    return tuple(key for key in sites if key in matched and _can_calibrate(rule, sites[key]))
 
 
 def _groups(groups: Iterable[Iterable[str]], depth: int) -> Iterator[list[str]]:
