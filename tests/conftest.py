@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import signal
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -193,6 +194,11 @@ def load_script(name: str) -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def hears_ctrl_c() -> None:
+    """For a new process: SIGINT interrupts it, also where these tests were started in the background, which ignores it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def descendants(root: int, title: str | tuple[str, ...]) -> list[int]:

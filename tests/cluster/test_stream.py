@@ -365,9 +365,9 @@ def test_workers_open_the_archive_once_and_outlive_a_pass_left_early(tmp_path: P
     with closing(stream_batches(index, ids, TRANSFORM, 10, shared=shared)) as left_early:
         next(left_early)
     list(stream_batches(index, ids, TRANSFORM, 100, shared=shared))
-    assert len(first) >= 1
-    assert set(first.values()) == {1}
-    assert readers(index.source) == first
+    again = readers(index.source)
+    assert set(first.values()) == set(again.values()) == {1}
+    assert set(first) & set(again), "Ray may end one that is idle, but not all"
 
 
 def stored_bytes() -> float:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ROOT, Project, load_script, make_project, tiny_vit
+from tests.conftest import ROOT, Project, hears_ctrl_c, load_script, make_project, tiny_vit
 from vitq_ray.base.config import InputError
 from vitq_ray.commands import train
 from vitq_ray.commands.options import TrainOptions
@@ -111,7 +111,12 @@ def start_process(folder: Path, project: Project, *argv: str) -> subprocess.Pope
     command = [sys.executable, str(SCRIPT), *project.options, *QUICK, "--distill", "--output", str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*command, *argv], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, *argv],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hears_ctrl_c,
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, Project, descendants, make_project
+from tests.conftest import ROOT, Project, descendants, hears_ctrl_c, make_project
 
 SPACE = """
 SPACE = {"mode": ("ft1", "ft2"), "calibrator": ("max", "percentile"), "percentile": (90.0, 99.0, 99.9),
@@ -38,6 +38,7 @@ class Run:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            preexec_fn=hears_ctrl_c,
         )
 
     def finish(self, code: int = 0) -> str:
