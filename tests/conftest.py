@@ -197,7 +197,7 @@ def load_script(name: str) -> ModuleType:
 
 
 def hears_ctrl_c() -> None:
-    """For a new process: SIGINT interrupts it, also where these tests were started in the background, which ignores it."""
+    """For a new process: SIGINT interrupts it, also where these tests run in the background, which ignores it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
