@@ -100,6 +100,7 @@ def test_two_workers_follow_one_with_quantizers_on(setup: Setup, tmp_path: Path)
     assert not (tmp_path / "two" / ".train").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_two_workers_follow_one_for_long_with_quantizers_off(setup: Setup, tmp_path: Path) -> None:
     """Without rounding to a grid, a difference in the last bit stays one. Dropout is on: its masks are the same."""

@@ -319,7 +319,7 @@ def test_folder_layout_gives_the_same_counts(project: Project, tmp_path: Path) -
     assert (result["images"], result["top1_correct"]) == (22, 22)
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("count", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_workers_do_not_change_results(count: int, ray_cluster: None, project: Project, tmp_path: Path) -> None:
     """Statistics bit for bit, logits and counts; the same with 1, 2 and 4 workers, on two cores."""
     small = ("--num-calib-batch", 5, "--calib-batchsz", 4, "--batch-size", 5)
