@@ -41,9 +41,9 @@ from vitq_ray.data.samples import open_split
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.measure.evaluation import evaluate
 from vitq_ray.models.load import load_model
-from vitq_ray.quant.plan import Plan, SitePlan, rule_of
+from vitq_ray.quant.plan import Plan, SitePlan, rules_of_mode
 from vitq_ray.quant.quantizer import State, TensorQuantizer
-from vitq_ray.quant.sites import FUSED_GROUPS, MODES, WEIGHT, site_key, sites_of_blocks
+from vitq_ray.quant.sites import FUSED_GROUPS, MODES, WEIGHT, site_key
 from vitq_ray.quant.vit import apply_plan, quant_blocks, quantize_vit, site_weights, sites_of
 
 
@@ -174,8 +174,7 @@ class Naive:
         groups = FUSED_GROUPS if MODES[setting.mode].fuse_qkv else ()
         for keys in ([site_key(i, name) for name in group] for i in range(depth) for group in groups):
             amax |= dict.fromkeys(keys, torch.stack([amax[key] for key in keys]).amax(0))
-        mode, sites = MODES[setting.mode], sites_of_blocks(depth).items()
-        rules = {key: rule_of(mode, site, setting.weight_bits, setting.act_bits) for key, site in sites}
+        rules = rules_of_mode(MODES[setting.mode], setting.weight_bits, setting.act_bits, depth)
         return Plan(setting.mode, {key: SitePlan(amax[key], rule) for key, rule in rules.items()})
 
 

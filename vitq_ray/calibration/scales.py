@@ -22,8 +22,8 @@ from vitq_ray.calibration.calibrators import Calibration, noise_to_signal
 from vitq_ray.calibration.setting import Rule, Setting, require_sites
 from vitq_ray.calibration.statistics import HISTOGRAM, RANGE, CalibrationStatistics
 from vitq_ray.quant.fake_quant import fake_quantize
-from vitq_ray.quant.plan import Plan, SitePlan, SiteRule, rule_of
-from vitq_ray.quant.sites import FUSED_GROUPS, MODES, SHARED_SITES, WEIGHT, Mode, Site, site_key, sites_of_blocks
+from vitq_ray.quant.plan import Plan, SitePlan, SiteRule, rules_of_mode
+from vitq_ray.quant.sites import FUSED_GROUPS, MODES, SHARED_SITES, WEIGHT, Site, site_key, sites_of_blocks
 from vitq_ray.quant.vit import apply_plan, quant_blocks, site_weights
 
 NOISE_NEEDS = HISTOGRAM  # what `noise_per_site` must have seen
@@ -63,7 +63,7 @@ def _wanted(setting: Setting, depth: int) -> dict[str, _Wanted]:
     """{site: what the setting asks of it}. InputError for rules that match no site, change none, or part fused ones."""
     require_sites(setting.rules, depth)
     mode, sites = MODES[setting.mode], sites_of_blocks(depth)
-    plain = _rules_of_mode(mode, setting.weight_bits, setting.act_bits, depth)
+    plain = rules_of_mode(mode, setting.weight_bits, setting.act_bits, depth)
     wanted = {
         key: _Wanted(setting.weights if site.family == WEIGHT else setting.calibrator, plain[key])
         for key, site in sites.items()
@@ -76,11 +76,6 @@ def _wanted(setting: Setting, depth: int) -> dict[str, _Wanted]:
     if mode.fuse_qkv:
         _require_fused_alike(wanted, depth)
     return wanted
-
-
-@lru_cache(1024)
-def _rules_of_mode(mode: Mode, weight_bits: int, act_bits: int, depth: int) -> dict[str, SiteRule]:
-    return {key: rule_of(mode, site, weight_bits, act_bits) for key, site in sites_of_blocks(depth).items()}
 
 
 @lru_cache(1024)

@@ -26,7 +26,7 @@ from vitq_ray.models.fastertransformer import from_fastertransformer, is_fastert
 from vitq_ray.models.geometry import Geometry, build_model, named_geometry
 from vitq_ray.models.load import Channels, LoadedModel, load_model
 from vitq_ray.models.weights import read_checkpoint, read_state, weights_fingerprint
-from vitq_ray.quant.plan import Plan, SitePlan, SiteRule, rule_of
+from vitq_ray.quant.plan import Plan, SitePlan, SiteRule, rules_of_mode
 from vitq_ray.quant.sites import MODES, sites_of_blocks
 from vitq_ray.quant.vit import apply_plan, quantize_vit, require_follows, site_weights
 
@@ -120,7 +120,8 @@ class Sidecar(Config):
             for key in ("mean", "std"):
                 values[key] = tuple(map(float, values.get(key, ())))
             if found == 1:
-                values["sites"] = _rules_of_mode(values["setting"], values["geometry"].depth)
+                setting, depth = values["setting"], values["geometry"].depth
+                values["sites"] = rules_of_mode(MODES[setting.mode], setting.weight_bits, setting.act_bits, depth)
                 values["changed_weights"] = []
             sites = values.get("sites", {})
             values["sites"] = {key: _site_rule(rule) for key, rule in sites.items()}
@@ -133,14 +134,6 @@ class Sidecar(Config):
 
 def _site_rule(values: Any) -> SiteRule:
     return values if isinstance(values, SiteRule) else SiteRule.from_dict(values, complete=True)
-
-
-def _rules_of_mode(setting: Setting, depth: int) -> dict[str, SiteRule]:
-    """What sidecars of format 1 left to mode and bits."""
-    mode = MODES[setting.mode]
-    return {
-        key: rule_of(mode, site, setting.weight_bits, setting.act_bits) for key, site in sites_of_blocks(depth).items()
-    }
 
 
 def _read_sidecar(path: str) -> tuple[Sidecar, dict[str, Any]]:

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from vitq_ray.base.config import Config, InputError, require_int
 from vitq_ray.quant.fake_quant import step_of
-from vitq_ray.quant.sites import WEIGHT, Mode, Site
+from vitq_ray.quant.sites import WEIGHT, Mode, Site, sites_of_blocks
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -135,6 +136,12 @@ def _mapped(plan: Plan, change: Callable[[Any], Any]) -> dict[str, Any]:
 
 def _array(tensor: Tensor) -> Any:
     return tensor.detach().cpu().contiguous().numpy()
+
+
+@lru_cache(1024)
+def rules_of_mode(mode: Mode, weight_bits: int, act_bits: int, depth: int) -> Mapping[str, SiteRule]:
+    """{site: what the mode does there} of a model of `depth` blocks, at these bits."""
+    return {key: rule_of(mode, site, weight_bits, act_bits) for key, site in sites_of_blocks(depth).items()}
 
 
 def rule_of(mode: Mode, site: Site, weight_bits: int, act_bits: int) -> SiteRule:
