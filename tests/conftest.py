@@ -8,6 +8,7 @@ import signal
 import sys
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -194,6 +195,20 @@ def load_script(name: str) -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@contextmanager
+def fresh_package() -> Iterator[None]:
+    """Imports of the package load it anew, as in a new process; what it imports stays loaded, PyTorch above all."""
+    loaded = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "vitq_ray"}
+    for name in loaded:
+        del sys.modules[name]
+    try:
+        yield
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "vitq_ray"]:
+            del sys.modules[name]
+        sys.modules.update(loaded)
 
 
 def hears_ctrl_c() -> None:

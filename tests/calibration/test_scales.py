@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pickle
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +12,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from tests.conftest import make_setting, plan_by_hand
+from tests.conftest import fresh_package, make_setting, plan_by_hand
 from vitq_ray.base.config import InputError
 from vitq_ray.calibration import calibrators
 from vitq_ray.calibration.calibrators import Calibrator, Parameter
@@ -323,10 +321,11 @@ except ValueError as error:
 """
 
 
-def test_options_and_spaces_read_the_table_of_calibrators() -> None:
-    """In a process of its own, where the row is there before anything reads the table."""
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [
+def test_options_and_spaces_read_the_table_of_calibrators(capsys: pytest.CaptureFixture[str]) -> None:
+    """The row is there before anything reads the table."""
+    with fresh_package():
+        exec(SCRIPT, {})
+    assert capsys.readouterr().out.splitlines() == [
         "ft2 part 0.25 n=10 w8a8",
         "ft2 part 0.1 n=10 w8a8 weights=part 0.5",
         "ft2 part 0.9 n=10 w8a8 weights=part 0.5",

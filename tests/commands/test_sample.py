@@ -5,8 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import re
-import subprocess
-import sys
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -15,10 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, load_script
 
 SAMPLE = ROOT / "vitq_ray" / "sample"
-SCRIPT = ROOT / "scripts" / "build_sample.py"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 MEGABYTE = 1_000_000
 SPLITS = {"train": "train", "val": "t10k"}  # our name -> the name in the idx files
@@ -170,11 +167,11 @@ def test_model_is_float32_and_finite() -> None:
         assert np.isfinite(array).all(), name
 
 
-def test_missing_dataset_is_one_line_that_names_the_package(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "--skip-training", "--source", str(tmp_path / "none")]
-    done = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.count("\n") == 1
-    assert "dataset-fashion-mnist" in done.stderr
-    assert str(tmp_path / "none") in done.stderr
+def test_missing_dataset_is_one_line_that_names_the_package(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = str(tmp_path / "none")
+    assert load_script("build_sample").main(["--skip-training", "--source", source, "--output", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert "dataset-fashion-mnist" in printed.err
+    assert source in printed.err
