@@ -71,7 +71,7 @@ def test_calibrate_and_evaluate(
     small = {"num_calib_batch": 2, "calib_batchsz": 4, "calib_split": "val"}
     with caplog.at_level(logging.WARNING, "vitq_ray"):
         calibrated = vitq_ray.calibrate(**common, **small, calib_output_path=tmp_path / "calib")
-    assert "calibration images came from val" in caplog.text
+    assert "calibration images are in val" in caplog.text
     assert calibrated.result == json.loads((tmp_path / "calib" / "result.json").read_text())
     assert calibrated.evaluation.images == 22
     assert calibrated.float_on_calibration.top1 == 1.0

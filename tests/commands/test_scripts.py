@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,7 @@ def test_shuffled_calibration_depends_on_the_seed_only(project: Project, tmp_pat
 def test_overlap_with_val_is_flagged(project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = run_calib(project, tmp_path, "--calib-split", "val")
     assert result["calibration"]["images_also_evaluated"] == 8
-    assert "warning: calibration images came from val" in capsys.readouterr().err
+    assert "warning: 8 calibration images are in val" in capsys.readouterr().err
     checkpoint = ("--pretrained_dir", tmp_path / "out" / "vit_calib.pth", "--data-path", project.folder)
     assert run(evaluate, *checkpoint, "--output", tmp_path / "again") == 0
     assert json.loads((tmp_path / "again" / "result.json").read_text())["images_also_calibrated_on"] == 8
@@ -317,6 +318,36 @@ def test_folder_layout_gives_the_same_counts(project: Project, tmp_path: Path) -
     assert run(evaluate, *arguments) == 0
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert (result["images"], result["top1_correct"]) == (22, 22)
+
+
+def test_what_is_left_out_is_counted_and_named(
+    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open(project.folder / "val_map.txt", "a") as lines:
+        lines.write((project.folder / "val_map.txt").read_text())
+    for script, output in ((evaluate, "--output"), (calib, "--calib-output-path")):
+        few = ("--num-calib-batch", 1) if script is calib else ()
+        assert run(script, *project.options, output, tmp_path / "out", *few) == 0
+        result = json.loads((tmp_path / "out" / "result.json").read_text())
+        (row,) = result["left_out"]["val"]
+        assert (result["images"], row["reason"], row["count"]) == (22, "were listed before", 22)
+        assert f"warning: val: left out: 22 were listed before (first: {row['first']})" in capsys.readouterr().err
+
+
+def test_numbered_class_folders(project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with zipfile.ZipFile(project.folder / "val.zip") as archive:
+        for line in (project.folder / "val_map.txt").read_text().splitlines():
+            name, label = line.split("\t")
+            target = tmp_path / "val" / str(7 + int(label)) / name  # 7 to 13
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(archive.read(name))
+        for label in range(7):
+            (tmp_path / "val" / str(7 + label)).mkdir(exist_ok=True)
+    options = ["--pretrained_dir", project.checkpoint, "--data-path", tmp_path, "--output", tmp_path / "out"]
+    assert run(evaluate, *options) == 2
+    assert_one_line_error(capsys, "whose order as text (10, 11, 12, …) is not their own (7, 8, 9, …)")
+    assert run(evaluate, *options, "--class-order", "number") == 0
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["top1_correct"] == 22
 
 
 @pytest.mark.parametrize("count", [1, 2, pytest.param(4, marks=pytest.mark.slow)])

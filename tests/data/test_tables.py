@@ -69,12 +69,14 @@ def zip_bytes(
     zip64: bool = False,
     count: int | None = None,
     disk: int = 0,
+    directory: bytes | None = None,
 ) -> bytes:
     """An archive; `stub` precedes it uncounted, `zip64` saturates the end record, `count` is what it claims."""
-    body, directory = b"", b""
+    body, headers = bytearray(), bytearray()
     for member in members:
-        directory += member.central(len(body))
+        headers += member.central(len(body))
         body += member.local()
+    directory = bytes(headers) if directory is None else directory
     count = len(members) if count is None else count
     end = b""
     numbers = (count, count, len(directory), len(body))
@@ -84,7 +86,7 @@ def zip_bytes(
         end += struct.pack("<4sIQI", b"PK\6\7", 0, place, 1)
         numbers = (0xFFFF, 0xFFFF, SATURATED, SATURATED)
     end += struct.pack("<4s4H2IH", b"PK\5\6", disk, disk, *numbers, len(comment)) + comment
-    return stub + body + directory + end
+    return stub + bytes(body) + directory + end
 
 
 def parse(data: bytes) -> tuple[np.ndarray, np.ndarray]:

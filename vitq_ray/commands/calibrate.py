@@ -21,14 +21,16 @@ from vitq_ray.commands.inputs import (
     device_of,
     drawn_by,
     eval_transform,
+    open_images,
     paths_of,
     with_sample,
 )
 from vitq_ray.commands.options import CalibrateOptions, OneSettingOptions
 from vitq_ray.commands.passes import ValImages, Workers, collector, evaluate_val, ray_for, workers_of
-from vitq_ray.commands.screen import SILENT, Screen, result_line, seconds_line, warn_of_bad_images
+from vitq_ray.commands.screen import SILENT, Screen, result_line, seconds_line, warn_of_bad_images, warn_of_left_out
+from vitq_ray.data.copies import without_images_of
 from vitq_ray.data.loader import iter_batches
-from vitq_ray.data.samples import SampleIndex, open_split
+from vitq_ray.data.samples import SampleIndex
 from vitq_ray.data.splits import calibration_ids, default_calib_split, require_images
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.measure.calibration import CalibrationPass, calibration_pass
@@ -37,7 +39,7 @@ from vitq_ray.models.checkpoint import Sidecar, save_calibrated
 from vitq_ray.models.load import LoadedModel, load_model
 from vitq_ray.quant.plan import Plan
 from vitq_ray.quant.vit import frozen_weights, quantize_vit, site_weights
-from vitq_ray.run.results import CALIBRATION, Stopwatch, result_of, versions, write_result
+from vitq_ray.run.results import CALIBRATION, Stopwatch, left_out_rows, result_of, versions, write_result
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,10 @@ class CalibrationJob:
     val: SampleIndex
     bad_images: list[tuple[str, str]] = field(default_factory=list)
 
+    @property
+    def splits(self) -> dict[str, SampleIndex]:
+        return {self.split: self.images, "val": self.val}
+
     def to_input(self, images: Tensor) -> Tensor:
         """uint8 (B, S, S, 3) -> float32 (B, 3, S, S) on the model's device."""
         return self.transform.normalize(images.to(self.device))
@@ -96,6 +102,7 @@ def calibrate(options: CalibrateOptions, screen: Screen = SILENT) -> CalibrateRe
         combinations.require_used(options, combinations.CALIBRATE)
         options = with_sample(options, screen)
         job = prepare(options, options.calib_split, options.calib_order)
+        warn_of_left_out(screen, job.splits)
         workers = workers_of(options, options.use_gpu)
         folder = output_folder(options.calib_output_path, options.name_of("calib_output_path"))
     with ray_for(options):
@@ -106,9 +113,10 @@ def calibrate(options: CalibrateOptions, screen: Screen = SILENT) -> CalibrateRe
         screen.say(plan_summary(job.model, plan))
         with watch.stage("evaluate"):
             evaluation = evaluate_all(job, options, screen)
+    overlap = images_also_evaluated(job, seen)
     calibration = {
         **calibration_of(job, options),
-        "images_also_evaluated": len(seen.sample_ids) if job.split == "val" else 0,
+        "images_also_evaluated": overlap,
         "float_top1": seen.evaluation.top1,
     }
     with watch.stage("save"):
@@ -132,6 +140,7 @@ def calibrate(options: CalibrateOptions, screen: Screen = SILENT) -> CalibrateRe
         weights_fingerprint=job.loaded.fingerprint,
         data_fingerprint=job.val.fingerprint,
         bad_images=job.bad_images,
+        left_out=left_out_rows(job.splits),
         seconds=watch.seconds,
         model_type=options.model_type,
         img_size=job.loaded.geometry.img_size,
@@ -141,6 +150,8 @@ def calibrate(options: CalibrateOptions, screen: Screen = SILENT) -> CalibrateRe
         degenerate_sites=plan.degenerate_sites(),
     )
     write_result(folder, result)
+    if overlap:
+        screen.warn(f"{overlap} calibration images are in val, and so among the images evaluated")
     report(job, evaluation, path, watch, screen)
     return CalibrateResult(job.setting, evaluation, seen.evaluation, path, result)
 
@@ -156,8 +167,8 @@ def prepare(
     setting, device = options.setting, device_of(options)
     split = split or default_calib_split(data)
     loaded = loaded or load_model(options.model_type, checkpoint, options.img_size)
-    val = open_split(data, "val", loaded.geometry.num_classes)
-    images = val if split == "val" else open_split(data, split, loaded.geometry.num_classes)
+    val = open_images(options, "val", loaded.geometry.num_classes)
+    images = val if split == "val" else open_images(options, split, loaded.geometry.num_classes)
     require_images(len(images), options.num_calib_batch * options.calib_batchsz)
     return CalibrationJob(
         setting=setting,
@@ -172,10 +183,16 @@ def prepare(
     )
 
 
-def collect(job: CalibrationJob, options: OneSettingOptions, workers: Workers, screen: Screen) -> CalibrationPass:
-    """The float pass over the calibration images, and what is to be warned of after it."""
+def collect(
+    job: CalibrationJob, options: OneSettingOptions, workers: Workers, screen: Screen, unseen: bool = False
+) -> CalibrationPass:
+    """The float pass over the calibration images, and what is to be warned of after it.
+
+    With `unseen`, images of train that are in val too are not calibrated on.
+    """
     # Every image of the split in order, so that others move up where a broken one is skipped.
-    ids = calibration_ids(len(job.images), len(job.images), job.order, options.seed)
+    drawn = calibration_ids(len(job.images), len(job.images), job.order, options.seed)
+    ids = without_images_of(job.val, job.images, drawn) if unseen else drawn.tolist()
     size, count = options.calib_batchsz, options.num_calib_batch
     batches = iter_batches(
         job.images, ids, job.transform, size, options.decode_threads, options.on_bad_image, job.bad_images
@@ -208,6 +225,13 @@ def evaluate_all(job: CalibrationJob, options: CalibrateOptions, screen: Screen)
     images = ValImages(job.val, range(len(job.val)), job.transform, job.to_input, job.bad_images)
     with frozen_weights(job.model):
         return evaluate_val(job.model, images, options, screen)
+
+
+def images_also_evaluated(job: CalibrationJob, seen: CalibrationPass) -> int:
+    """Calibration images that are in val too."""
+    if job.split == "val":
+        return len(seen.sample_ids)
+    return len(seen.sample_ids) - len(list(without_images_of(job.val, job.images, seen.sample_ids)))
 
 
 # What is written and shown ------------------------------------------------------------------------------------------
@@ -245,8 +269,6 @@ def quantized_weight_share(model: nn.Module, plan: Plan) -> float:
 
 def report(job: CalibrationJob, evaluation: Evaluation, path: Path, watch: Stopwatch, screen: Screen) -> None:
     screen.say(result_line(job.setting.label, evaluation))
-    if job.split == "val":
-        screen.warn("calibration images came from val and are among the images evaluated")
     warn_of_bad_images(screen, job.bad_images)
     screen.say(f"wrote {path}, {path.with_suffix('.json').name} and result.json")
     screen.say(seconds_line(watch.seconds))

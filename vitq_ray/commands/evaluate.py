@@ -15,18 +15,25 @@ from torch import Tensor, nn
 from vitq_ray.base.config import InputError
 from vitq_ray.base.files import atomic_file, output_file, output_folder
 from vitq_ray.commands import combinations
-from vitq_ray.commands.inputs import device_of, eval_transform, paths_of, require_as_calibrated, with_sample
+from vitq_ray.commands.inputs import (
+    device_of,
+    eval_transform,
+    open_images,
+    paths_of,
+    require_as_calibrated,
+    with_sample,
+)
 from vitq_ray.commands.options import EvaluateOptions
 from vitq_ray.commands.passes import ValImages, evaluate_val, ignore, ray_for
-from vitq_ray.commands.screen import SILENT, Screen, result_line, warn_of_bad_images
+from vitq_ray.commands.screen import SILENT, Screen, result_line, warn_of_bad_images, warn_of_left_out
 from vitq_ray.data.loader import Batch
-from vitq_ray.data.samples import SampleIndex, open_split
+from vitq_ray.data.samples import SampleIndex
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.measure.evaluation import Evaluation, sanity_problem
 from vitq_ray.models.checkpoint import CalibratedModel, Sidecar, open_checkpoint
 from vitq_ray.models.load import LoadedModel
 from vitq_ray.quant.vit import frozen_weights
-from vitq_ray.run.results import EVALUATION, Stopwatch, result_of, write_result
+from vitq_ray.run.results import EVALUATION, Stopwatch, left_out_rows, result_of, write_result
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,7 @@ def evaluate(options: EvaluateOptions, screen: Screen = SILENT) -> EvaluateResul
         combinations.require_used(options, combinations.EVALUATE)
         options = with_sample(options, screen)
         job = prepare(options)
+        warn_of_left_out(screen, {"val": job.index})
     kept = KeptLogits()
     with ray_for(options), watch.stage("evaluate"):
         evaluation = classify_all(job, options, kept, screen)
@@ -102,7 +110,7 @@ def prepare(options: EvaluateOptions) -> EvaluationJob:
     device = device_of(options)
     loaded, sidecar = load(options)
     loaded.model.to(device)
-    index = open_split(paths_of(options)[1], "val", loaded.geometry.num_classes)
+    index = open_images(options, "val", loaded.geometry.num_classes)
     output_folder(options.output, options.name_of("output"))
     if options.save_logits:
         output_file(options.save_logits, options.name_of("save_logits"))
@@ -159,6 +167,7 @@ def describe(job: EvaluationJob, options: EvaluateOptions, evaluation: Evaluatio
         weights_fingerprint=job.loaded.fingerprint,
         data_fingerprint=job.index.fingerprint,
         bad_images=job.bad_images,
+        left_out=left_out_rows({"val": job.index}),
         seconds=watch.seconds,
         calibration=None if sidecar is None else sidecar.calibration,
         images_also_calibrated_on=images_also_calibrated_on(job),

@@ -12,6 +12,7 @@ import torch
 from vitq_ray.base.config import InputError
 from vitq_ray.commands.options import ModelOptions, parameters
 from vitq_ray.commands.screen import Screen
+from vitq_ray.data.samples import SampleIndex, open_split
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.models.checkpoint import Sidecar
 from vitq_ray.models.geometry import AUTO, named_geometry
@@ -39,6 +40,11 @@ def paths_of(options: ModelOptions) -> tuple[str, str]:
     assert options.pretrained_dir is not None
     assert options.data_path is not None
     return options.pretrained_dir, options.data_path
+
+
+def open_images(options: ModelOptions, split: str, num_classes: int) -> SampleIndex:
+    """A split of the data that the options name. InputError as `open_split`."""
+    return open_split(paths_of(options)[1], split, num_classes, options.class_order)
 
 
 def device_of(options: ModelOptions) -> torch.device:

@@ -13,6 +13,7 @@ from typing import Any
 from vitq_ray.calibration.calibrators import CALIBRATORS, Parameter
 from vitq_ray.calibration.setting import Calibration, Setting
 from vitq_ray.commands.declare import Choice, Flag, Kind, Number, Options, Text, option, with_rows
+from vitq_ray.data.folders import CLASS_ORDERS
 from vitq_ray.data.loader import ON_BAD_IMAGE
 from vitq_ray.models.geometry import AUTO
 from vitq_ray.qat.recipe import RECIPE_OPTIONS, RecipeOption
@@ -47,6 +48,9 @@ class ModelOptions(Options):
     )
     crop_pct: float | None = option(
         Number(float, 0.01, 1), None, "crop the centre of evaluation images, by timm's rule"
+    )
+    class_order: str | None = option(
+        Choice(CLASS_ORDERS), None, "number class folders by name as text, or by the number that they are named by"
     )
     on_bad_image: str = option(Choice(ON_BAD_IMAGE), "error", "what to do with a broken image")
     use_gpu: bool = option(Flag(), False, "run the model on the first GPU")

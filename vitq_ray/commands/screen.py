@@ -17,6 +17,8 @@ import rich.progress
 from rich.console import Console
 
 from vitq_ray.base.files import one_line
+from vitq_ray.data.folders import left_out_text
+from vitq_ray.data.samples import SampleIndex
 from vitq_ray.measure.evaluation import Evaluation, wilson_interval
 
 T = TypeVar("T")
@@ -142,6 +144,13 @@ def warn_of_bad_images(screen: Screen, bad_images: Sequence[tuple[str, str]]) ->
     """Say how many broken images were skipped, each counted once."""
     if bad_images:
         screen.warn(f"{len(dict(bad_images))} broken images were skipped; they are listed in result.json")
+
+
+def warn_of_left_out(screen: Screen, splits: Mapping[str, SampleIndex]) -> None:
+    """Say what of the splits is no image of them."""
+    for split, index in splits.items():
+        if index.left_out:
+            screen.warn(f"{split}: left out: {left_out_text(index.left_out)}")
 
 
 def dashboard_hint(url: str | None) -> str:

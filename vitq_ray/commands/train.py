@@ -27,6 +27,7 @@ from vitq_ray.commands.inputs import (
     checkpoint_name,
     device_of,
     eval_transform,
+    open_images,
     paths_of,
     require_as_calibrated,
     with_sample,
@@ -41,9 +42,11 @@ from vitq_ray.commands.screen import (
     result_table,
     seconds_line,
     warn_of_bad_images,
+    warn_of_left_out,
 )
 from vitq_ray.commands.training_progress import TrainingProgress
-from vitq_ray.data.samples import SampleIndex, open_split
+from vitq_ray.data.copies import without_images_of
+from vitq_ray.data.samples import Ids, SampleIndex
 from vitq_ray.data.splits import Splits, make_splits
 from vitq_ray.measure.evaluation import Counts
 from vitq_ray.models.checkpoint import CalibratedModel, Sidecar, load_calibrated, open_checkpoint, save_calibrated
@@ -56,7 +59,7 @@ from vitq_ray.qat.task import Judgement, QatTask, Recorder, is_judged, read_judg
 from vitq_ray.qat.teacher import TEACHER_LOGITS
 from vitq_ray.quant.vit import float_copy, scales_of
 from vitq_ray.run.folder import RunFolder, default_folder, read_bad_images, record_bad_images
-from vitq_ray.run.results import SEARCH, TRAINING, Stopwatch, result_of, versions
+from vitq_ray.run.results import SEARCH, TRAINING, Stopwatch, left_out_rows, result_of, versions
 
 # What may differ between a run and its continuation: it does not change what is computed.
 FREE_OPTIONS = frozenset(
@@ -193,15 +196,25 @@ def prepare(options: TrainOptions, watch: Stopwatch, screen: Screen) -> TrainJob
     start = load_start(options, folder.path, watch, screen)
     with watch.stage("load"):
         classes = start.loaded.geometry.num_classes
-        train_images, val = (open_split(paths_of(options)[1], split, classes) for split in ("train", "val"))
+        train_images, val = (open_images(options, split, classes) for split in ("train", "val"))
+        warn_of_left_out(screen, {"train": train_images, "val": val})
         halves = halves_of_val(options, start.sidecar, train_images, val)
         transform = eval_transform(start.loaded, start.sidecar.crop_pct)
-        data = QatData(train_images, np.arange(len(train_images)), val, halves.splits.selection, transform)
+        train_ids = unseen_ids(train_images, val, screen)
+        data = QatData(train_images, train_ids, val, halves.splits.selection, transform)
         teacher = load_teacher(options, start)
         task = QatTask(config, start, teacher, data, halves.splits.report, folder.path, options.checkpoint_steps)
         steps_per_epoch(len(data.train_ids), config)
     workers = TrainWorkers(options.num_workers, options.use_gpu, options.max_failures)
     return TrainJob(replace(options, split_seed=halves.split_seed), folder, task, workers, device, halves.source)
+
+
+def unseen_ids(train_images: SampleIndex, val: SampleIndex, screen: Screen) -> Ids:
+    """Images of train that are not in val too."""
+    ids = np.fromiter(without_images_of(val, train_images, np.arange(len(train_images))), np.int64)
+    if len(ids) < len(train_images):
+        screen.warn(f"{len(train_images) - len(ids)} images of train are in val too; they are not trained on")
+    return ids
 
 
 def load_start(options: TrainOptions, folder: Path, watch: Stopwatch, screen: Screen) -> CalibratedModel:
@@ -225,7 +238,7 @@ def calibrate_start(options: TrainOptions, loaded: LoadedModel, folder: Path, wa
     with watch.stage("load"):
         job = prepare_calibration(options, "train", "shuffled", loaded)
     with watch.stage("calibrate"):
-        seen = collect(job, options, IN_THIS_PROCESS, screen)
+        seen = collect(job, options, IN_THIS_PROCESS, screen, unseen=True)
         plan = apply(job, seen, screen)
     record_bad_images(folder.parent, job.bad_images)
     calibration = calibration_of(job, options)
@@ -418,6 +431,7 @@ def trained_result(
         weights_fingerprint=sidecar.weights_fingerprint,
         data_fingerprint=sidecar.data_fingerprint,
         bad_images=read_bad_images(job.folder.path),
+        left_out=left_out_rows({"train": job.task.data.train, "val": job.task.data.val}),
         seconds=watch.seconds,
         **{name: {part: c.summary() for part, c in parts.items()} for name, parts in judgement.items()},
         best_epoch=outcome.best_epoch,

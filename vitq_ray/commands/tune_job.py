@@ -18,11 +18,11 @@ from vitq_ray.calibration.setting import Calibration, Rule, Setting, Technique, 
 from vitq_ray.cluster.stream import stream_batches
 from vitq_ray.cluster.trials import Resources, nodes_for
 from vitq_ray.commands import combinations
-from vitq_ray.commands.inputs import device_of, drawn_by, eval_transform, find_space, paths_of, with_sample
+from vitq_ray.commands.inputs import device_of, drawn_by, eval_transform, find_space, open_images, paths_of, with_sample
 from vitq_ray.commands.options import MOST_SELECTION_IMAGES, TuneOptions, parameters
-from vitq_ray.commands.screen import Screen
+from vitq_ray.commands.screen import Screen, warn_of_left_out
 from vitq_ray.data.loader import Batch
-from vitq_ray.data.samples import Ids, SampleIndex, open_split
+from vitq_ray.data.samples import Ids, SampleIndex
 from vitq_ray.data.splits import Splits, default_calib_split, make_splits, race_order
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.models.checkpoint import Sidecar
@@ -119,9 +119,10 @@ def prepare(options: TuneOptions, screen: Screen) -> TuneJob:
     loaded = load_model(options.model_type, checkpoint, options.img_size)
     require_sites([*space.rules, *defaults.rules], loaded.geometry.depth)
     classes = loaded.geometry.num_classes
-    val = open_split(data, "val", classes)
+    val = open_images(options, "val", classes)
     split = default_calib_split(data)
-    calib = open_split(data, "train", classes) if split == "train" else val
+    calib = open_images(options, "train", classes) if split == "train" else val
+    warn_of_left_out(screen, {split: calib, "val": val})
     fixed = None if options.from_run is None else settings_of_run(options)
     needed = max(batch_counts(space, defaults, fixed)) * options.calib_batchsz
     job = TuneJob(

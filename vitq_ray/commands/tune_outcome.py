@@ -12,7 +12,7 @@ from vitq_ray.commands.tune_job import TuneJob
 from vitq_ray.commands.tune_qat import Trained
 from vitq_ray.measure.evaluation import Evaluation
 from vitq_ray.run.folder import RunFolder, read_bad_images
-from vitq_ray.run.results import SEARCH, result_of
+from vitq_ray.run.results import SEARCH, left_out_rows, result_of
 from vitq_ray.search.contest import Candidate, Contest
 
 
@@ -56,6 +56,7 @@ def search_result(job: TuneJob, folder: RunFolder, outcome: Outcome) -> dict[str
         weights_fingerprint=job.loaded.fingerprint,
         data_fingerprint=job.val.fingerprint,
         bad_images=read_bad_images(folder.path) + job.bad_images,
+        left_out=left_out_rows({job.splits.calib_split: job.calib, "val": job.val}),
         seconds=job.watch.seconds,
         winner={"name": outcome.winner.name, "setting": outcome.winner.setting.to_dict()},
         float=outcome.of_float.summary(),

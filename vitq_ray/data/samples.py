@@ -1,7 +1,7 @@
 """An index of labelled images in zip or folder layout. No Ray, no decoding.
 
     zip layout      <root>/{train,val}.zip with {train,val}_map.txt; a map line is relative/path<TAB>label
-    folder layout   <root>/{train,val}/<class>/*.jpg, classes numbered by name
+    folder layout   <root>/{train,val}/<class>/*.jpg, classes numbered by name (`folders`)
 
 A sample is a row of the map (or of the sorted folder); its position there is its `sample_id`. An index is a handful
 of NumPy arrays: where each member lies in the zip, how long it is, its label. ImageNet's 1.28 million rows are read
@@ -11,8 +11,10 @@ shared between processes as they are. Zip members are read by offset, never extr
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,13 +27,13 @@ from pyarrow import NativeFile, fs
 
 from vitq_ray.base.config import InputError, require_choice
 from vitq_ray.base.files import one_line, read_bytes, resolve
-from vitq_ray.data import tables
+from vitq_ray.data import folders, tables
+from vitq_ray.data.folders import LeftOut
 
 SPLITS = ("train", "val")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif")
-_NO_CLASS = (".", "__")  # .ipynb_checkpoints, __MACOSX and the like: counted, they would shift every label
 _STORED, _DEFLATED = 0, 8
 _LOCAL_HEADER = 30
+_READERS = 16  # threads, where many files are read: a store far away answers late
 _EXTRA_SLACK = 128  # local extra fields are read along with the data; longer ones cost a second read
 
 Ids = npt.NDArray[np.int64]
@@ -52,6 +54,7 @@ class SampleIndex:
             `names[name_start[i] : name_start[i] + name_length[i]]`.
         sizes: (N,) int64, bytes of the encoded image.
         members: where each image lies in the archive, (N,) rows; None for folders.
+        left_out: what lies there and is no image of the split, counted.
     """
 
     source: str
@@ -61,6 +64,7 @@ class SampleIndex:
     name_length: npt.NDArray[np.int32]
     sizes: npt.NDArray[np.int64]
     members: npt.NDArray[np.void] | None = None
+    left_out: tuple[LeftOut, ...] = ()
     _file: list[NativeFile] = field(default_factory=list, repr=False)
     _lock: Any = field(default_factory=Lock, repr=False)
 
@@ -101,8 +105,11 @@ class SampleIndex:
 
     def name(self, i: int) -> str:
         """Relative path of an image, as the map or the folder has it."""
+        return self._name_bytes(i).decode(errors="replace")
+
+    def _name_bytes(self, i: int) -> bytes:
         start = int(self.name_start[i])
-        return self.names[start : start + int(self.name_length[i])].tobytes().decode(errors="replace")
+        return self.names[start : start + int(self.name_length[i])].tobytes()
 
     def where(self, i: int) -> str:
         """An image's full address, for messages: `archive!member` or `folder/path`."""
@@ -113,7 +120,22 @@ class SampleIndex:
         try:
             return self._read_file(i) if self.members is None else self._read_member(i, self.members[i])
         except (OSError, zlib.error) as error:
-            raise BadImageError(f"{self.where(i)}: cannot be read: {one_line(error)}") from None
+            reason = getattr(error, "strerror", None) or error
+            raise BadImageError(f"{self.where(i)}: cannot be read: {one_line(reason)}") from None
+
+    def checksums(self, ids: Ids) -> Ids:
+        """CRC-32 of the encoded images; -1 where one cannot be read. A zip's directory has them; files are read."""
+        if self.members is not None:
+            return self.members["crc"][ids].astype(np.int64)
+
+        def checksum(i: int) -> int:
+            try:
+                return zlib.crc32(self.read(i))
+            except BadImageError:
+                return -1
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            return np.fromiter(pool.map(checksum, ids.tolist()), np.int64, len(ids))
 
     @cached_property
     def _place(self) -> tuple[fs.FileSystem, str]:
@@ -122,6 +144,8 @@ class SampleIndex:
 
     def _read_file(self, i: int) -> bytes:
         filesystem, root = self._place
+        if isinstance(filesystem, fs.LocalFileSystem):
+            return folders.local_bytes(root, self._name_bytes(i))
         with filesystem.open_input_file(f"{root}/{self.name(i)}") as file:
             data: bytes = file.read()
             return data
@@ -170,13 +194,16 @@ def has_split(data_path: str, split: str) -> bool:
     return _kind(_join(root, f"{split}.zip")) == fs.FileType.File or _is_folder(_join(root, split))
 
 
-def open_split(data_path: str, split: str, num_classes: int | None = None) -> SampleIndex:
+def open_split(
+    data_path: str, split: str, num_classes: int | None = None, class_order: str | None = None
+) -> SampleIndex:
     """Index one split of a data set in either layout.
 
     Args:
         data_path: local path or URI (`s3://…`) of the folder that holds the splits.
         split: `train` or `val`.
         num_classes: labels must be below it; not checked where None.
+        class_order: how class folders that are named by numbers are numbered, one of `folders.CLASS_ORDERS`.
 
     Raises:
         InputError: for anything missing, unreadable, inconsistent or empty; the message names file, line and value.
@@ -184,9 +211,11 @@ def open_split(data_path: str, split: str, num_classes: int | None = None) -> Sa
     require_choice("split", split, SPLITS)
     root = _root(data_path)
     if _kind(_join(root, f"{split}.zip")) == fs.FileType.File:
+        if class_order is not None:
+            raise InputError(f"class order: {class_order} given, but {data_path} has maps, which say labels")
         return _open_zip(_join(root, f"{split}.zip"), _join(root, f"{split}_map.txt"), num_classes)
     if _is_folder(_join(root, split)):
-        return _open_folder(root, split, num_classes)
+        return _open_folder(root, split, num_classes, class_order)
     raise InputError(
         f"{data_path}: has no {split} split; expected {split}.zip with {split}_map.txt, or a folder {split}"
     )
@@ -194,7 +223,12 @@ def open_split(data_path: str, split: str, num_classes: int | None = None) -> Sa
 
 def _root(data_path: str) -> str:
     """Absolute, so that an index can be read in a process with another working directory."""
-    return data_path if "://" in data_path else str(Path(data_path).expanduser().absolute())
+    if "://" in data_path:
+        return data_path
+    try:
+        return str(Path(data_path).expanduser().absolute())
+    except RuntimeError as error:  # ~nobody
+        raise InputError(f"{data_path}: {one_line(error)}; expected a folder") from None
 
 
 def _join(root: str, name: str) -> str:
@@ -220,11 +254,12 @@ def _is_folder(path: str) -> bool:
 
 def _open_zip(archive: str, map_path: str, num_classes: int | None) -> SampleIndex:
     members, member_names = _read_directory(archive)
-    text = np.frombuffer(
-        read_bytes(map_path, "lines of relative/path<TAB>label").removeprefix(b"\xef\xbb\xbf"), np.uint8
-    )
+    text = _map_text(map_path)
     lines = tables.map_lines(text)
     _check_lines(map_path, text, lines, num_classes)
+    of_mac = tables.left_by_a_mac(text, lines["start"], lines["length"])
+    out = [(_name_of(text, line), "were left by a Mac") for line in lines[of_mac]]
+    lines = lines[~of_mac]
     if len(lines) == 0:
         raise InputError(f"{map_path}: lists no image; expected lines of relative/path<TAB>label")
     rows = _rows_of(archive, map_path, text, lines, member_names, members)
@@ -232,6 +267,10 @@ def _open_zip(archive: str, map_path: str, num_classes: int | None) -> SampleInd
     chosen = members[rows]
     del members, rows
     _check_members(archive, text, lines, chosen)
+    again = _listed_before(map_path, text, lines, chosen["offset"])
+    if again.any():
+        out += [(_name_of(text, line), "were listed before") for line in lines[again]]
+        lines, chosen = lines[~again], chosen[~again]
     return SampleIndex(
         source=archive,
         labels=lines["label"].astype(np.int32),
@@ -240,7 +279,45 @@ def _open_zip(archive: str, map_path: str, num_classes: int | None) -> SampleInd
         name_length=lines["length"].copy(),
         sizes=chosen["size"].astype(np.int64),
         members=chosen,
+        left_out=folders.left_out(out),
     )
+
+
+def _map_text(map_path: str) -> npt.NDArray[np.uint8]:
+    """The map in UTF-8, without a byte order mark. Windows writes UTF-16 with one."""
+    what = "lines of relative/path<TAB>label"
+    data = read_bytes(map_path, what)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        try:
+            data = data.decode("utf-16").encode()
+        except UnicodeError:
+            raise InputError(f"{map_path}: begins as UTF-16 and is not; expected UTF-8, {what}") from None
+    if b"\0" in data:
+        raise InputError(f"{map_path}: has NUL bytes, as UTF-16 and binary files have; expected UTF-8, {what}")
+    return np.frombuffer(data.removeprefix(codecs.BOM_UTF8), np.uint8)
+
+
+def _name_of(text: npt.NDArray[np.uint8], line: np.void) -> str:
+    return tables.text_of(text, line["start"], line["length"])
+
+
+def _listed_before(
+    map_path: str, text: npt.NDArray[np.uint8], lines: npt.NDArray[np.void], places: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    """Which lines name an image that an earlier one named. InputError where the two have different labels."""
+    order = np.argsort(places, kind="stable")
+    same = np.flatnonzero(np.diff(places[order]) == 0)
+    again = np.zeros(len(lines), np.bool_)
+    again[order[same + 1]] = True
+    first, second = lines[order[same]], lines[order[same + 1]]
+    if len(other := np.flatnonzero(first["label"] != second["label"])):
+        a, b = first[other[0]], second[other[0]]
+        numbers = [tables.line_number(text, line) for line in (b, a)]
+        raise InputError(
+            f"{map_path}: line {numbers[0]}: {_name_of(text, b)!r} has label {b['label']}, but {a['label']} in line "
+            f"{numbers[1]}; expected one label for each image"
+        )
+    return again
 
 
 def _read_directory(archive: str) -> tuple[npt.NDArray[np.void], npt.NDArray[np.uint8]]:
@@ -285,9 +362,12 @@ def _rows_of(
 ) -> npt.NDArray[np.int64]:
     """Row of `members` for every map line, also where all members lie under one extra top folder."""
     rows = tables.match_names(text, lines["start"], lines["length"], member_names, members, skip=0)
-    if (rows < 0).any() and (skip := tables.common_top_folder(member_names, members)):
-        under_top = tables.match_names(text, lines["start"], lines["length"], member_names, members, skip)
-        rows = np.where(rows < 0, under_top, rows)
+    if (rows < 0).any():
+        beside = tables.left_by_a_mac(member_names, members["name_start"], members["name_length"], hidden=True)
+        below = np.flatnonzero(~beside)
+        if skip := tables.common_top_folder(member_names, members[below]):
+            found = tables.match_names(text, lines["start"], lines["length"], member_names, members[below], skip)
+            rows = np.where(rows < 0, np.where(found < 0, -1, below[found]), rows)
     if (rows < 0).any():
         line = lines[int(np.argmax(rows < 0))]
         name, number = tables.text_of(text, line["start"], line["length"]), tables.line_number(text, line)
@@ -314,25 +394,30 @@ def _check_members(
 # Folder layout ------------------------------------------------------------------------------------------------------
 
 
-def _open_folder(root: str, split: str, num_classes: int | None) -> SampleIndex:
+def _open_folder(root: str, split: str, num_classes: int | None, class_order: str | None) -> SampleIndex:
     folder, of_train = _join(root, split), _join(root, "train")
-    classes = _class_names(of_train if _is_folder(of_train) else folder)
-    if num_classes is not None and len(classes) != num_classes:
+    numbered_by = of_train if _is_folder(of_train) else folder
+    number = folders.class_numbers(numbered_by, class_order)
+    if num_classes is not None and len(number) != num_classes:
         raise InputError(
-            f"{root}: {len(classes)} class folders, but the model has {num_classes} classes; folders are numbered by "
+            f"{root}: {len(number)} class folders, but the model has {num_classes} classes; folders are numbered by "
             "name, so there must be one for each"
         )
-    number = {name: label for label, name in enumerate(classes)}
-    labels, names, sizes = [], [], []
-    for name, size in _image_files(folder):
-        label = number.get(name.split("/", 1)[0])
+    images, left_out = folders.image_files(folder)
+    if not images:
+        raise InputError(
+            f"{folder}: no images; expected {split}/<class>/*.jpg or another format"
+            + (f". Left out: {folders.left_out_text(left_out)}" if left_out else "")
+        )
+    labels, names = [], []
+    for name, _ in images:
+        label = number.get(folders.composed(name.split("/", 1)[0]))
         if label is None:
-            raise InputError(f"{folder}/{name}: its class is not among the {len(classes)} folders of {of_train}")
+            raise InputError(
+                f"{folder}/{folders.printable(name)}: its class is not among the {len(number)} folders of {numbered_by}"
+            )
         labels.append(label)
-        names.append(name.encode())
-        sizes.append(size)
-    if not names:
-        raise InputError(f"{folder}: no images; expected {split}/<class>/*.jpg (or {', '.join(IMAGE_SUFFIXES[1:])})")
+        names.append(name.encode(errors="surrogateescape"))
     lengths = np.array([len(name) for name in names], np.int32)
     return SampleIndex(
         source=folder,
@@ -340,28 +425,6 @@ def _open_folder(root: str, split: str, num_classes: int | None) -> SampleIndex:
         names=np.frombuffer(b"".join(names), np.uint8),
         name_start=np.concatenate([[0], np.cumsum(lengths[:-1], dtype=np.int64)]),
         name_length=lengths,
-        sizes=np.array(sizes, np.int64),
+        sizes=np.array([size for _, size in images], np.int64),
+        left_out=left_out,
     )
-
-
-def _list(folder: str, kind: fs.FileType, recursive: bool) -> list[tuple[str, int]]:
-    """(path below the folder, bytes) of everything of a kind in it."""
-    filesystem, inner = resolve(folder)
-    try:
-        found = filesystem.get_file_info(fs.FileSelector(inner, recursive=recursive))
-        return [(e.path[len(inner) :].lstrip("/"), e.size) for e in found if e.type == kind]
-    except (OSError, UnicodeDecodeError) as error:  # the latter for names that are not UTF-8
-        raise InputError(f"{folder}: cannot be listed: {one_line(error)}") from None
-
-
-def _class_names(folder: str) -> list[str]:
-    names = (name for name, _ in _list(folder, fs.FileType.Directory, recursive=False))
-    return sorted(name for name in names if not name.startswith(_NO_CLASS))
-
-
-def _image_files(folder: str) -> list[tuple[str, int]]:
-    """(path below the split, bytes) of every image in a class folder, sorted by class, then by path."""
-    paths = _list(folder, fs.FileType.File, recursive=True)
-    images = ((p, size) for p, size in paths if "/" in p and p.lower().endswith(IMAGE_SUFFIXES))
-    images = ((p, size) for p, size in images if not p.startswith(_NO_CLASS))
-    return sorted(images, key=lambda item: (item[0].split("/", 1)[0], item[0]))

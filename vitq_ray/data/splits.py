@@ -3,7 +3,8 @@
     train ──► calibration images
     val   ──► selection and report, class-balanced halves; where only val exists, calibration images first
 
-The three are disjoint, so nothing is tuned on what it is reported on. How val is divided is a function of the data's
+The three are disjoint, so nothing is tuned on what it is reported on: no image is in two of them, nor is a copy of it
+under another name (`copies`). How val is divided is a function of the data's
 content and the split seed only, so a search and the training that follows it share one division.
 """
 
@@ -11,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from vitq_ray.base.config import InputError, require_choice
+from vitq_ray.data.copies import first_copies, without_images_of
 from vitq_ray.data.samples import Ids, SampleIndex, has_split
 
 
@@ -73,26 +76,45 @@ def make_splits(
         InputError: where there are too few images for any of the three.
     """
     if calib_split == "val":
-        calibration, selection, report = split_val(val.labels, val.fingerprint, split_seed, calibration_images)
+        calibration, selection, report = split_val(
+            val.labels, val.fingerprint, split_seed, calibration_images, first_copies(val)
+        )
         return Splits("val", class_balanced_order(val.labels, calibration, split_seed), selection, report)
     require_images(len(calib), calibration_images)
-    count = min(len(calib), calibration_images + spare_images)
-    calibration = calibration_ids(len(calib), count, "shuffled", split_seed)
-    _, selection, report = split_val(val.labels, val.fingerprint, split_seed)
+    drawn = calibration_ids(len(calib), len(calib), "shuffled", split_seed)
+    unseen = islice(without_images_of(val, calib, drawn), calibration_images + spare_images)
+    calibration = np.fromiter(unseen, np.int64)
+    if len(calibration) < calibration_images:
+        raise InputError(
+            f"calibration: needs {calibration_images} images (batches x batch size); of the {len(calib)} images of "
+            f"train, all but {len(calibration)} are in val too"
+        )
+    _, selection, report = split_val(val.labels, val.fingerprint, split_seed, first_copy=first_copies(val))
     return Splits("train", calibration, selection, report)
 
 
 def split_val(
-    labels: npt.ArrayLike, fingerprint: str, split_seed: int, calibration_images: int = 0
+    labels: npt.ArrayLike,
+    fingerprint: str,
+    split_seed: int,
+    calibration_images: int = 0,
+    first_copy: Ids | None = None,
 ) -> tuple[Ids, Ids, Ids]:
     """val as (calibration, selection, report): random, class-balanced, disjoint, together everything. Ids ascend.
 
-    A function of the data's content and `split_seed` only. Selection and report differ by at most one image per class.
+    With `first_copy`, from `copies.first_copies`, copies of an image go where the first of them goes; those of a
+    calibration image go nowhere. A function of the data's content and `split_seed` only. Selection and report differ by
+    at most one image per class, copies apart.
 
     Raises:
         InputError: where selection or report would be empty.
     """
     labels = np.asarray(labels)
+    if first_copy is not None and len(own := np.unique(first_copy)) < len(labels):
+        parts = split_val(labels[own], fingerprint, split_seed, calibration_images)
+        calibration, selection, report = (own[ids] for ids in parts)
+        selection, report = (np.flatnonzero(np.isin(first_copy, half)) for half in (selection, report))
+        return calibration, selection, report
     if len(labels) < 2:
         raise InputError(f"val: {len(labels)} images cannot be halved into selection and report")
     if calibration_images > len(labels) - 2:

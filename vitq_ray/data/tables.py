@@ -8,8 +8,10 @@ locator (4.3.14, 4.3.15), central headers (4.3.12), zip64 extra field (4.5.3).
 from __future__ import annotations
 
 import struct
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numba
 import numpy as np
@@ -46,14 +48,17 @@ MAX_LABEL = 2**31 - 1  # larger ones are read as MAX_LABEL + 1
 _END, _ZIP64_LOCATOR, _ZIP64_END = b"PK\x05\x06", b"PK\x06\x07", b"PK\x06\x06"
 _END_SIZE, _LOCATOR_SIZE, _ZIP64_END_SIZE, _LONGEST_COMMENT = 22, 20, 56, 65535
 _HEADER_SIZE, _LOCAL_SIZE = 46, 30
+_WRAP = 1 << 16
 _DEFLATE_RATIO = 1032  # the most that deflate can do: 258 bytes in 2 bits
 _UTF8_FLAG = 1 << 11
+_SHOWN = 200
 _HASHED_AT_ONCE = 1 << 16  # names of a map; all 1.28 million hashes would take 10 MB more
 
 
 def text_of(data: Bytes, start: int, length: int) -> str:
-    """A slice of bytes as text, for messages."""
-    return data[int(start) : int(start) + int(length)].tobytes().decode(errors="replace")
+    """A slice of bytes as text, for messages: at most the first 200 bytes."""
+    text = data[int(start) : int(start) + min(int(length), _SHOWN)].tobytes().decode(errors="replace")
+    return text if length <= _SHOWN else text + "…"
 
 
 # Central directory --------------------------------------------------------------------------------------------------
@@ -61,12 +66,18 @@ def text_of(data: Bytes, start: int, length: int) -> str:
 
 @dataclass(frozen=True)
 class Directory:
-    """Where the central directory lies; `shift` is what precedes the archive (a self-extractor's stub), in bytes."""
+    """Where the central directory lies.
+
+    Attributes:
+        count: of members; without zip64 it has 16 bits, and writers that do not know zip64 let it wrap.
+        shift: what precedes the archive (a self-extractor's stub), in bytes.
+    """
 
     offset: int
     size: int
     count: int
     shift: int
+    zip64: bool
 
 
 def find_directory(archive: str, size: int, read_at: Callable[[int, int], bytes]) -> Directory:
@@ -78,6 +89,7 @@ def find_directory(archive: str, size: int, read_at: Callable[[int, int], bytes]
         raise InputError(f"{archive}: not a zip, or truncated: no end-of-directory record in its last bytes")
     end = size - tail_size + place
     disk, directory_disk, _, count, length, offset = struct.unpack_from("<4H2I", tail, place + 4)
+    zip64 = None
     if 0xFFFF in (disk, count) or 0xFFFFFFFF in (length, offset):
         zip64 = _find_zip64(archive, end, read_at)
         if zip64 is not None:
@@ -87,7 +99,7 @@ def find_directory(archive: str, size: int, read_at: Callable[[int, int], bytes]
     shift = end - length - offset
     if shift < 0:
         raise InputError(f"{archive}: truncated or corrupt: its directory would begin {-shift} bytes before the file")
-    return Directory(offset + shift, length, count, shift)
+    return Directory(offset + shift, length, count, shift, zip64 is not None)
 
 
 def _find_end(tail: bytes) -> int:
@@ -120,17 +132,35 @@ def _find_zip64(
 
 def zip_directory(archive: str, raw: Bytes, end: Directory) -> npt.NDArray[np.void]:
     """Central directory `raw` as (members,) rows of MEMBER, folders left out. InputError where it is corrupt."""
-    if end.count * _HEADER_SIZE > len(raw):
-        raise InputError(f"{archive}: corrupt directory: {end.count} members do not fit into its {len(raw)} bytes")
-    members = np.zeros(end.count, MEMBER)
+    count = end.count if end.zip64 else _unwrapped(raw, end.count)
+    if count * _HEADER_SIZE > len(raw):
+        raise InputError(f"{archive}: corrupt directory: {count} members do not fit into its {len(raw)} bytes")
+    members = np.zeros(count, MEMBER)
     found, read = _parse_directory(raw, members, end.shift)
-    if found != end.count:
-        raise InputError(f"{archive}: corrupt directory: {found} readable members of the {end.count} it should list")
+    if found != count:
+        raise InputError(f"{archive}: corrupt directory: {found} readable members of the {count} it should list")
     if read != len(raw):
-        raise InputError(f"{archive}: corrupt directory: its {end.count} members take {read} of its {len(raw)} bytes")
+        raise InputError(f"{archive}: corrupt directory: its {count} members take {read} of its {len(raw)} bytes")
     _check_places(archive, raw, members, end.offset)
     ends_in_slash = raw[members["name_start"] + members["name_length"].astype(np.int64) - 1] == ord("/")
     return members[~ends_in_slash] if ends_in_slash.any() else members
+
+
+def _unwrapped(raw: Bytes, count: int) -> int:
+    """The count of members of which the end record has 16 bits: that of the headers, where those bits agree."""
+    if len(raw) < (count + _WRAP) * _HEADER_SIZE:
+        return count
+    headers = int(_count_headers(raw))
+    return headers if headers % _WRAP == count else count
+
+
+@numba.njit(cache=True)
+def _count_headers(raw):  # type: ignore[no-untyped-def]
+    at, count = 0, 0
+    while at + 46 <= raw.size and _number(raw, at, 4) == 0x02014B50:
+        at += 46 + _number(raw, at + 28, 2) + _number(raw, at + 30, 2) + _number(raw, at + 32, 2)
+        count += 1
+    return count
 
 
 def _check_places(archive: str, raw: Bytes, members: npt.NDArray[np.void], limit: int) -> None:
@@ -270,7 +300,7 @@ def match_names(
 
     By 64-bit hashes, sorted; equal hashes are confirmed byte by byte. Of several members with one name the last
     counts, as in `zipfile`. Names of members without the UTF-8 flag match as UTF-8 bytes, which most tools write, or
-    as code page 437, which the standard says.
+    as code page 437, which the standard says. Accents match however they are composed: a Mac writes them apart.
     """
     hashes = _hashes(raw, members["name_start"], members["name_length"], skip)
     order = np.argsort(hashes, kind="stable").astype(np.int32)
@@ -285,24 +315,32 @@ def match_names(
     )
     missing = np.flatnonzero(rows < 0)
     if len(missing):
-        old = _code_page_437(raw, members, skip)
-        for i in missing if old else ():
+        spellings = _other_spellings(raw, members, skip)
+        for i in missing if spellings else ():
             name = text[start[i] : start[i] + length[i]].tobytes()
-            rows[i] = old.get(name, -1)
+            rows[i] = spellings.get(_composed(name), -1)
     return rows
 
 
-def _code_page_437(raw: Bytes, members: npt.NDArray[np.void], skip: int) -> dict[bytes, int]:
-    """{UTF-8 name: row} of the members whose names are not plain ASCII and not marked as UTF-8."""
-    rows = np.flatnonzero((members["flags"] & _UTF8_FLAG) == 0)
-    starts, lengths = members["name_start"][rows], members["name_length"][rows].astype(np.int64)
-    special = rows[_has_high_byte(raw, starts, lengths)]
+def _other_spellings(raw: Bytes, members: npt.NDArray[np.void], skip: int) -> dict[bytes, int]:
+    """{name, composed: row} of the members whose names are not plain ASCII, as UTF-8 and as code page 437."""
+    special = np.flatnonzero(_has_high_byte(raw, members["name_start"], members["name_length"].astype(np.int64)))
     names = {}
     for row in special:
         begin = int(members["name_start"][row])
         name = raw[begin + skip : begin + int(members["name_length"][row])].tobytes()
-        names[name.decode("cp437").encode()] = int(row)
+        names[_composed(name)] = int(row)
+        if not members["flags"][row] & _UTF8_FLAG:
+            names[_composed(name.decode("cp437").encode())] = int(row)
     return names
+
+
+def _composed(name: bytes) -> bytes:
+    """Letters and their accents as one character each (NFC)."""
+    try:
+        return unicodedata.normalize("NFC", name.decode()).encode()
+    except UnicodeDecodeError:
+        return name
 
 
 def common_top_folder(raw: Bytes, members: npt.NDArray[np.void]) -> int:
@@ -316,6 +354,32 @@ def common_top_folder(raw: Bytes, members: npt.NDArray[np.void]) -> int:
     if length == 0 or not _all_begin_with(raw, members["name_start"], members["name_length"], length, start):
         return 0
     return length
+
+
+def left_by_a_mac(
+    data: Bytes, start: npt.NDArray[np.int64], length: npt.NDArray[Any], hidden: bool = False
+) -> npt.NDArray[np.bool_]:
+    """Which paths lie in `__MACOSX/`, or are files `._…`; with `hidden` all files whose name begins with a dot."""
+    found: npt.NDArray[np.bool_] = _left_by_a_mac(data, start, length, np.frombuffer(b"__MACOSX/", np.uint8), hidden)
+    return found
+
+
+@numba.njit(cache=True)
+def _left_by_a_mac(data, start, length, folder, hidden):  # type: ignore[no-untyped-def]
+    out = np.zeros(start.size, np.bool_)
+    for i in range(start.size):
+        end = start[i] + length[i]
+        in_folder = length[i] >= folder.size
+        k = 0
+        while in_folder and k < folder.size:
+            in_folder = data[start[i] + k] == folder[k]
+            k += 1
+        base = end
+        while base > start[i] and data[base - 1] != 47:
+            base -= 1
+        dotted = base < end and data[base] == 46 and (hidden or (base + 1 < end and data[base + 1] == 95))
+        out[i] = in_folder or dotted
+    return out
 
 
 def gather(data: Bytes, start: npt.NDArray[np.int64], length: npt.NDArray[np.int32]) -> Bytes:

@@ -35,6 +35,7 @@ MAX_PIXELS = 178_956_970
 # An image that Pillow reads counts as readable, whatever it remarks on (odd EXIF, many pixels); what it cannot read is
 # an exception.
 _PILLOW_FILTER = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "TIFF", "PPM", "WEBP", "JPEG2000", "AVIF")
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -132,7 +133,7 @@ def load_rgb(data: bytes) -> Image.Image:
     """Decode to RGB. Transparency is dropped, 16-bit greys are scaled to 8 bits; EXIF rotation is not applied, as in
     the data loaders that the checkpoints were trained with."""
     _ignore_pillow_warnings()
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=_formats()) as image:
         _check_pixels(*image.size)
         image.load()
         if image.mode in ("I", "I;16", "I;16B", "I;16L"):
@@ -140,6 +141,13 @@ def load_rgb(data: bytes) -> Image.Image:
             return grey.convert("RGB")
         rgb: Image.Image = image if image.mode == "RGB" else image.convert("RGB")
         return rgb
+
+
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    """What is opened, if Pillow was built with it. For other formats it starts programs (EPS), or rare parsers."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _ignore_pillow_warnings() -> None:

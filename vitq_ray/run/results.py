@@ -15,6 +15,7 @@ import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from vitq_ray import __version__
 from vitq_ray.base.config import InputError
 from vitq_ray.base.files import write_json
 from vitq_ray.base.formats import FORMATS, require_format
+from vitq_ray.data.samples import SampleIndex
 from vitq_ray.measure.evaluation import Counts, Evaluation
 
 CALIBRATION, EVALUATION, SEARCH, TRAINING = "calib", "evaluate", "tune_calib", "qat"  # names of the scripts
@@ -109,6 +111,11 @@ def versions() -> dict[str, str]:
 def bad_image_rows(bad_images: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
     """Every broken image once, however often it was met."""
     return [{"image": name, "reason": reason} for name, reason in dict(bad_images).items()]
+
+
+def left_out_rows(splits: Mapping[str, SampleIndex]) -> dict[str, list[dict[str, Any]]]:
+    """{split: what of it is no image, by reason: how many, and the first}."""
+    return {split: [asdict(row) for row in index.left_out] for split, index in splits.items() if index.left_out}
 
 
 class Stopwatch:
