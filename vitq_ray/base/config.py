@@ -13,11 +13,16 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
+from vitq_ray.base.uris import without_keys
+
 T = TypeVar("T", bound="Config")
 
 
 class InputError(ValueError):
-    """Bad input or options: the message is one line for the user (exit code 2, no traceback)."""
+    """Bad input or options: the message is one line for the user (exit code 2, no traceback), without keys of URIs."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_keys(message))
 
 
 def require_choice(name: str, value: Any, choices: Iterable[Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 from pyarrow import fs
 
 from vitq_ray.base.config import InputError
+from vitq_ray.base.uris import without_keys
 
 
 def resolve(path: str) -> tuple[fs.FileSystem, str]:
@@ -71,8 +72,8 @@ def output_file(path: str, option: str) -> Path:
 
 
 def one_line(error: object) -> str:
-    """An error's message without line breaks."""
-    return " ".join(str(error).split())
+    """An error's message without line breaks, and without keys of URIs."""
+    return " ".join(without_keys(str(error)).split())
 
 
 @contextmanager

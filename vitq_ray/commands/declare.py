@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from vitq_ray.base.config import InputError
+from vitq_ray.base.uris import without_keys
 
 O = TypeVar("O", bound="Options")  # noqa: E741
 _OPTION = "option"
@@ -190,8 +191,9 @@ class Options:
         return self.declared()[name].spelling if self.typed else name
 
     def to_dict(self) -> dict[str, Any]:
-        """{option: value} of all options, for run.json and result.json."""
-        return {name: getattr(self, name) for name in self.declared()}
+        """{option: value} of all options, for run.json and result.json; URIs without their keys."""
+        values = {name: getattr(self, name) for name in self.declared()}
+        return {name: without_keys(value) if isinstance(value, str) else value for name, value in values.items()}
 
     def only(self, names: Iterable[str]) -> dict[str, Any]:
         """{option: value} of those of `names` that were given."""

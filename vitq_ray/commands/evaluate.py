@@ -171,7 +171,7 @@ def describe(job: EvaluationJob, options: EvaluateOptions, evaluation: Evaluatio
         seconds=watch.seconds,
         calibration=None if sidecar is None else sidecar.calibration,
         images_also_calibrated_on=images_also_calibrated_on(job),
-        checkpoint=options.pretrained_dir,
+        checkpoint=options.to_dict()["pretrained_dir"],
         model_type=job.loaded.geometry.model_type,
         img_size=job.loaded.geometry.img_size,
     )

@@ -17,6 +17,7 @@ import rich.progress
 from rich.console import Console
 
 from vitq_ray.base.files import one_line
+from vitq_ray.base.uris import without_keys
 from vitq_ray.data.folders import left_out_text
 from vitq_ray.data.samples import SampleIndex
 from vitq_ray.measure.evaluation import Evaluation, wilson_interval
@@ -39,7 +40,7 @@ class Screen:
         """One or more lines."""
 
     def warn(self, message: str) -> None:
-        logging.getLogger("vitq_ray").warning(one_line(message))
+        logging.getLogger("vitq_ray").warning("%s", one_line(message))
 
     def track(self, items: Iterable[T], total: int, label: str) -> Iterable[T]:
         """The items, with progress shown."""
@@ -58,10 +59,10 @@ class Terminal(Screen):
         self.console = Console()
 
     def say(self, text: str) -> None:
-        print(text, flush=True)
+        print(without_keys(text), flush=True)
 
     def warn(self, message: str) -> None:
-        print(f"warning: {message}", file=sys.stderr)
+        print(f"warning: {without_keys(message)}", file=sys.stderr)
 
     def track(self, items: Iterable[T], total: int, label: str) -> Iterable[T]:
         return rich.progress.track(items, label, total, disable=not sys.stdout.isatty(), transient=True)

@@ -27,6 +27,7 @@ from pyarrow import NativeFile, fs
 
 from vitq_ray.base.config import InputError, require_choice
 from vitq_ray.base.files import one_line, read_bytes, resolve
+from vitq_ray.base.uris import without_keys
 from vitq_ray.data import folders, tables
 from vitq_ray.data.folders import LeftOut
 
@@ -113,7 +114,7 @@ class SampleIndex:
 
     def where(self, i: int) -> str:
         """An image's full address, for messages: `archive!member` or `folder/path`."""
-        return f"{self.source}{'/' if self.members is None else '!'}{self.name(i)}"
+        return f"{without_keys(self.source)}{'/' if self.members is None else '!'}{self.name(i)}"
 
     def read(self, i: int) -> bytes:
         """The encoded image. BadImageError where it is truncated, corrupt or gone. Safe to call from threads."""
