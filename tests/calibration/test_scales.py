@@ -12,7 +12,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from tests.conftest import fresh_package, make_setting, plan_by_hand
+from tests.conftest import fresh_package, make_setting, observed, plan_by_hand
 from vitq_ray.base.config import InputError
 from vitq_ray.calibration import calibrators
 from vitq_ray.calibration.calibrators import Calibrator, Parameter
@@ -21,6 +21,7 @@ from vitq_ray.calibration.scales import (
     Scales,
     apply_setting,
     kinds_needed,
+    kinds_of,
     noise_per_site,
     plan_of,
     require_all_possible,
@@ -350,11 +351,42 @@ def test_noise_is_forecast_for_symmetric_grids_only(
         noise_per_site(quant_vit, statistics, 1, plan)
 
 
-def test_zeros_in_the_first_batch_are_named_whatever_is_collected(quant_vit: VisionTransformer, images: Tensor) -> None:
-    quant_vit.blocks[0].mlp.fc2.weight.data.zero_()
-    for kinds in (("range",), ("histogram",), ("range", "histogram")):
-        with pytest.raises(StatisticsError, match=r"layer\.0\.ffn\.fc2\._aftergemm_quantizer: is all zeros"):
-            collect_statistics(quant_vit, [(0, images)], [1], kinds=kinds)
+@pytest.mark.parametrize("calibrator", ["max", "percentile 99.9", "percentile 100", "mse", "entropy"])
+@pytest.mark.parametrize("mode", ["ft1", "ft2", "trt"])
+def test_dead_sites_get_amax_0_and_are_listed(
+    mode: str, calibrator: str, quant_vit: VisionTransformer, images: Tensor
+) -> None:
+    """The output projection of a pruned attention: its weights, its output before the bias, what is added."""
+    for parameter in quant_vit.blocks[1].attn.proj.parameters():
+        parameter.data.zero_()
+    setting = make_setting(mode, calibrator, 1)
+    statistics = collect_statistics(quant_vit, [(0, images)], [1], kinds=kinds_of(setting.calibrations, "histogram"))
+    plan = plan_of(quant_vit, statistics, setting)
+    names = ("attn.out._weight_quantizer", "attn.out._aftergemm_quantizer", "add1_local_input_quantizer")
+    assert plan.degenerate_sites() == [f"{LAYER}1.{name}" for name in names]
+    forecast = noise_per_site(quant_vit, statistics, 1, plan)
+    assert all(np.isfinite(value) for value in forecast.values())
+    assert forecast[f"{LAYER}1.attn.out._weight_quantizer"] == 0
+    apply_plan(quant_vit, plan)
+    with torch.inference_mode():
+        assert torch.isfinite(quant_vit(images)).all()
+
+
+def test_a_site_that_wakes_after_the_first_batch(quant_vit: VisionTransformer, images: Tensor) -> None:
+    """Its largest value is known, the distribution is not: an error only where a histogram would decide what is on."""
+    dead, alive = images.clone(), images
+    quant_vit.blocks[0].mlp.fc1.weight.data.zero_()
+    statistics = collect_statistics(quant_vit, [(0, dead)], [2])
+    key = f"{LAYER}0.ffn.fc1._aftergemm_quantizer"
+    torch.manual_seed(0)
+    quant_vit.blocks[0].mlp.fc1.weight.data.normal_()
+    statistics = statistics.merge(collect_statistics(quant_vit, [(1, alive)], [2], statistics.widths()))
+    largest = observed(quant_vit, alive)[key].abs().max()
+    scales = Scales(quant_vit, statistics)
+    assert scales.plan(make_setting("ft2", "max", 2)).amax[key] == largest
+    assert scales.plan(make_setting("ft1", "mse", 2)).amax[key] == largest  # ft1 leaves it out
+    with pytest.raises(InputError, match=rf"{re.escape(key)}: is all zeros in the first calibration batch and not"):
+        scales.plan(make_setting("ft2", "mse", 2))
 
 
 def test_noise_is_of_the_sites_that_are_on(

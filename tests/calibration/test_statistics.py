@@ -119,10 +119,19 @@ def test_non_finite_activations_name_the_site(quant_vit: VisionTransformer, imag
     assert quant_vit.training
 
 
-def test_zeros_in_the_first_batch_name_the_site(quant_vit: VisionTransformer, images: Tensor) -> None:
+def test_a_dead_tensor_merges_and_travels(quant_vit: VisionTransformer, images: Tensor) -> None:
+    """Workers that did not see the first batch must not give it a width of their own."""
     quant_vit.blocks[0].mlp.fc2.weight.data.zero_()
-    with pytest.raises(StatisticsError, match=r"layer\.0\.ffn\.fc2\._aftergemm_quantizer: is all zeros"):
-        collect_statistics(quant_vit, numbered(images), SNAPSHOTS)
+    whole = collect_statistics(quant_vit, numbered(images), SNAPSHOTS)
+    index = whole.keys.index("transformer.encoder.layer.0.ffn.fc2._aftergemm_quantizer")
+    dead = whole.after(SNAPSHOTS[-1])[index]
+    assert (dead.width, dead.max, dead.woken) == (0, 0, False)
+    first, *others = numbered(images)
+    merged = collect_statistics(quant_vit, [first], SNAPSHOTS)
+    for batch in others:
+        merged = merged.merge(collect_statistics(quant_vit, [batch], SNAPSHOTS, merged.widths()))
+    assert merged.after(SNAPSHOTS[-1]) == whole.after(SNAPSHOTS[-1])
+    assert CalibrationStatistics.from_bytes(whole.to_bytes()).after(SNAPSHOTS[-1]) == whole.after(SNAPSHOTS[-1])
 
 
 def test_merging_statistics_of_other_snapshots_is_refused(

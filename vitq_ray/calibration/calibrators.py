@@ -99,11 +99,13 @@ def noise_to_signal(histograms: Sequence[Histogram], amax: Amax, bits: int = 8) 
     """Mean squared quantization error over mean square, of the bin centres weighted by their counts.
 
     What a setting costs at each site, as far as the statistics tell. `amax` is (sites,); returns (sites,), 1 where
-    amax is 0 and everything becomes 0. The range is symmetric here: [-qmax, qmax].
+    amax is 0 and everything becomes 0; 0 where everything is 0 already, or the distribution is not known. The range is
+    symmetric here: [-qmax, qmax].
     """
     qmax = 2 ** (bits - 1) - 1
     rows = zip(histograms, amax, strict=True)
-    return np.array([_noise_kernel(h.counts, a / h.width, qmax) for h, a in rows], np.float64)
+    noise = [_noise_kernel(h.counts, a / h.width, qmax) if h.width > 0 else 0.0 for h, a in rows]
+    return np.array(noise, np.float64)
 
 
 def weight_max(weight: Tensor, axis: int | None) -> Tensor:

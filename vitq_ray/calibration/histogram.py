@@ -6,7 +6,8 @@ and of each bin how many of its values were negative.
 The first batch of a tensor fixes the width, max|x| / 2048; later batches keep it and append bins as the range
 grows, `ceil(max / width)` in all. Bin k counts e(k) <= |x| < e(k+1), where the edge e(k) is k·width rounded to
 float32, as in `np.histogram` of a float32 array. The maximum of a batch that falls exactly on the upper end of its
-last bin is counted there. Every batch is counted on its own, so the sum does not depend on who counted which batch,
+last bin is counted there. A tensor that is all zeros in the first batch has width 0: its values are counted together,
+and only its range is known. Every batch is counted on its own, so the sum does not depend on who counted which batch,
 or in which order.
 """
 
@@ -28,7 +29,7 @@ from vitq_ray.base.config import InputError
 
 INITIAL_BINS = 2048
 MAX_BINS = 2**20  # a range that grew 512-fold after the first batch; the index is proven exact below 2**22 bins
-ZEROS = "is all zeros in the first calibration batch, so its range is unknown"
+WOKEN = "is all zeros in the first calibration batch and not in later ones, so its histogram has no bin width"
 _MIN_ELEMENTS_PER_THREAD = 1 << 16
 
 Counts = npt.NDArray[np.int64]
@@ -69,7 +70,7 @@ class Histogram:
     """How often |x| fell into each bin.
 
     Attributes:
-        width: width of a bin, in tensor units.
+        width: width of a bin, in tensor units; 0 where the first batch was all zeros, and everything is in bin 0.
         counts: (bins,) int64; bin k covers [k·width, (k+1)·width).
         max: the largest |x| seen, in tensor units; 0 for an empty histogram.
         negative: (bins,) int64, how many of the counts are of x < 0; None in statistics of format 1.
@@ -94,6 +95,11 @@ class Histogram:
             raise StatisticsError("has no signs: these statistics were written by a version that kept |x| only")
         return self.counts - self.negative
 
+    @property
+    def woken(self) -> bool:
+        """All zeros in the first batch, and not later: how its values are distributed is not known."""
+        return self.width == 0 and self.max > 0
+
     @staticmethod
     def empty(width: float) -> Histogram:
         zeros = np.zeros(INITIAL_BINS, np.int64)
@@ -104,12 +110,16 @@ class Histogram:
         """The histogram of one batch of a tensor of any shape.
 
         `width` is None for the first batch, which sets it. Raises StatisticsError where `x` is empty, has NaN or
-        infinite values, is all zeros while it has to set the width, or has outgrown the width `MAX_BINS` times.
+        infinite values, or has outgrown the width `MAX_BINS` times.
         """
         x = x.detach().float()
         seen = Range.observe(x)
         if width is None:
-            width = _first_width(seen.max)
+            width = seen.max / INITIAL_BINS
+        if width == 0:
+            counts = np.zeros(INITIAL_BINS, np.int64)
+            counts[0] = x.numel()
+            return Histogram(width, counts, seen.max, np.zeros_like(counts), seen)
         bins = max(INITIAL_BINS, math.ceil(seen.max / width))
         if bins > MAX_BINS:
             raise StatisticsError(
@@ -159,12 +169,6 @@ def _finite_range(x: Tensor) -> tuple[float, float]:
     if not (math.isfinite(low) and math.isfinite(high)):  # aminmax propagates NaN
         raise StatisticsError("has NaN or infinite values")
     return low, high
-
-
-def _first_width(maximum: float) -> float:
-    if maximum == 0:
-        raise StatisticsError(ZEROS)
-    return maximum / INITIAL_BINS
 
 
 def count_bins(x: Tensor, width: float, bins: int) -> Counts:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
-from vitq_ray.calibration.calibrators import Calibration, noise_to_signal
+from vitq_ray.calibration.calibrators import Calibration, max_amax, noise_to_signal
+from vitq_ray.calibration.histogram import WOKEN, Histogram
 from vitq_ray.calibration.setting import Rule, Setting, require_sites
 from vitq_ray.calibration.statistics import HISTOGRAM, RANGE, CalibrationStatistics
 from vitq_ray.quant.fake_quant import fake_quantize
@@ -123,12 +124,14 @@ class Scales:
         self._weights = site_weights(model)
         self._of_tensors: dict[tuple[Calibration, int, int], dict[str, Tensor]] = {}
         self._of_weights: dict[tuple[Calibration, int | None, int, str], Tensor] = {}
+        self._woken: set[tuple[int, str]] = set()  # (batches, tensor) of histograms that say nothing
 
     def plan(self, setting: Setting) -> Plan:
         """What every site does with this setting, those that are off included.
 
         Raises:
-            InputError: for a rule that matches no site or changes none, and for one that parts fused sites.
+            InputError: for a rule that matches no site or changes none, for one that parts fused sites, and for a site
+                that is on and whose first batch alone was all zeros, unless its calibrator asks for the range only.
         """
         wanted = _wanted(setting, self._depth)
         amax = self._amax_of_tensors(wanted, setting.num_batches) | self._amax_of_weights(wanted)
@@ -148,6 +151,8 @@ class Scales:
         amax: dict[str, Tensor] = {}
         for (calibration, bits), tensors in groups.items():
             known = self._calibrate(calibration, num_batches, bits, list(dict.fromkeys(tensors.values())))
+            on = [key for key in tensors if wanted[key].rule.on]
+            self._require_distribution(calibration, num_batches, {key: tensors[key] for key in on})
             amax |= {key: known[tensor] for key, tensor in tensors.items()}
         return amax
 
@@ -159,9 +164,18 @@ class Scales:
         if missing:
             row = calibration.row
             seen = dict(zip(self._statistics.keys, self._statistics.after(num_batches, row.statistic), strict=True))
-            values = row.activation([seen[tensor] for tensor in missing], calibration.values, bits)
+            values_seen = [seen[tensor] for tensor in missing]
+            woken = [isinstance(value, Histogram) and value.woken for value in values_seen]
+            values = np.where(woken, max_amax(values_seen), row.activation(values_seen, calibration.values, bits))
+            self._woken |= {(num_batches, tensor) for tensor, is_woken in zip(missing, woken, strict=True) if is_woken}
             known |= zip(missing, torch.from_numpy(values).float().unbind(), strict=True)
         return known
+
+    def _require_distribution(self, calibration: Calibration, num_batches: int, tensors: Mapping[str, str]) -> None:
+        """InputError for a site of `tensors` that is to be calibrated by a histogram which is not there."""
+        for key, tensor in tensors.items():
+            if calibration.row.statistic == HISTOGRAM and (num_batches, tensor) in self._woken:
+                raise InputError(f"{key}: {WOKEN}; expected other calibration images, or the calibrator max")
 
     def _amax_of_weights(self, wanted: Mapping[str, _Wanted]) -> dict[str, Tensor]:
         """{weight site: amax, () or (rows, 1)}."""
@@ -235,7 +249,8 @@ def noise_per_site(
 def _noise_of_weight(weight: Tensor, site: SitePlan) -> float:
     rule = site.rule
     error = fake_quantize(weight, site.amax.to(weight.device), axis=rule.axis, levels=rule.levels) - weight
-    return float(error.square().sum() / weight.square().sum())
+    signal = float(weight.square().sum())
+    return float(error.square().sum()) / signal if signal > 0 else 0.0
 
 
 def total_noise(noise: Mapping[str, float]) -> float:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
 from vitq_ray.base.formats import require_format, stamp
-from vitq_ray.calibration.histogram import ZEROS, Histogram, Range, StatisticsError
+from vitq_ray.calibration.histogram import Histogram, Range, StatisticsError
 from vitq_ray.quant.vit import observing, tensor_keys
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -224,7 +224,7 @@ def collect_statistics(
         kinds: what to keep, keys of `STATISTICS`; what settings need is `scales.kinds_needed`.
 
     Raises:
-        StatisticsError: naming the site that has non-finite values, or zeros only in the first batch.
+        StatisticsError: naming the site that has non-finite values.
     """
     check_snapshots(snapshots)
     collector = _Collector(tensor_keys(model), snapshots, tuple(dict.fromkeys(kinds)), dict(widths or {}))
@@ -262,16 +262,14 @@ class _Collector:
             raise ValueError(f"batch {index} is past the last snapshot, {self._snapshots[-1]} batches")
         segment = bisect.bisect_right(self._snapshots, index)
         self._seen[segment] += 1
-        return {key: self._observer(key, segment, index == 0) for key in self._keys}
+        return {key: self._observer(key, segment) for key in self._keys}
 
-    def _observer(self, key: str, segment: int, first: bool) -> Callable[[Tensor], None]:
+    def _observer(self, key: str, segment: int) -> Callable[[Tensor], None]:
         def observe(x: Tensor) -> None:
+            width = self._widths.get(key)
             try:
                 for kind in self._kinds:
-                    value = STATISTICS[kind].observe(x, self._widths.get(key) or None)
-                    if first and value.max == 0:  # as a histogram says, which has no width then
-                        raise StatisticsError(ZEROS)
-                    self._take(kind, segment, key, value)
+                    self._take(kind, segment, key, STATISTICS[kind].observe(x, width))
             except StatisticsError as error:
                 raise StatisticsError(f"{key}: {error}") from None
 

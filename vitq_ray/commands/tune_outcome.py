@@ -59,6 +59,7 @@ def search_result(job: TuneJob, folder: RunFolder, outcome: Outcome) -> dict[str
         left_out=left_out_rows({job.splits.calib_split: job.calib, "val": job.val}),
         seconds=job.watch.seconds,
         winner={"name": outcome.winner.name, "setting": outcome.winner.setting.to_dict()},
+        degenerate_sites=outcome.winner.plan.degenerate_sites(),
         float=outcome.of_float.summary(),
         selection={name: evaluation.summary() for name, evaluation in outcome.results.items()},
         candidates=candidates,
