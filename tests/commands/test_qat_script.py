@@ -25,6 +25,7 @@ from vitq_ray.commands.parser import parse
 from vitq_ray.commands.screen import SILENT
 from vitq_ray.data.samples import open_split
 from vitq_ray.data.splits import make_splits
+from vitq_ray.models.checkpoint import sidecar_fingerprint
 from vitq_ray.models.google import google_arrays
 from vitq_ray.run.folder import read_bad_images
 from vitq_ray.run.results import Stopwatch
@@ -338,6 +339,7 @@ def test_a_split_seed_that_contradicts_the_checkpoint_is_refused_wherever_it_lie
     assert run(calib, *project.options, "--num-calib-batch", 2, "--calib-output-path", best) == 0
     sidecar = json.loads((best / "vit_calib.json").read_text())
     sidecar["calibration"]["split_seed"] = 3
+    sidecar["sidecar_fingerprint"] = sidecar_fingerprint(sidecar)
     (best / "vit_calib.json").write_text(json.dumps(sidecar))
     fingerprint = result(best)["data_fingerprint"]
     val = open_split(str(project.folder), "val", 7)

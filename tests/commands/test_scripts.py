@@ -381,9 +381,9 @@ def test_a_checkpoint_is_read_once(
     read: list[str] = []
     whole = files.read_bytes
 
-    def counted(path: str, what: str) -> bytes:
+    def counted(path: str, *more: object) -> bytes:
         read.append(path)
-        return whole(path, what)
+        return whole(path, *more)
 
     for module in ("weights", "checkpoint"):
         monkeypatch.setattr(f"vitq_ray.models.{module}.read_bytes", counted)

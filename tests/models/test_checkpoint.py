@@ -14,7 +14,7 @@ from vitq_ray.base.config import InputError
 from vitq_ray.calibration.scales import apply_setting
 from vitq_ray.calibration.setting import Setting
 from vitq_ray.calibration.statistics import collect_statistics
-from vitq_ray.models.checkpoint import Sidecar, load_calibrated, save_calibrated
+from vitq_ray.models.checkpoint import Sidecar, load_calibrated, save_calibrated, sidecar_fingerprint
 from vitq_ray.models.geometry import geometry_of
 from vitq_ray.models.load import HALF, LoadedModel
 from vitq_ray.models.weights import weights_fingerprint
@@ -54,7 +54,7 @@ def test_read_back_gives_bit_identical_logits(mode: str, bits: int, tmp_path: Pa
     path = save_calibrated(tmp_path, "tiny", model, plan, sidecar)
     back = load_calibrated(str(path))
     assert torch.equal(logits(back.loaded.model, images), logits(model, images))
-    assert dataclasses.replace(back.sidecar, checkpoint_fingerprint="") == sidecar
+    assert dataclasses.replace(back.sidecar, checkpoint_fingerprint="", sidecar_fingerprint="") == sidecar
     states = [[(k, q.state, q.bits, q.axis) for k, _, q in sites_of(m)] for m in (model, back.loaded.model)]
     assert states[0] == states[1]
 
@@ -162,7 +162,7 @@ BAD_STATES = {
     "NaN weight": ({"head.bias": torch.full((7,), float("nan"))}, "'head.bias' has NaN or infinite"),
     "missing amax": ({AMAX: None}, r"ffn\.fc1\._input_quantizer\._amax is missing"),
     "extra amax": ({"transformer.encoder.layer.9.x._amax": torch.ones(())}, r"layer\.9\.x\._amax"),
-    "misshapen amax": ({AMAX: torch.ones(3)}, r"has shape \(3,\), its mode needs \(\)"),
+    "misshapen amax": ({AMAX: torch.ones(3)}, r"has shape \(3,\), torch.float32, its mode needs \(\)"),
     "NaN amax": ({AMAX: torch.tensor(float("nan"))}, "_amax' has NaN or infinite"),
     "negative amax": ({AMAX: torch.tensor(-1.0)}, "_amax has negative values"),
     "per-row amax in ft2": ({f"{LAYER}ffn.fc1._weight_quantizer._amax": torch.ones(128, 1)}, r"needs \(\)"),
@@ -178,14 +178,16 @@ def test_bad_state(case: str, saved: Path) -> None:
 
 
 def edit_sidecar(path: Path, **changes: object) -> None:
+    """As if it had been written so: its own fingerprint fits."""
     sidecar = path.with_suffix(".json")
-    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | changes))
+    values = json.loads(sidecar.read_text()) | changes
+    sidecar.write_text(json.dumps(values | {"sidecar_fingerprint": sidecar_fingerprint(values)}))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 9}, "written by vitq_ray 0.1.0 in format 9; this version reads formats up to 2"),
+        ({"format": 9}, "written by vitq_ray 0.1.0 in format 9; this version reads formats up to 3"),
         ({"colour": "blue"}, "unknown key 'colour'"),
         ({"setting": make_setting().to_dict() | {"mode": "ft7"}}, "'ft7' is not one of"),
         ({"geometry": {}}, "missing key"),
@@ -224,9 +226,7 @@ def test_checkpoint_and_sidecar_belong_together(change: str, saved: Path) -> Non
 def test_sidecar_of_another_model(saved: Path) -> None:
     geometry = json.loads(saved.with_suffix(".json").read_text())["geometry"]
     edit_sidecar(saved, geometry=geometry | {"depth": 3})
-    with pytest.raises(
-        InputError, match=r"tiny_calib\.json: .* sites: .*layer\.2\..* is missing of a model of 3 blocks"
-    ):
+    with pytest.raises(InputError, match=r"tiny_calib\.json: .* geometry: depth 3, but the checkpoint has 2"):
         load_calibrated(str(saved))
 
 

@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from vitq_ray.base.config import InputError
-from vitq_ray.models.fastertransformer import from_fastertransformer, is_fastertransformer, to_fastertransformer
+from vitq_ray.models.fastertransformer import from_fastertransformer, to_fastertransformer
 from vitq_ray.models.geometry import Geometry, build_model
 
 PLAIN = Geometry("x", 8, 32, 2, 4, 48, img_size=16, num_classes=5)
@@ -154,10 +154,3 @@ def test_bad_states(name: str, value: Tensor | None, message: str) -> None:
         renamed[name] = value
     with pytest.raises(InputError, match=message):
         from_fastertransformer(renamed, PLAIN)
-
-
-def test_recognition_by_keys() -> None:
-    state = random_state(build_model(PLAIN))
-    assert is_fastertransformer(to_fastertransformer(state, PLAIN))
-    assert not is_fastertransformer(state)
-    assert not is_fastertransformer(["Transformer/encoderblock_0/LayerNorm_0/scale"])

@@ -29,7 +29,7 @@ from vitq_ray.base.config import InputError
 from vitq_ray.models.geometry import GOOGLE_MODEL_TYPES, Geometry, build_model, geometry_of, named_geometry
 from vitq_ray.models.google import google_arrays
 from vitq_ray.models.load import load_model
-from vitq_ray.models.weights import read_state, weights_fingerprint
+from vitq_ray.models.weights import read_checkpoint, weights_fingerprint
 from vitq_ray.quant.vit import require_supported
 
 Arrays = dict[str, np.ndarray]
@@ -198,8 +198,8 @@ def test_geometry_of_timm_names_is_that_of_the_model() -> None:
             {"img_size": 30},
             "img_size: 30 is not a multiple of the patch size 8; expected for example 24 or 32",
         ),
-        ({"depth": 0}, "depth: expected an integer >= 1, got 0"),
-        ({"pre_logits": -1}, "pre_logits: expected an integer >= 1, got -1"),
+        ({"depth": 0}, "depth: expected an integer from 1 to 1000, got 0"),
+        ({"pre_logits": -1}, "pre_logits: expected an integer from 1 to 1048576, got -1"),
         ({"hybrid_stages": (1,)}, r"hybrid: expected stages and one width more, got \(1,\) and None"),
         (
             {"hybrid_stages": (1,), "hybrid_widths": (32, 64)},
@@ -386,7 +386,8 @@ def test_half_precision_becomes_float32(tmp_path: Path, tiny: Path) -> None:
     np.testing.assert_array_equal(loaded.model.head.bias.detach(), arrays["head/bias"].astype(np.float32))
     # NumPy has no bfloat16: such arrays arrive as two opaque bytes, the upper half of a float32.
     upper = {k: (v.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16) for k, v in arrays.items()}
-    state = read_state(save_npz(tmp_path / "bf16.npz", {k: v.view("V2") for k, v in upper.items()}))
+    path = save_npz(tmp_path / "bf16.npz", {k: v.view("V2") for k, v in upper.items()})
+    state = read_checkpoint(str(path)).arrays
     expected = (upper["cls"].astype(np.uint32) << 16).view(np.float32)
     np.testing.assert_array_equal(state["cls"], expected)
 
@@ -486,7 +487,7 @@ def test_google_name_and_auto_with_a_timm_file(tmp_path: Path, caplog: pytest.Lo
     save_pth(tmp_path / "w.pth", expected)
     loaded = load_model("auto", tmp_path / "w.pth")
     assert (loaded.geometry.heads, loaded.geometry.img_size, loaded.geometry.timm_name) == (3, 224, None)
-    assert "does not tell its heads, 3 of width 64 assumed" in caplog.text
+    assert "do not tell its heads, 3 of width 64 assumed" in caplog.text
     x = images(1, 224)
     assert torch.equal(logits(loaded.model, x), logits(expected, x))
     with pytest.raises(
@@ -596,7 +597,7 @@ def test_another_architecture_says_what_was_found_and_asked(tiny: Path) -> None:
 def test_resolution_that_the_patch_does_not_divide(tiny: Path) -> None:
     with pytest.raises(InputError, match="img_size: 36 is not a multiple of the patch size 8"):
         load_model("auto", tiny, img_size=36)
-    with pytest.raises(InputError, match="img_size: expected an integer >= 1, got 0"):
+    with pytest.raises(InputError, match="img_size: expected an integer from 1 to 65536, got 0"):
         load_model("auto", tiny, img_size=0)
 
 
@@ -644,7 +645,11 @@ def torch_bytes(value: Any) -> bytes:
         (safetensors.torch.save({"a": torch.zeros(9)})[:-4], "truncated or damaged .*metadata"),
         (
             torch_bytes({"transformer.encoder.layer.0.attn.query.weight": torch.zeros(2, 2)}),
-            "a calibrated checkpoint, which is opened through its JSON sidecar .*expected the float weights",
+            "array 'transformer.embeddings.patch_embeddings.weight' is missing",
+        ),
+        (
+            torch_bytes({"transformer.encoder.layer.0.ffn.fc1._input_quantizer._amax": torch.ones(())}),
+            r"a calibrated checkpoint \(it has scales, ._amax\); expected the float weights",
         ),
     ],
 )

@@ -58,7 +58,8 @@ class Config:
     def from_dict(cls: type[T], values: Mapping[str, Any], complete: bool = False) -> T:
         """Build from a dictionary, as `to_dict` or JSON has it: fields that are Configs or tuples are built, too.
 
-        With `complete`, as read from a file, no field may be left to its default.
+        With `complete`, as read from a file, no field may be left to its default, and every value must be of the type
+        that its field says.
         """
         if not isinstance(values, Mapping):
             raise InputError(f"{cls.__name__}: expected a dictionary, got {values!r}")
@@ -75,7 +76,37 @@ class Config:
         if missing:
             raise InputError(f"{cls.__name__}: missing key {missing[0]!r}")
         hints = typing.get_type_hints(cls)
+        if complete:
+            for name, value in values.items():
+                if not _is(hints[name], value):
+                    kind = hints[name].__name__ if isinstance(hints[name], type) else hints[name]
+                    raise InputError(f"{cls.__name__}: {name}: expected {kind}, got {_short(value)}")
         return cls(**{name: _built(hints[name], value, complete) for name, value in values.items()})
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def _is(kind: Any, value: Any) -> bool:
+    """Whether `value`, as JSON has it, may stand for the annotation `kind`. What is built from texts is not judged."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is(option, value) for option in inner)
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(_is(inner[0], item) for item in value)
+    if origin is dict:
+        return isinstance(value, Mapping) and all(
+            _is(inner[0], name) and _is(inner[1], item) for name, item in value.items()
+        )
+    if kind is float:
+        return is_number(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind in (str, bool, types.NoneType):
+        return isinstance(value, kind)
+    return True
 
 
 def _built(kind: Any, value: Any, complete: bool) -> Any:

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 from pyarrow import fs
 
 from vitq_ray.base.config import InputError
+from vitq_ray.base.memory import machine_memory, size_text
 from vitq_ray.base.uris import without_keys
 
 
@@ -27,8 +28,10 @@ def resolve(path: str) -> tuple[fs.FileSystem, str]:
         raise InputError(f"{path}: not a readable URI: {one_line(error)}") from None
 
 
-def read_bytes(path: str, what: str) -> bytes:
-    """The whole file. Raises InputError, naming `what` the file was wanted for, where it cannot be read."""
+def read_bytes(path: str, what: str, most: int | None = None) -> bytes:
+    """The whole file. Raises InputError, naming `what` the file was wanted for, where it cannot be read, or has more
+    than `most` bytes (by default: than there is memory)."""
+    most = machine_memory() if most is None else most
     filesystem, inner = resolve(path)
     try:
         info = filesystem.get_file_info(inner)
@@ -36,6 +39,10 @@ def read_bytes(path: str, what: str) -> bytes:
             raise InputError(f"{path}: no such file; expected {what}")
         if info.type == fs.FileType.Directory:
             raise InputError(f"{path}: is a folder; expected {what}")
+        if info.size is not None and info.size > most:
+            raise InputError(
+                f"{path}: has {size_text(info.size)}, at most {size_text(most)} can be read; expected {what}"
+            )
         with filesystem.open_input_stream(inner) as stream:
             data: bytes = stream.read()
             return data
@@ -44,8 +51,12 @@ def read_bytes(path: str, what: str) -> bytes:
 
 
 def exists(path: str) -> bool:
+    """Whether this is a file. InputError where that cannot be known."""
     filesystem, inner = resolve(path)
-    return bool(filesystem.get_file_info(inner).type == fs.FileType.File)
+    try:
+        return bool(filesystem.get_file_info(inner).type == fs.FileType.File)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {one_line(error)}") from None
 
 
 def output_folder(path: str, option: str) -> Path:

@@ -16,7 +16,7 @@ FORMATS: dict[str, int] = {
     "result": 2,  # result.json
     "log": 2,  # trials.jsonl, in its first line
     "statistics": 2,  # statistics.npz
-    "sidecar": 2,  # <name>_calib.json, <name>_qat.json
+    "sidecar": 3,  # <name>_calib.json, <name>_qat.json
     "training state": 1,  # state.pt
     "judgement": 2,  # judgement.json
     "steps": 2,  # steps.jsonl and epochs.jsonl, in their first line

@@ -23,6 +23,7 @@ from vitq_ray.commands.inputs import (
     eval_transform,
     open_images,
     paths_of,
+    require_batch_fits,
     with_sample,
 )
 from vitq_ray.commands.options import CalibrateOptions, OneSettingOptions
@@ -103,6 +104,7 @@ def calibrate(options: CalibrateOptions, screen: Screen = SILENT) -> CalibrateRe
         options = with_sample(options, screen)
         job = prepare(options, options.calib_split, options.calib_order)
         warn_of_left_out(screen, job.splits)
+        require_batch_fits(options, job.loaded.geometry, min(options.batch_size, len(job.val)), sees_attention=True)
         workers = workers_of(options, options.use_gpu)
         folder = output_folder(options.calib_output_path, options.name_of("calib_output_path"))
     with ray_for(options):
@@ -166,7 +168,8 @@ def prepare(
     checkpoint, data = paths_of(options)
     setting, device = options.setting, device_of(options)
     split = split or default_calib_split(data)
-    loaded = loaded or load_model(options.model_type, checkpoint, options.img_size)
+    loaded = loaded or load_model(options.model_type, checkpoint, options.img_size, heads=options.heads)
+    require_batch_fits(options, loaded.geometry, options.calib_batchsz, sees_attention=True)
     val = open_images(options, "val", loaded.geometry.num_classes)
     images = val if split == "val" else open_images(options, split, loaded.geometry.num_classes)
     require_images(len(images), options.num_calib_batch * options.calib_batchsz)
@@ -216,7 +219,8 @@ def apply(job: CalibrationJob, seen: CalibrationPass, screen: Screen) -> Plan:
     """Let the model follow the plan of the setting; sites that quantize to zeros are warned of."""
     plan = apply_setting(job.model, seen.statistics, job.setting)
     for site in plan.degenerate_sites():
-        screen.warn(f"{site}: amax is 0, this tensor quantizes to zeros")
+        if plan.sites[site].rule.on:
+            screen.warn(f"{site}: amax is 0, this tensor quantizes to zeros")
     return plan
 
 

@@ -21,6 +21,8 @@ from vitq_ray.commands.inputs import (
     open_images,
     paths_of,
     require_as_calibrated,
+    require_batch_fits,
+    setting_by_hand,
     with_sample,
 )
 from vitq_ray.commands.options import EvaluateOptions
@@ -30,7 +32,7 @@ from vitq_ray.data.loader import Batch
 from vitq_ray.data.samples import SampleIndex
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.measure.evaluation import Evaluation, sanity_problem
-from vitq_ray.models.checkpoint import CalibratedModel, Sidecar, open_checkpoint
+from vitq_ray.models.checkpoint import BY_HAND, CalibratedModel, Sidecar, open_checkpoint
 from vitq_ray.models.load import LoadedModel
 from vitq_ray.quant.vit import frozen_weights
 from vitq_ray.run.results import EVALUATION, Stopwatch, left_out_rows, result_of, write_result
@@ -65,7 +67,7 @@ class EvaluationJob:
 
     @property
     def what(self) -> str:
-        return "float" if self.sidecar is None else self.sidecar.setting.label
+        return "float" if self.sidecar is None else self.sidecar.label
 
     def to_input(self, images: Tensor) -> Tensor:
         """uint8 (B, S, S, 3) -> float32 (B, 3, S, S) on the model's device."""
@@ -111,24 +113,25 @@ def prepare(options: EvaluateOptions) -> EvaluationJob:
     loaded, sidecar = load(options)
     loaded.model.to(device)
     index = open_images(options, "val", loaded.geometry.num_classes)
+    ids = range(min(len(index), options.limit or len(index)))
+    require_batch_fits(options, loaded.geometry, min(options.batch_size, len(ids)), sees_attention=sidecar is not None)
     output_folder(options.output, options.name_of("output"))
     if options.save_logits:
         output_file(options.save_logits, options.name_of("save_logits"))
     transform = eval_transform(loaded, options.crop_pct if sidecar is None else sidecar.crop_pct)
-    return EvaluationJob(loaded, sidecar, transform, device, index, range(min(len(index), options.limit or len(index))))
+    return EvaluationJob(loaded, sidecar, transform, device, index, ids)
 
 
 def load(options: EvaluateOptions) -> tuple[LoadedModel, Sidecar | None]:
     """The model, and its sidecar if it is a calibrated one."""
     checkpoint, _ = paths_of(options)
-    opened = open_checkpoint(checkpoint, options.model_type, options.img_size)
+    opened = open_checkpoint(checkpoint, options.model_type, options.img_size, options.heads, setting_by_hand(options))
     if isinstance(opened, CalibratedModel):
         require_as_calibrated(options, opened.sidecar)
         return opened.loaded, opened.sidecar
-    if options.quant_mode is not None:
+    for name, value in options.only(("quant_mode", "wprec", "aprec")).items():
         raise InputError(
-            f"{options.name_of('quant_mode')}: {options.quant_mode} given, but {checkpoint} is a float checkpoint; "
-            "calibrate it first"
+            f"{options.name_of(name)}: {value} given, but {checkpoint} is a float checkpoint; calibrate it first"
         )
     return opened, None
 
@@ -163,7 +166,7 @@ def describe(job: EvaluationJob, options: EvaluateOptions, evaluation: Evaluatio
         EVALUATION,
         evaluation,
         options=options.to_dict(),
-        setting=None if sidecar is None else sidecar.setting.to_dict(),
+        setting=None if sidecar is None or sidecar.calibration.get("by") == BY_HAND else sidecar.setting.to_dict(),
         weights_fingerprint=job.loaded.fingerprint,
         data_fingerprint=job.index.fingerprint,
         bad_images=job.bad_images,
@@ -181,7 +184,7 @@ def images_also_calibrated_on(job: EvaluationJob) -> int:
     """Calibration images that are in this val too: all, if the checkpoint was calibrated on it."""
     if job.sidecar is None or job.sidecar.calibration.get("data_fingerprint") != job.index.fingerprint:
         return 0
-    return int(job.sidecar.calibration["batches"] * job.sidecar.calibration["batch_size"])
+    return job.sidecar.setting.num_batches * job.sidecar.setting.batch_size
 
 
 def report(job: EvaluationJob, options: EvaluateOptions, evaluation: Evaluation, screen: Screen) -> None:

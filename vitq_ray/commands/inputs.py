@@ -5,19 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from vitq_ray.base.config import InputError
-from vitq_ray.commands.options import ModelOptions, parameters
+from vitq_ray.base.memory import machine_memory, size_text
+from vitq_ray.calibration.setting import Setting
+from vitq_ray.commands.options import ModelOptions, SettingOptions, parameters
 from vitq_ray.commands.screen import Screen
 from vitq_ray.data.samples import SampleIndex, open_split
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.models.checkpoint import Sidecar
-from vitq_ray.models.geometry import AUTO, named_geometry
-from vitq_ray.models.load import LoadedModel
+from vitq_ray.models.geometry import AUTO, Geometry, named_geometry
+from vitq_ray.models.load import LoadedModel, prepared_for
 
+_IMAGES = ("mean", "std", "interpolation")
 M = TypeVar("M", bound=ModelOptions)
 
 
@@ -73,16 +76,48 @@ def require_as_calibrated(options: ModelOptions, sidecar: Sidecar) -> None:
         "num_calib_batch": setting.num_batches,
         "calib_batchsz": setting.batch_size,
         "img_size": sidecar.geometry.img_size,
+        "heads": sidecar.geometry.heads,
         "crop_pct": sidecar.crop_pct,
     }
-    rows = [(options.name_of(name), given, stored[name]) for name, given in options.only(stored).items()]
+    rows: list[tuple[str, Any, Any]] = [
+        (options.name_of(name), given, stored[name]) for name, given in options.only(stored).items()
+    ]
     if "model_type" in options.given and (named := named_geometry(options.model_type)) is not None:
         what = f"{options.name_of('model_type')} {options.model_type}: its"
         for name in ("patch_size", "width", "depth", "heads", "mlp_width"):
             rows.append((f"{what} {name}", getattr(named, name), getattr(sidecar.geometry, name)))
+        images = zip(_IMAGES, prepared_for(named), (sidecar.mean, sidecar.std, sidecar.interpolation), strict=True)
+        rows += [(f"{what} {name}", its, there) for name, its, there in images]
     for what, given, there in rows:
         if given != there:
             raise InputError(f"{what}: {given} given, but {options.pretrained_dir} was calibrated with {there}")
+
+
+def setting_by_hand(options: ModelOptions) -> Setting | None:
+    """Mode and bits, where all of them were given: what a calibrated checkpoint without a sidecar needs."""
+    if not options.given >= {"quant_mode", "wprec", "aprec"}:
+        return None
+    if isinstance(options, SettingOptions):
+        return options.setting
+    given = options.only(("quant_mode", "wprec", "aprec"))
+    return Setting(given["quant_mode"], weight_bits=given["wprec"], act_bits=given["aprec"])
+
+
+def require_batch_fits(options: ModelOptions, geometry: Geometry, images: int, sees_attention: bool) -> None:
+    """Raise InputError where a batch of so many images cannot fit, at the least that it needs.
+
+    `sees_attention`: calibration and quantizers look at all scores, float evaluation does not.
+    """
+    if options.use_gpu:
+        there, where = torch.cuda.get_device_properties(0).total_memory, "this GPU"
+    else:
+        there, where = machine_memory(), "this machine"
+    needed = geometry.least_bytes(images, sees_attention)
+    if needed > there:
+        raise InputError(
+            f"{options.name_of('img_size')}: {geometry.img_size} makes {geometry.num_tokens} tokens, and a batch of "
+            f"{images} images needs at least {size_text(needed)}; {where} has {size_text(there)}"
+        )
 
 
 def checkpoint_name(options: ModelOptions) -> str:

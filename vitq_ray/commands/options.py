@@ -46,6 +46,7 @@ class ModelOptions(Options):
     img_size: int | None = option(
         Number(int, 1, 4096), None, "pixels; default: the model type's, with auto the file's", "--img_size"
     )
+    heads: int | None = option(Number(int, 1), None, "attention heads, where with auto the file does not tell them")
     crop_pct: float | None = option(
         Number(float, 0.01, 1), None, "crop the centre of evaluation images, by timm's rule"
     )
@@ -158,12 +159,15 @@ class EvaluateOptions(ModelOptions, DecodeOptions, WorkerOptions):
         {command}                                                         # the bundled sample, float
         {command} --pretrained_dir runs/calib/vit_calib.pth --data-path /data/imagenet
 
-    Bits and mode of a calibrated checkpoint come from its sidecar. Writes `result.json`, and with `--save-logits` the
-    arrays `logits` (N, classes), `labels` and `sample_id`.
+    Bits and mode of a calibrated checkpoint come from its sidecar, and options that say otherwise are refused. One of
+    the old toolkit, without a sidecar, needs --quant-mode, --wprec and --aprec. Writes `result.json`, and with
+    `--save-logits` the arrays `logits` (N, classes), `labels` and `sample_id`.
     """
 
     batch_size: int = option(Number(int, 1), 64, "images per batch")
-    quant_mode: str | None = option(_MODE, None, "checked against the mode of the calibrated checkpoint")
+    quant_mode: str | None = option(_MODE, None, "mode of a calibrated checkpoint, if it has no sidecar")
+    wprec: int | None = option(Number(int, MIN_BITS, MAX_BITS), None, "bits of its weights, if it has no sidecar")
+    aprec: int | None = option(Number(int, MIN_BITS, MAX_BITS), None, "bits of its activations, if it has no sidecar")
     limit: int | None = option(Number(int, 1), None, "evaluate only the first N images of val")
     save_logits: str | None = option(Text(), None, "file (.npz) for the logits of every image")
     output: str = option(Text(), "runs/evaluate", "folder for result.json")

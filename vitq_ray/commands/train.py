@@ -30,6 +30,8 @@ from vitq_ray.commands.inputs import (
     open_images,
     paths_of,
     require_as_calibrated,
+    require_batch_fits,
+    setting_by_hand,
     with_sample,
 )
 from vitq_ray.commands.options import TrainOptions
@@ -194,6 +196,7 @@ def prepare(options: TrainOptions, watch: Stopwatch, screen: Screen) -> TrainJob
     device, config = device_of(options), config_of(options)
     folder = run_folder(options)
     start = load_start(options, folder.path, watch, screen)
+    require_batch_fits(options, start.loaded.geometry, config.micro_batch, sees_attention=True)
     with watch.stage("load"):
         classes = start.loaded.geometry.num_classes
         train_images, val = (open_images(options, split, classes) for split in ("train", "val"))
@@ -223,7 +226,10 @@ def load_start(options: TrainOptions, folder: Path, watch: Stopwatch, screen: Sc
     if options.resume is not None and own.exists():
         return load_calibrated(str(own))
     with watch.stage("load"):
-        start = open_checkpoint(paths_of(options)[0], options.model_type, options.img_size)
+        # Of a run that goes on, nobody says again what was given by hand.
+        setting = setting_by_hand(options) if options.resume is None else options.setting
+        path = paths_of(options)[0]
+        start = open_checkpoint(path, options.model_type, options.img_size, options.heads, setting)
     if isinstance(start, LoadedModel):
         calibrate_start(options, start, own.parent, watch, screen)
         return load_calibrated(str(own))
@@ -307,7 +313,10 @@ def load_teacher(options: TrainOptions, start: CalibratedModel) -> nn.Module | N
     if options.teacher is None:
         return float_copy(start.loaded.model).eval()
     what = f"{options.name_of('teacher')}: {options.teacher}"
-    loaded, student = open_checkpoint(options.teacher, options.model_type, options.img_size), start.loaded
+    loaded, student = (
+        open_checkpoint(options.teacher, options.model_type, options.img_size, options.heads),
+        start.loaded,
+    )
     if isinstance(loaded, CalibratedModel):
         raise InputError(f"{what} is a calibrated checkpoint; expected a float one")
     classes = student.geometry.num_classes
@@ -359,7 +368,7 @@ def ray_if_needed(options: TrainOptions) -> Iterator[str | None]:
 def run(job: TrainJob, screen: Screen) -> QatOutcome:
     """Train and judge, in this process or on workers."""
     task = job.task
-    start = task.start.sidecar.setting.label
+    start = task.start.sidecar.label
     screen.say(
         f"{start}: {task.config.epochs} epochs of {steps_per_epoch(len(task.data.train_ids), task.config)} steps"
     )

@@ -18,7 +18,16 @@ from vitq_ray.calibration.setting import Calibration, Rule, Setting, Technique, 
 from vitq_ray.cluster.stream import stream_batches
 from vitq_ray.cluster.trials import Resources, nodes_for
 from vitq_ray.commands import combinations
-from vitq_ray.commands.inputs import device_of, drawn_by, eval_transform, find_space, open_images, paths_of, with_sample
+from vitq_ray.commands.inputs import (
+    device_of,
+    drawn_by,
+    eval_transform,
+    find_space,
+    open_images,
+    paths_of,
+    require_batch_fits,
+    with_sample,
+)
 from vitq_ray.commands.options import MOST_SELECTION_IMAGES, TuneOptions, parameters
 from vitq_ray.commands.screen import Screen, warn_of_left_out
 from vitq_ray.data.loader import Batch
@@ -116,7 +125,7 @@ def prepare(options: TuneOptions, screen: Screen) -> TuneJob:
         )  # raises where they do not fit
     device = device_of(options)
     checkpoint, data = paths_of(options)
-    loaded = load_model(options.model_type, checkpoint, options.img_size)
+    loaded = load_model(options.model_type, checkpoint, options.img_size, heads=options.heads)
     require_sites([*space.rules, *defaults.rules], loaded.geometry.depth)
     classes = loaded.geometry.num_classes
     val = open_images(options, "val", classes)
@@ -140,6 +149,8 @@ def prepare(options: TuneOptions, screen: Screen) -> TuneJob:
         resources=Resources(options.threads_per_trial, gpus_per_trial(options), options.max_trials_in_flight),
     )
     require_rules(job)
+    images = max(options.calib_batchsz, min(options.batch_size, len(job.splits.selection)))
+    require_batch_fits(options, loaded.geometry, images, sees_attention=True)
     require_memory(job)
     if options.from_run is not None:
         require_unseen_report(job, Path(options.from_run))

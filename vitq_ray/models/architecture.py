@@ -1,4 +1,4 @@
-"""What the shapes in a checkpoint say about its model, in Google's names and in timm's."""
+"""What the shapes in a checkpoint say about its model, in Google's names, in timm's and in ViT-pytorch's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from vitq_ray.base.config import InputError
-from vitq_ray.models.weights import Checkpoint
+from vitq_ray.models.weights import GOOGLE, VIT_PYTORCH, Checkpoint
 from vitq_ray.quant.sites import LAYER_PREFIX
 
 _COMPARED = {
@@ -27,13 +27,21 @@ _FOREIGN = {  # how a name begins -> what such files are
     "params/": "a big_vision checkpoint",
     "pos_embedding": "a big_vision checkpoint",
     "Transformer/encoderblock/": "a big_vision checkpoint",
-    LAYER_PREFIX: "a calibrated checkpoint, which is opened through its JSON sidecar",
+    "vit.encoder.layer.": "a checkpoint of Hugging Face's transformers",
+    "encoder.layers.encoder_layer_": "a checkpoint of torchvision",
+    "visual.": "a checkpoint of OpenCLIP",
 }
+AMAX = "._amax"  # how the names of scales end
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What shapes tell about a model; `heads` is None for timm's arrays, which do not keep heads apart."""
+    """What shapes tell about a model.
+
+    Attributes:
+        heads: None but for Google's arrays, the only ones that keep heads apart.
+        averages: the patches are pooled by their mean, with `fc_norm` behind it instead of `norm` before.
+    """
 
     patch_kernel: int
     width: int
@@ -45,6 +53,7 @@ class Architecture:
     pre_logits: int | None
     hybrid_stages: tuple[int, ...] | None
     hybrid_widths: tuple[int, ...] | None
+    averages: bool = False
 
     def __str__(self) -> str:
         known = {label: getattr(self, name) for name, label in _COMPARED.items()}
@@ -57,12 +66,27 @@ class Architecture:
 
 
 def require_known_layout(checkpoint: Checkpoint) -> None:
-    for beginning, kind in _FOREIGN.items():
-        if any(name.startswith(beginning) for name in checkpoint.arrays):
-            raise InputError(
-                f"{checkpoint.path}: {kind} (names start with {beginning!r}); expected the float weights of a "
-                "ViT as Google released them (embedding/kernel, …) or as timm saves them (patch_embed.proj.weight, …)"
-            )
+    kinds = {
+        beginning: kind
+        for beginning, kind in _FOREIGN.items()
+        if any(n.startswith(beginning) for n in checkpoint.arrays)
+    }
+    for beginning, kind in kinds.items():
+        raise InputError(
+            f"{checkpoint.path}: {kind} (names start with {beginning!r}); expected the float weights of a "
+            "ViT as Google released them (embedding/kernel, …) or as timm saves them (patch_embed.proj.weight, …)"
+        )
+    if any(name.endswith(AMAX) for name in checkpoint.arrays):
+        raise InputError(
+            f"{checkpoint.path}: a calibrated checkpoint (it has scales, {AMAX}); expected the float weights of a ViT"
+        )
+
+
+def architecture_of(checkpoint: Checkpoint) -> Architecture:
+    """What the shapes tell, whosever names the arrays have."""
+    if checkpoint.names == GOOGLE:
+        return google_architecture(checkpoint)
+    return vit_pytorch_architecture(checkpoint) if checkpoint.names == VIT_PYTORCH else timm_architecture(checkpoint)
 
 
 def google_architecture(checkpoint: Checkpoint) -> Architecture:
@@ -104,6 +128,35 @@ def timm_architecture(checkpoint: Checkpoint) -> Architecture:
         pre_logits=_optional(checkpoint, [f"{PRE_LOGITS}.weight", f"{OLD_PRE_LOGITS}.weight"], ndim=2, axis=0),
         hybrid_stages=stages,
         hybrid_widths=_widths(checkpoint, [f"{resnet}.stem.conv.weight", *ends], axis=0) if stages else None,
+        averages="fc_norm.weight" in checkpoint.arrays and "norm.weight" not in checkpoint.arrays,
+    )
+
+
+def vit_pytorch_architecture(checkpoint: Checkpoint) -> Architecture:
+    """Also of calibrated checkpoints, whose weights have these names."""
+    embeddings, layer = "transformer.embeddings.", re.escape(LAYER_PREFIX)
+    kernel = checkpoint.shape(f"{embeddings}patch_embeddings.weight", 4)
+    _require_classifier(checkpoint, "head.weight")
+    resnet = f"{embeddings}hybrid_model."
+    stages = _stages(
+        checkpoint,
+        f"{resnet}root.conv.weight",
+        rf"{re.escape(resnet)}body\.block(\d+)\.unit(\d+)\.conv1\.weight",
+        first=1,
+    )
+    ends = [f"{resnet}body.block{stage + 1}.unit1.conv3.weight" for stage in range(len(stages or ()))]
+    return Architecture(
+        patch_kernel=kernel[2],
+        width=kernel[0],
+        depth=_count(checkpoint, rf"{layer}(\d+)\.(?!.*{re.escape(AMAX)}$)"),
+        heads=None,
+        mlp_width=checkpoint.shape(f"{LAYER_PREFIX}0.ffn.fc1.weight", 2)[0],
+        num_classes=checkpoint.shape("head.weight", 2)[0],
+        position_tokens=_optional(checkpoint, [f"{embeddings}position_embeddings"], ndim=3, axis=1) or 0,
+        pre_logits=_optional(checkpoint, [f"timm.{PRE_LOGITS}.weight"], ndim=2, axis=0),
+        hybrid_stages=stages,
+        hybrid_widths=_widths(checkpoint, [f"{resnet}root.conv.weight", *ends], axis=0) if stages else None,
+        averages="timm.fc_norm.weight" in checkpoint.arrays,
     )
 
 
@@ -140,8 +193,11 @@ def _optional(checkpoint: Checkpoint, names: list[str], ndim: int, axis: int) ->
     return next((checkpoint.shape(name, ndim)[axis] for name in names if name in checkpoint.arrays), None)
 
 
+def is_square(patches: int) -> bool:
+    return patches > 0 and math.isqrt(patches) ** 2 == patches
+
+
 def grid_side(checkpoint: Checkpoint, patches: int) -> int:
-    side = math.isqrt(max(patches, 0))
-    if side == 0 or side * side != patches:
+    if not is_square(patches):
         raise InputError(f"{checkpoint.path}: positions of {patches} patches found, expected a square grid")
-    return side
+    return math.isqrt(patches)

@@ -14,13 +14,14 @@ in jeonsworld/ViT-pytorch, whose module tree FasterTransformer's toolkit saves. 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vitq_ray.base.config import InputError
+from vitq_ray.models.architecture import Architecture
 from vitq_ray.models.geometry import Geometry
 from vitq_ray.quant.sites import LAYER_PREFIX
 
@@ -70,7 +71,7 @@ def to_fastertransformer(state: Mapping[str, Tensor], geometry: Geometry) -> dic
     return {**renamed, **others}
 
 
-def from_fastertransformer(state: Mapping[str, Tensor], geometry: Geometry) -> dict[str, Tensor]:
+def from_fastertransformer(state: Mapping[str, Tensor], geometry: Geometry | Architecture) -> dict[str, Tensor]:
     """The inverse of `to_fastertransformer`, bit for bit; `_amax` keys are left out.
 
     Raises InputError naming the first unknown key, or the one of query, key and value that is missing, or of
@@ -90,12 +91,7 @@ def from_fastertransformer(state: Mapping[str, Tensor], geometry: Geometry) -> d
     }
 
 
-def is_fastertransformer(keys: Iterable[str]) -> bool:
-    """Whether these are the names of a calibrated checkpoint."""
-    return any(key.startswith(LAYER_PREFIX) for key in keys)
-
-
-def _names(geometry: Geometry) -> Iterator[_Name]:
+def _names(geometry: Geometry | Architecture) -> Iterator[_Name]:
     """Every name that a model of this geometry may have, in FasterTransformer's order."""
     yield _Name(f"{_EMBEDDINGS}position_embeddings", "pos_embed")
     yield _Name(f"{_EMBEDDINGS}cls_token", "cls_token")

@@ -18,16 +18,28 @@ from timm.models.resnetv2 import ResNetV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from vitq_ray.base.config import Config, InputError, require_int
+from vitq_ray.base.config import Config, InputError, require_choice, require_int
 from vitq_ray.base.files import one_line
 from vitq_ray.models.architecture import Architecture, grid_side, timm_architecture
-from vitq_ray.models.weights import Checkpoint
+from vitq_ray.models.weights import TIMM, Checkpoint
 from vitq_ray.quant.vit import require_supported
 
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
-AUTO_HEAD_WIDTH = 64  # of every plain ViT that Google published, and of nearly all of timm's
+AUTO_HEAD_WIDTH = 64  # of nearly every plain ViT that was published
+_HEADS = {1280: 16, 1152: 16, 1408: 16, 1664: 16}  # by width: ViT-H, so400m, g and G, whose heads are wider
+_LIMITS = {  # far beyond every ViT: a larger number is a mistake, and what is built of it would fill the memory
+    "patch_size": 4096,
+    "width": 65536,
+    "depth": 1000,
+    "heads": 4096,
+    "mlp_width": 2**20,
+    "img_size": 65536,
+    "num_classes": 2**24,
+    "num_prefix_tokens": 4096,
+    "pre_logits": 2**20,
+}
 _BASE = {"width": 768, "depth": 12, "heads": 12, "mlp_width": 3072}
 _LARGE = {"width": 1024, "depth": 24, "heads": 16, "mlp_width": 4096}
 _HUGE = {"width": 1280, "depth": 32, "heads": 16, "mlp_width": 5120}
@@ -42,7 +54,7 @@ _GOOGLE: dict[str, dict[str, Any]] = {
 }
 _RESOLUTIONS = {"": 384, "-224": 224}  # pixels, by the end of the name
 GOOGLE_MODEL_TYPES = tuple(name + end for end in _RESOLUTIONS for name in _GOOGLE)
-_TIMM_MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit")  # where timm's plain ViTs live
+TIMM_MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit")  # where timm's plain ViTs live
 
 
 @dataclass(frozen=True)
@@ -52,8 +64,9 @@ class Geometry(Config):
     `patch_size` is the side, in pixels, of what one token covers. In a hybrid the patch convolution sees the
     feature map of the ResNet, so its kernel is smaller (`patch_kernel`). `hybrid_stages` are the bottleneck
     units of each ResNet stage, `hybrid_widths` the channels after the stem and after each stage. `pre_logits`
-    is the width of the tanh(Linear) between the pooled token and the head. With `timm_name` the model comes
-    from timm's registry and the other fields describe it.
+    is the width of the tanh(Linear) between the pooled token and the head. `pool` is `avg` where the patches are
+    pooled by their mean, with a norm behind it; None: as the model type does, by default the class token. With
+    `timm_name` the model comes from timm's registry and the other fields describe it.
     """
 
     model_type: str
@@ -69,13 +82,13 @@ class Geometry(Config):
     hybrid_stages: tuple[int, ...] | None = None
     hybrid_widths: tuple[int, ...] | None = None
     timm_name: str | None = None
+    pool: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "width", "depth", "heads", "mlp_width", "img_size", "num_classes"):
-            require_int(name, getattr(self, name), 1)
-        require_int("num_prefix_tokens", self.num_prefix_tokens, 0)
-        if self.pre_logits is not None:
-            require_int("pre_logits", self.pre_logits, 1)
+        for name, most in _LIMITS.items():
+            if name != "pre_logits" or self.pre_logits is not None:
+                require_int(name, getattr(self, name), 0 if name == "num_prefix_tokens" else 1, most)
+        require_choice("pool", self.pool, (None, "avg"))
         if self.width % self.heads:
             raise InputError(f"heads: {self.heads} does not divide the width {self.width}")
         if self.img_size % self.patch_size:
@@ -98,11 +111,13 @@ class Geometry(Config):
             return
         if not stages or widths is None or len(widths) != len(stages) + 1:
             raise InputError(f"hybrid: expected stages and one width more, got {stages} and {widths}")
+        require_int("stages of a hybrid", len(stages), 1, 8)
         for units in stages:
-            require_int("units of a hybrid stage", units, 1)
+            require_int("units of a hybrid stage", units, 1, 1000)
         # GroupNorm has 32 groups, and a bottleneck is a quarter as wide inside as at its end.
         for width, multiple in zip(widths, (32, *[128] * len(stages)), strict=True):
-            if width < 1 or width % multiple:
+            require_int("hybrid_widths", width, 1, 65536)
+            if width % multiple:
                 raise InputError(f"hybrid_widths: expected multiples of {multiple}, got {width} in {widths}")
         if self.patch_size % self.backbone_stride:
             raise InputError(
@@ -129,6 +144,16 @@ class Geometry(Config):
         """N: patches and prefix tokens (class, register, distillation)."""
         return self.grid**2 + self.num_prefix_tokens
 
+    def least_bytes(self, images: int, sees_attention: bool) -> int:
+        """Memory that a forward pass of so many images takes at the very least.
+
+        The images as bytes and as floats, the MLP's two inner tensors, and with `sees_attention`, where calibration or
+        quantizers look at scores and probabilities, two tensors of N x N for each head.
+        """
+        pixels = 15 * self.img_size**2  # 3 channels, 1 + 4 bytes
+        inner = 8 * self.num_tokens * self.mlp_width
+        return images * (pixels + max(inner, 8 * self.heads * self.num_tokens**2 if sees_attention else 0))
+
 
 def _stride(stages: tuple[int, ...] | None) -> int:
     return 4 * 2 ** (len(stages) - 1) if stages else 1  # the stem has stride 4, every later stage 2
@@ -147,7 +172,7 @@ def named_geometry(model_type: str) -> Geometry | None:
             return _google_geometry(model_type, resolution, **_GOOGLE[name])
     if timm.is_model(model_type):
         return _timm_geometry(model_type)
-    names = [*GOOGLE_MODEL_TYPES, *(n for module in _TIMM_MODULES for n in timm.list_models(module=module))]
+    names = [*GOOGLE_MODEL_TYPES, *(n for module in TIMM_MODULES for n in timm.list_models(module=module))]
     close = difflib.get_close_matches(model_type, names, n=4, cutoff=0.5)
     raise InputError(
         f"model_type: {model_type!r} is neither {AUTO}, nor one of {', '.join(GOOGLE_MODEL_TYPES)}, "
@@ -162,10 +187,10 @@ def _google_geometry(model_type: str, resolution: int, patch_size: int, **values
 
 
 def _timm_geometry(name: str) -> Geometry:
-    if not is_model_in_modules(name, _TIMM_MODULES):
+    if not is_model_in_modules(name, TIMM_MODULES):
         raise InputError(
             f"model_type: timm's {name!r} is not a VisionTransformer; "
-            f"expected a model of timm's {', '.join(_TIMM_MODULES)}"
+            f"expected a model of timm's {', '.join(TIMM_MODULES)}"
         )
     with torch.device("meta"):
         model = _create_timm(name, num_classes=1000)
@@ -183,7 +208,7 @@ def geometry_of(model: VisionTransformer, model_type: str = AUTO) -> Geometry:
     if height != width:
         raise InputError(f"model {model_type}: takes images of {height} x {width}, expected a square")
     patch_size = view.patch_embed.feat_ratio()
-    found = timm_architecture(Checkpoint(model_type, False, model.state_dict()))
+    found = timm_architecture(Checkpoint(model_type, TIMM, model.state_dict()))
     return Geometry(
         model_type=model_type,
         patch_size=patch_size,
@@ -197,34 +222,48 @@ def geometry_of(model: VisionTransformer, model_type: str = AUTO) -> Geometry:
         pre_logits=found.pre_logits,
         hybrid_stages=found.hybrid_stages,
         hybrid_widths=found.hybrid_widths,
+        pool="avg" if found.averages and view.global_pool == "avg" else None,
     )
 
 
-def auto_geometry(checkpoint: Checkpoint, found: Architecture) -> Geometry:
+def auto_geometry(checkpoint: Checkpoint, found: Architecture, heads: int | None = None) -> Geometry:
+    """The plain layout of these shapes: class token, biases. `heads` are for arrays that do not tell them.
+
+    InputError, naming the file, where no model has such shapes.
+    """
+    try:
+        return _auto_geometry(checkpoint, found, heads)
+    except InputError as error:
+        named = str(error).startswith(checkpoint.path)
+        raise InputError(str(error) if named else f"{checkpoint.path}: {error}") from None
+
+
+def _auto_geometry(checkpoint: Checkpoint, found: Architecture, heads: int | None) -> Geometry:
     patch_size = found.patch_kernel * _stride(found.hybrid_stages)
     return Geometry(
         model_type=AUTO,
         patch_size=patch_size,
         width=found.width,
         depth=found.depth,
-        heads=found.heads or _assumed_heads(checkpoint, found.width),
+        heads=found.heads or heads or _assumed_heads(checkpoint, found.width),
         mlp_width=found.mlp_width,
         img_size=grid_side(checkpoint, found.position_tokens - 1) * patch_size,
         num_classes=found.num_classes,
         hybrid_stages=found.hybrid_stages,
         hybrid_widths=found.hybrid_widths,
+        pool="avg" if found.averages else None,
     )
 
 
 def _assumed_heads(checkpoint: Checkpoint, width: int) -> int:
-    if width % AUTO_HEAD_WIDTH:
+    heads = _HEADS.get(width, width // AUTO_HEAD_WIDTH)
+    if width % AUTO_HEAD_WIDTH or not heads:
         raise InputError(
-            f"model_type: auto cannot read the heads from {checkpoint.path}, and its width {width} is no "
-            f"multiple of {AUTO_HEAD_WIDTH}; expected the name of a timm model"
+            f"model_type auto cannot read the heads of float weights under {checkpoint.names}'s names, and its width "
+            f"{width} is no multiple of {AUTO_HEAD_WIDTH}; expected a model's name, or --heads"
         )
-    heads = width // AUTO_HEAD_WIDTH
-    message = "%s: a timm file does not tell its heads, %d of width %d assumed; a timm name settles it"
-    log.warning(message, checkpoint.path, heads, AUTO_HEAD_WIDTH)
+    message = "%s: its arrays do not tell its heads, %d of width %d assumed; the name of a model or --heads settles it"
+    log.warning(message, checkpoint.path, heads, width // heads)
     return heads
 
 
@@ -242,10 +281,12 @@ def build_model(geometry: Geometry) -> VisionTransformer:
     Raises InputError where timm has no such model.
     """
     g = geometry
+    pool: dict[str, Any] = {} if g.pool is None else {"global_pool": g.pool}
     if g.timm_name is not None:
-        model = _create_timm(g.timm_name, num_classes=g.num_classes, img_size=g.img_size)
+        model = _create_timm(g.timm_name, num_classes=g.num_classes, img_size=g.img_size, **pool)
     else:
         model = VisionTransformer(
+            **pool,
             img_size=g.img_size,
             patch_size=g.patch_kernel,
             num_classes=g.num_classes,
