@@ -22,7 +22,7 @@ from vitq_ray.commands.resume import with_stored
 from vitq_ray.commands.screen import SILENT
 from vitq_ray.commands.train import complete
 from vitq_ray.commands.tune import open_folder
-from vitq_ray.commands.tune_job import describe, prepare, require_used_with, sidecar_of_search
+from vitq_ray.commands.tune_job import FREE_OPTIONS, describe, prepare, require_used_with, sidecar_of_search
 from vitq_ray.quant.plan import Plan, SitePlan, rule_of
 from vitq_ray.quant.sites import MODES, sites_of_blocks
 from vitq_ray.search.space import load_space, space_of
@@ -286,6 +286,17 @@ def test_files_of_a_resumed_run_may_be_spelled_differently(tmp_path: Path, monke
     for argv in ("--search-space calib", "--pretrained_dir b.npz", "--data-path b/d", "--data-path s3:/b/d"):
         with pytest.raises(InputError, match=r"given, but r was started with"):
             resumed(*argv.split())
+
+
+def test_a_resumed_run_takes_keys_and_places_as_given() -> None:
+    stored = TuneOptions.of({"pretrained_dir": "s3://key:hush@b/vit.npz", "data_path": "/there"}).to_dict()
+    given = ["--resume", "r", "--pretrained_dir", "s3://key:hush@b/vit.npz", "--data-path", "/here"]
+    again = with_stored(parse(TuneOptions, given, "x"), stored, FREE_OPTIONS)
+    assert (again.pretrained_dir, again.data_path) == ("s3://key:hush@b/vit.npz", "/here")
+    again = with_stored(parse(TuneOptions, ["--resume", "r"], "x"), stored, FREE_OPTIONS)
+    assert (again.pretrained_dir, again.data_path) == ("s3://b/vit.npz", "/there")
+    with pytest.raises(InputError, match=r"s3://b/other\.npz given, but r was started with s3://b/vit\.npz$"):
+        with_stored(parse(TuneOptions, [*given[:3], "s3://key:hush@b/other.npz"], "x"), stored, FREE_OPTIONS)
 
 
 def test_the_default_space_takes_bits_from_the_command_line() -> None:

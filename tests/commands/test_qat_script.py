@@ -173,13 +173,19 @@ def test_resuming_with_other_options_is_refused(
     assert "already holds a run; resume it" in capsys.readouterr().err
 
 
-def test_resuming_on_other_data_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_may_move_but_not_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "data").mkdir()
     project = make_project(tmp_path / "data", train=40, val=22)
     assert run(qat, *project.options, *QUICK, "--output", tmp_path / "run") == 0
-    lines = (project.folder / "train_map.txt").read_text().splitlines()
-    (project.folder / "train_map.txt").write_text("\n".join(lines[::-1]) + "\n")
+    project.folder.rename(tmp_path / "moved")
     assert run(qat, "--resume", tmp_path / "run") == 2
+    assert f"{project.folder}: has no train split" in capsys.readouterr().err
+    moved = ("--resume", tmp_path / "run", "--data-path", tmp_path / "moved")
+    assert run(qat, *moved) == 0
+    assert "this training is finished" in capsys.readouterr().out
+    lines = (tmp_path / "moved" / "train_map.txt").read_text().splitlines()
+    (tmp_path / "moved" / "train_map.txt").write_text("\n".join(lines[::-1]) + "\n")
+    assert run(qat, *moved) == 2
     assert "this is another training: train_fingerprint: " in capsys.readouterr().err
 
 

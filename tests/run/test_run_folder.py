@@ -258,3 +258,37 @@ def test_options_that_an_earlier_version_did_not_have_are_not_compared(tmp_path:
     folder.require_same({"options": {"seed": 1, "new": 0}, "data_fingerprint": "d"})
     with pytest.raises(InputError, match=r"options\.seed: 1 there, 2 now"):
         folder.require_same({"options": {"seed": 2, "new": 0}, "data_fingerprint": "d"})
+
+
+def test_paths_are_stored_so_that_a_run_can_be_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "one" / "run"
+    paths = {"data_path": "one/run/data", "pretrained_dir": "vit.npz", "teacher": "s3://b/x", "from_run": None}
+    RunFolder.create(path, SEARCH).write_run({"options": {**paths, "seed": 1}})
+    stored = json.loads((path / "run.json").read_text())
+    assert stored["options"] == {
+        "data_path": "data",
+        "pretrained_dir": f"{tmp_path}/vit.npz",
+        "teacher": "s3://b/x",
+        "from_run": None,
+        "seed": 1,
+    }
+    (tmp_path / "one").rename(tmp_path / "two")
+    monkeypatch.chdir("/")
+    folder = RunFolder.resume(tmp_path / "two" / "run", SEARCH)
+    options = folder.read_run()["options"]
+    assert options == {**stored["options"], "data_path": f"{tmp_path}/two/run/data"}
+    assert folder.require_same({"options": options}) is None
+    monkeypatch.chdir(tmp_path)
+    assert folder.require_same({"options": {**options, "pretrained_dir": "./vit.npz"}}) is None
+    with pytest.raises(InputError, match=r"options\.data_path: "):
+        folder.require_same({"options": {**options, "data_path": "one/run/data"}})
+
+
+def test_relative_paths_of_earlier_versions_begin_at_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"options": {"data_path": "data"}}')
+    assert RunFolder(tmp_path / "run").read_run()["options"] == {"data_path": f"{tmp_path}/data"}

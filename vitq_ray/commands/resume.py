@@ -16,7 +16,7 @@ from vitq_ray.run.folder import RunFolder
 O = TypeVar("O", bound=Options)  # noqa: E741
 
 
-_FILES = frozenset({"pretrained_dir", "data_path", "teacher", "search_space"})
+_FILES = frozenset({"pretrained_dir", "data_path", "teacher", "search_space", "from_run"})
 
 
 def stored_options(folder: str, script: str) -> dict[str, Any]:
@@ -26,7 +26,10 @@ def stored_options(folder: str, script: str) -> dict[str, Any]:
 
 
 def with_stored(options: O, stored: Mapping[str, Any], free: Collection[str]) -> O:
-    """The stored options; of those given now the free ones count, and the others must be as stored."""
+    """The stored options; of those given now the free ones count, and the others must be as stored.
+
+    A URI counts as given, since stored ones have lost their keys.
+    """
     now = options.to_dict()
     for name in sorted(options.given - set(free)):
         if not _same(name, now[name], stored.get(name)):
@@ -34,7 +37,8 @@ def with_stored(options: O, stored: Mapping[str, Any], free: Collection[str]) ->
                 f"{options.name_of(name)}: {now[name]} given, but {now['resume']} was started with {stored.get(name)}"
             )
     before = {name: stored[name] for name in options.declared() if name in stored and name not in ("resume", "output")}
-    merged = type(options).of({**before, **options.only(free)}, options.typed)
+    uris = [name for name in _FILES & options.given if "://" in getattr(options, name)]
+    merged = type(options).of({**before, **options.only({*free, *uris})}, options.typed)
     return replace(merged, given=options.given & frozenset(free))
 
 

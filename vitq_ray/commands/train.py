@@ -63,9 +63,10 @@ from vitq_ray.quant.vit import float_copy, scales_of
 from vitq_ray.run.folder import RunFolder, default_folder, read_bad_images, record_bad_images
 from vitq_ray.run.results import SEARCH, TRAINING, Stopwatch, left_out_rows, result_of, versions
 
-# What may differ between a run and its continuation: it does not change what is computed.
+# What may differ between a run and its continuation: it does not change what is computed. Images may have moved: their
+# fingerprints are compared.
 FREE_OPTIONS = frozenset(
-    ("resume", "output", "ray_address", "dashboard", "max_failures", "decode_threads", "checkpoint_steps")
+    ("data_path", "resume", "output", "ray_address", "dashboard", "max_failures", "decode_threads", "checkpoint_steps")
 )
 
 

@@ -47,9 +47,19 @@ from vitq_ray.search.space import QatSpace, SearchSpace, load_space
 
 MOST_CHECKED = 100_000  # combinations of a grid that are looked through for impossible rules
 
-# Options that may differ when a search is resumed: they decide where and how fast, not what.
+# Options that may differ when a search is resumed: they decide where and how fast, not what. Images may have moved:
+# their fingerprints are compared.
 FREE_OPTIONS = frozenset(
-    {"output", "resume", "ray_address", "dashboard", "max_trials_in_flight", "num_workers", "object_store_memory"}
+    {
+        "data_path",
+        "output",
+        "resume",
+        "ray_address",
+        "dashboard",
+        "max_trials_in_flight",
+        "num_workers",
+        "object_store_memory",
+    }
     | {"decode_threads"}  # of runs that an earlier version began
 )
 

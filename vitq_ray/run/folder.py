@@ -34,6 +34,7 @@ from vitq_ray.base.config import InputError
 from vitq_ray.base.files import atomic_file, output_folder, write_json
 from vitq_ray.base.formats import FORMATS, require_format, stamp
 from vitq_ray.measure.evaluation import Evaluation
+from vitq_ray.run.paths import absolute_paths, stored_paths
 from vitq_ray.run.results import (
     RESULT,
     SEARCH,
@@ -46,7 +47,8 @@ from vitq_ray.run.results import (
 
 # What may differ between a run and its continuation, beside the options that a script names. The start of a training is
 # compared by its fingerprint, with the state of the training.
-_NOT_COMPARED = ("format", "script", "versions", "options", "start")
+_NOT_COMPARED = ("format", "script", "versions", "options", "start", "paths")
+_RELATIVE_TO_RUN = "relative to this folder"
 _KINDS = {SEARCH: "search", TRAINING: "training"}
 
 
@@ -100,12 +102,16 @@ class RunFolder:
 
     def write_run(self, description: Mapping[str, Any]) -> None:
         """run.json: everything that decides the outcome, and which version of which script began the run."""
-        head = {"format": FORMATS["run"], "script": self.script, "versions": versions()}
-        write_json(self.path / "run.json", {**head, **description})
+        head = {"format": FORMATS["run"], "script": self.script, "versions": versions(), "paths": _RELATIVE_TO_RUN}
+        options = stored_paths(description.get("options", {}), self.path)
+        write_json(self.path / "run.json", {**head, **description, "options": options})
 
     def read_run(self) -> dict[str, Any]:
-        """run.json, with `format` and `script` also of searches of format 1. InputError as `read_own_json`."""
-        return {"script": SEARCH, **read_own_json(self.path / "run.json", "run")}
+        """run.json with absolute paths, and with `format` and `script` also of searches of format 1. InputError as
+        `read_own_json`."""
+        values = {"script": SEARCH, **read_own_json(self.path / "run.json", "run")}
+        beginning = self.path if values.get("paths") == _RELATIVE_TO_RUN else Path()  # earlier: working directory
+        return {**values, "options": absolute_paths(values.get("options", {}), beginning)}
 
     def require_same(self, description: Mapping[str, Any], free_options: Collection[str] = ()) -> str | None:
         """Compare a run that goes on with what it was begun as; what differs in versions, for a warning, or None.
@@ -119,7 +125,8 @@ class RunFolder:
         stored, now = self.read_run(), dict(json.loads(json.dumps(description)))
         options = {name: value for name, value in stored["options"].items() if name not in free_options}
         older = stored["format"] < FORMATS["run"]
-        new = {n: v for n, v in now["options"].items() if n not in free_options and (n in options or not older)}
+        given = absolute_paths(now["options"])
+        new = {n: v for n, v in given.items() if n not in free_options and (n in options or not older)}
         then = {"options": options, **_compared(stored)}
         if (difference := first_difference(then, {"options": new, **_compared(now)})) is not None:
             kind = _KINDS.get(self.script, "run")
