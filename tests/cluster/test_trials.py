@@ -13,12 +13,14 @@ import weakref
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from ray import tune
 from timm.models.vision_transformer import VisionTransformer
 
 from tests.conftest import Project, descendants, load_script, make_project, make_setting, scrape, tiny_vit
@@ -26,6 +28,7 @@ from vitq_ray.base.config import InputError
 from vitq_ray.calibration.scales import Scales, apply_setting
 from vitq_ray.calibration.setting import Setting
 from vitq_ray.calibration.statistics import CalibrationStatistics, collect_statistics
+from vitq_ray.cluster import trials
 from vitq_ray.cluster.images import ImageSet, ImageStore, StoredImages
 from vitq_ray.cluster.trials import Resources, require_room, run_trials, share
 from vitq_ray.commands.options import TuneOptions
@@ -36,7 +39,7 @@ from vitq_ray.data.loader import Batch
 from vitq_ray.data.splits import Splits
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.measure.evaluation import Evaluation, evaluate
-from vitq_ray.measure.metrics import METRICS, Results
+from vitq_ray.measure.metrics import METRICS, Results, pack
 from vitq_ray.measure.racing import RaceRules
 from vitq_ray.quant.vit import quantize_vit
 
@@ -147,28 +150,31 @@ def evaluate_here(setting: Setting, statistics: CalibrationStatistics, images: I
     return evaluate(model, list(images.batches(10)), EvalTransform(16).normalize)
 
 
-def start_trials(
-    referee: Recorder, statistics: CalibrationStatistics, images: ImageSet, rules: RaceRules, folder: Path
-) -> None:
-    model = quantize_vit(tiny_vit())
-    scales = Scales(model, statistics)
-    with share(model, stored(images), rules, EvalTransform(16), 10, Resources()) as shared:
-        for name, setting in SETTINGS.items():
-            shared.add(name, scales.plan(setting))
-        run_trials(shared, referee, Resources(), folder)
-
-
-def test_trials_give_what_the_driver_gives(
+def test_trials_give_what_the_driver_gives_also_where_a_worker_is_killed(
     ray_cluster: None, statistics: CalibrationStatistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images, pending = image_set(), "TUNE_MAX_PENDING_TRIALS_PG"
+    """Two at once; one worker dies in the middle, no trial is lost; one candidate is stopped."""
+    images, pending = image_set(303), "TUNE_MAX_PENDING_TRIALS_PG"
     monkeypatch.setenv(pending, "7")
-    referee = Recorder(list(SETTINGS), len(images), stop="b")
-    seen = set()
-    referee.on_take = lambda name: seen.add(os.environ[pending])
-    start_trials(referee, statistics, images, RaceRules(33, 10), tmp_path / "tune")
+    referee = Recorder(list(SETTINGS), len(images), stop="c")
+    seen, killed = set(), []
+
+    def kill_once(name: str) -> None:
+        seen.add(os.environ[pending])
+        if referee.done["b"] >= 20 and not killed:
+            killed.extend(descendants(os.getpid(), ("ray::CandidateTrial", "ray::ResourceTrainable"))[:1])
+            os.kill(killed[0], signal.SIGKILL)
+
+    referee.on_take = kill_once
+    model = quantize_vit(tiny_vit())
+    scales = Scales(model, statistics)
+    with share(model, stored(images), RaceRules(303, 10), EvalTransform(16), 10, Resources()) as shared:
+        for name, setting in SETTINGS.items():
+            shared.add(name, scales.plan(setting))
+        run_trials(shared, referee, Resources(), tmp_path / "tune")
+    assert killed
     assert (seen, os.environ[pending]) == ({"2"}, "7"), "set for the trials, and as before afterwards"
-    assert referee.done == {"a": 33, "b": 10, "c": 33}
+    assert referee.done == {"a": 303, "b": 303, "c": 10}
     for name, setting in SETTINGS.items():
         here = evaluate_here(setting, statistics, images).correct[: referee.done[name]]
         np.testing.assert_array_equal(referee.correct[name][: len(here)], here, err_msg=name)
@@ -185,40 +191,37 @@ def test_images_that_no_object_store_can_hold_are_refused(
 
 @pytest.mark.parametrize("full_at", [10, 33])
 def test_what_the_referee_raises_is_not_buried(
-    full_at: int, ray_cluster: None, statistics: CalibrationStatistics, tmp_path: Path
+    full_at: int, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = image_set()
-    referee = Recorder(list(SETTINGS), len(images))
+    """In the middle of a trial, and at its end; of trials that need no PyTorch, and so start at once."""
+    chunks = {n: pack({name: np.zeros(n, metric.dtype) for name, metric in METRICS.items()}) for n in (10, 3)}
+
+    class Counting(tune.Trainable):  # by value: workers do not have the tests
+        def setup(self, config: dict[str, Any], shared: object) -> None:  # type: ignore[override]
+            self.begin = self.end = 0
+
+        def step(self) -> dict[str, Any]:
+            self.begin, self.end = self.end, min(self.end + 10, 33)
+            images = self.end - self.begin
+            said = {"candidate": "a", "start": self.begin, "images": images, "seconds": 1.0, "done": self.end == 33}
+            return said | chunks[images]
+
+        def save_checkpoint(self, checkpoint_dir: str) -> None:
+            pass
+
+    referee = Recorder(["a", "b"], 33)
 
     def disk_full(name: str) -> None:
         if referee.done[name] == full_at:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     referee.on_take = disk_full
+    monkeypatch.setattr(trials, "CandidateTrial", Counting)
     with pytest.raises(OSError, match="No space left") as caught:
-        start_trials(referee, statistics, images, RaceRules(33, 10), tmp_path / "tune")
+        run_trials(None, referee, Resources(in_flight=1), tmp_path / "tune")
     assert caught.value.errno == errno.ENOSPC
-
-
-def test_a_killed_worker_does_not_lose_a_trial(
-    ray_cluster: None, statistics: CalibrationStatistics, tmp_path: Path
-) -> None:
-    images = image_set(300)
-    referee = Recorder(list(SETTINGS), len(images))
-    killed = []
-
-    def kill_once(name: str) -> None:
-        if referee.done["b"] >= 20 and not killed:
-            killed.extend(descendants(os.getpid(), ("ray::CandidateTrial", "ray::ResourceTrainable")))
-            for pid in killed:
-                os.kill(pid, signal.SIGKILL)
-
-    referee.on_take = kill_once
-    start_trials(referee, statistics, images, RaceRules(300, 10), tmp_path / "tune")
-    assert killed
-    assert set(referee.done.values()) == {300}
-    for name, setting in SETTINGS.items():
-        np.testing.assert_array_equal(referee.correct[name], evaluate_here(setting, statistics, images).correct)
+    assert referee.done == {"a": full_at, "b": 0}
+    assert not (tmp_path / "tune").exists()
 
 
 def test_a_trial_that_fails_is_an_error(ray_cluster: None, statistics: CalibrationStatistics, tmp_path: Path) -> None:
@@ -229,7 +232,7 @@ def test_a_trial_that_fails_is_an_error(ray_cluster: None, statistics: Calibrati
     with share(model, stored(images), RaceRules(33, 10), EvalTransform(16), 10, Resources()) as shared:
         shared.add("a", dataclasses.replace(plan, sites=sites))
         with pytest.raises(RuntimeError, match=message):
-            run_trials(shared, Recorder(["a"], 33), Resources(), tmp_path / "tune", max_failures=1)
+            run_trials(shared, Recorder(["a"], 33), Resources(in_flight=1), tmp_path / "tune", max_failures=0)
 
 
 def test_no_process_of_a_race_stays(ray_cluster: None, statistics: CalibrationStatistics) -> None:
@@ -263,7 +266,7 @@ SPACE = {
 def run_tune(project: Project, tmp_path: Path, *argv: object) -> int:
     space = tmp_path / "space.py"
     space.write_text(SPACE)
-    small = ("--calib-batchsz", 4, "--search-space", space, "--output", tmp_path / "run")
+    small = ("--calib-batchsz", 4, "--search-space", space, "--output", tmp_path / "run", "--max-trials-in-flight", 1)
     return tune_calib.main([str(a) for a in (*project.options, *small, *argv)])
 
 

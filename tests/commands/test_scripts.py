@@ -350,7 +350,7 @@ def test_numbered_class_folders(project: Project, tmp_path: Path, capsys: pytest
     assert json.loads((tmp_path / "out" / "result.json").read_text())["top1_correct"] == 22
 
 
-@pytest.mark.parametrize("count", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4))])
 def test_workers_do_not_change_results(count: int, ray_cluster: None, project: Project, tmp_path: Path) -> None:
     """Statistics bit for bit, logits and counts; the same with 1, 2 and 4 workers, on two cores."""
     small = ("--num-calib-batch", 5, "--calib-batchsz", 4, "--batch-size", 5)
