@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,25 +22,27 @@ MODULES = {
 }
 
 
-def imported(path: Path) -> set[str]:
-    """Full names of what a file imports, wherever in the file."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+@cache
+def imported(path: Path, at_once: bool = False) -> frozenset[str]:
+    """Full names of what a file imports: wherever in the file, or `at_once`, when it is imported itself."""
+    names: set[str] = set()
+    tree = ast.parse(path.read_text())
+    for node in tree.body if at_once else ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: relative import"
             module = node.module or ""
             names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
-    return names
+    return frozenset(names)
 
 
 def room_of(module: str) -> str:
     return module.split(".")[1] if module.count(".") else "__init__"
 
 
-def ours(path: Path) -> set[str]:
-    return imported(path) & set(MODULES)
+def ours(path: Path, at_once: bool = False) -> frozenset[str]:
+    return imported(path, at_once) & set(MODULES)
 
 
 def test_every_file_is_in_a_room() -> None:
@@ -52,7 +55,7 @@ def test_imports_go_down(module: str) -> None:
     assert {room_of(name) for name in ours(MODULES[module])} - {"__init__"} <= allowed
 
 
-def reached(module: str) -> Iterator[str]:
+def reached(module: str, at_once: bool = False) -> Iterator[str]:
     """The module and all of ours that importing it imports, however indirectly."""
     seen: set[str] = set()
     todo = {module}
@@ -60,7 +63,7 @@ def reached(module: str) -> Iterator[str]:
         name = todo.pop()
         seen.add(name)
         yield name
-        todo |= ours(MODULES[name]) - seen - {"vitq_ray"}  # which loads what is asked of it, when it is
+        todo |= ours(MODULES[name], at_once) - seen - {"vitq_ray"}  # which loads what is asked of it, when it is
 
 
 @pytest.mark.parametrize("module", sorted(m for m in MODULES if room_of(m) in ROOMS[: ROOMS.index("cluster")]))
@@ -68,6 +71,15 @@ def test_ray_stays_in_its_room(module: str) -> None:
     """Also through what a module imports; `import vitq_ray` itself loads nothing (test_api)."""
     for name in reached(module):
         assert "ray" not in {n.split(".")[0] for n in imported(MODULES[name])}, name
+
+
+def test_readers_decode_without_pytorch() -> None:
+    """Its import would be most of what Ray Data's processes need to start."""
+    heavy = {"torch", "torchvision", "timm"}
+    names = set(reached("vitq_ray.cluster.stream", at_once=True))
+    assert {"vitq_ray.data.transforms", "vitq_ray.data.loader"} <= names
+    for name in names:
+        assert not {n.split(".")[0] for n in imported(MODULES[name], at_once=True)} & heavy, name
 
 
 @pytest.mark.parametrize("module", sorted(m for m in MODULES if room_of(m) == "commands"))

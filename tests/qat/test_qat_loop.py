@@ -368,11 +368,20 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.fixture(scope="module", params=["sgd", "adamw"])
+def undisturbed(
+    request: pytest.FixtureRequest, setup: Setup, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[QatConfig, QatOutcome, Log, Path]:
+    config = dataclasses.replace(CONFIG, optimizer=request.param, lr=2e-3, learn_amax=True)
+    folder = tmp_path_factory.mktemp("whole")
+    return (config, *run(setup, folder, config, checkpoint_steps=3), folder)
+
+
 @pytest.mark.parametrize("stop_at", [1, 3, 7, 10])
-def test_a_resumed_run_equals_an_undisturbed_one(stop_at: int, optimizer: str, setup: Setup, tmp_path: Path) -> None:
-    config = dataclasses.replace(CONFIG, optimizer=optimizer, lr=2e-3, learn_amax=True)
-    whole, log = run(setup, tmp_path / "whole", config, checkpoint_steps=3)
+def test_a_resumed_run_equals_an_undisturbed_one(
+    stop_at: int, undisturbed: tuple[QatConfig, QatOutcome, Log, Path], setup: Setup, tmp_path: Path
+) -> None:
+    config, whole, log, folder = undisturbed
 
     def die(report: StepReport) -> None:
         if report.step == stop_at:
@@ -386,7 +395,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(stop_at: int, optimizer: str, s
     assert resumed.losses == log.losses[-len(resumed.losses) :]
     assert resumed.steps[0].step <= stop_at
     assert same_state(outcome.best_state, whole.best_state)
-    assert same_state(final_weights(tmp_path / "cut"), final_weights(tmp_path / "whole"))
+    assert same_state(final_weights(tmp_path / "cut"), final_weights(folder))
     assert outcome.epochs == whole.epochs
 
 

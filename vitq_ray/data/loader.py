@@ -10,16 +10,17 @@ from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from vitq_ray.base.config import InputError, require_choice, require_int
 from vitq_ray.data.samples import BadImageError, SampleIndex
 from vitq_ray.data.transforms import Transform
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ON_BAD_IMAGE = ("error", "skip")
 _AHEAD_PER_THREAD = 16  # images in flight
@@ -115,6 +116,8 @@ def _decoded(
 
 
 def _batch(index: SampleIndex, rows: list[tuple[int, Pixels]]) -> Batch:
+    import torch  # not for who only decodes: see transforms.py
+
     ids = np.array([sample_id for sample_id, _ in rows], np.int64)
     images = torch.from_numpy(np.stack([pixels for _, pixels in rows]) if rows else np.empty((0, 0, 0, 3), np.uint8))
     return Batch(images, torch.from_numpy(index.labels[ids].astype(np.int64)), torch.from_numpy(ids))

@@ -4,6 +4,7 @@
     uint8 (B, S, S, 3) -> float32     EvalTransform.normalize: on the model's device
 
 Images stay uint8 until then: a quarter of the memory on the way. Legend: B batch, S image size in pixels.
+PyTorch is imported by the functions that use it: processes that only decode are ready seconds earlier without it.
 """
 
 from __future__ import annotations
@@ -18,17 +19,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from vitq_ray.base.config import Config, InputError, require_choice, require_int
 from vitq_ray.base.files import one_line
 from vitq_ray.data.samples import BadImageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # An image of more pixels is refused unread: nothing that is resized to a few hundred pixels needs them.
 MAX_PIXELS = 178_956_970
@@ -124,6 +126,8 @@ class EvalTransform(Config):
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 (B, S, S, 3) -> float32 (B, 3, S, S), contiguous: (x / 255 - mean) / std."""
+        import torch
+
         x = images.permute(0, 3, 1, 2).contiguous().float().div_(255)
         mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (self.mean, self.std))
         return x.sub_(mean).div_(std)
@@ -191,6 +195,8 @@ def train_transform(evaluation: EvalTransform, kind: str) -> Callable[[Image.Ima
 
 
 def _evaluation_tensor(evaluation: EvalTransform, image: Image.Image) -> Tensor:
+    import torch
+
     pixels = torch.from_numpy(np.array(evaluation._resize(image)))
     return evaluation.normalize(pixels[None])[0]
 
@@ -261,6 +267,8 @@ _cached_train_transform = lru_cache(maxsize=4)(train_transform)
 @contextmanager
 def _seeded(*entropy: int) -> Iterator[None]:
     """Python's, NumPy's and PyTorch's generators from these integers; afterwards they go on as if untouched."""
+    import torch
+
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     words = np.random.SeedSequence(entropy).generate_state(3).tolist()
     random.seed(words[0])
