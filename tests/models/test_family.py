@@ -60,6 +60,16 @@ def test_what_is_not_known_is_assumed_aloud(
     ) in caplog.text
 
 
+def test_a_timm_file_under_googles_name_is_prepared_as_googles_aloud(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """DeiT-B and Google's ViT-B_32 have the same arrays, too."""
+    torch.save(random_timm("vit_base_patch32_224", num_classes=4).state_dict(), tmp_path / "best.pth")
+    loaded = load_model("ViT-B_32-224", tmp_path / "best.pth")
+    assert (loaded.mean, loaded.std, loaded.interpolation) == (HALF, HALF, "bilinear")
+    assert "a timm file read as Google's ViT-B_32-224: mean 0.5 0.5 0.5, std 0.5 0.5 0.5, bilinear" in caplog.text
+
+
 def test_what_training_scripts_write_is_known(tmp_path: Path) -> None:
     """Heads of 32 that no shape tells."""
     model = random_timm("test_vit", num_classes=4)

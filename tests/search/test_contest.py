@@ -101,6 +101,23 @@ def test_sites_that_a_mode_leaves_out_do_not_make_a_candidate(
     assert [same[s] for s in (settings[0], settings[2], settings[3])] == [None] * 3
 
 
+def test_a_model_with_dead_sites_is_raced_as_any_other(
+    quant_vit: VisionTransformer, images: torch.Tensor, tmp_path: Path
+) -> None:
+    """A pruned attention branch: its noise is 0, so that it does not decide the order, and amax is 0 in every plan."""
+    for parameter in quant_vit.blocks[1].attn.proj.parameters():
+        parameter.data.zero_()
+    statistics = collect_statistics(quant_vit, enumerate(images.split(12)), [1, 2])
+    calibrators = ("max", "mse", "entropy", "percentile 99")
+    settings = [make_setting(mode, c, 2) for mode in ("ft1", "ft2", "ft3", "trt") for c in calibrators]
+    contest = make(quant_vit, statistics, RunFolder(tmp_path), ListProposals(settings))
+    run(contest)
+    noise = [c.noise for c in contest.candidates.values()]
+    assert noise == sorted(noise)
+    assert np.isfinite(noise).all()
+    assert {len(c.plan.degenerate_sites()) for c in contest.candidates.values()} == {3}
+
+
 def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
 

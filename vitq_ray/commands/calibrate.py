@@ -146,6 +146,7 @@ def calibrate(options: CalibrateOptions, screen: Screen = SILENT) -> CalibrateRe
         seconds=watch.seconds,
         model_type=options.model_type,
         img_size=job.loaded.geometry.img_size,
+        images_as={name: getattr(job.transform, name) for name in ("mean", "std", "interpolation", "crop_pct")},
         name=options.name,
         seed=options.seed,
         calibration={**calibration, "sample_ids": seen.sample_ids.tolist()},

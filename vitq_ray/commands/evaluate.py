@@ -177,6 +177,7 @@ def describe(job: EvaluationJob, options: EvaluateOptions, evaluation: Evaluatio
         checkpoint=options.to_dict()["pretrained_dir"],
         model_type=job.loaded.geometry.model_type,
         img_size=job.loaded.geometry.img_size,
+        images_as={name: getattr(job.transform, name) for name in ("mean", "std", "interpolation", "crop_pct")},
     )
 
 

@@ -257,6 +257,8 @@ def _tell_of_assumptions(checkpoint: Checkpoint, loaded: LoadedModel, family: Fa
     if family is not None:
         what, why = loaded.geometry.timm_name, family.why
         log.warning("%s: taken for timm's %s (%s): %s", checkpoint.path, what, why, loaded.prepared)
-    elif checkpoint.names == TIMM and loaded.geometry.model_type == AUTO:
-        message = "%s: a timm file of unknown family: %s assumed; --model_type with a timm name settles it (%s)"
-        log.warning(message, checkpoint.path, loaded.prepared, _OTHERS)
+    elif checkpoint.names == TIMM and loaded.geometry.timm_name is None:
+        name = loaded.geometry.model_type
+        what = "of unknown family" if name == AUTO else f"read as Google's {name}"
+        message = "%s: a timm file %s: %s assumed; --model_type with a timm name settles it (%s)"
+        log.warning(message, checkpoint.path, what, loaded.prepared, _OTHERS)
