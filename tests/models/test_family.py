@@ -39,7 +39,7 @@ def test_a_released_file_is_known_by_its_name(
     assert loaded.geometry.timm_name == "deit_tiny_patch16_224"
     assert (
         "taken for timm's deit_tiny_patch16_224 (after the name of the file): mean 0.485 0.456 0.406, "
-        "std 0.229 0.224 0.225, bicubic, the whole image without crop"
+        "std 0.229 0.224 0.225, bicubic, no crop without --crop-pct"
     ) in caplog.text
     x = images(1, 224)
     assert torch.equal(logits(loaded.model, x), logits(deit, x))
@@ -55,7 +55,7 @@ def test_what_is_not_known_is_assumed_aloud(
     assert (loaded.mean, loaded.std, loaded.interpolation) == (HALF, HALF, "bilinear")
     assert "do not tell its heads, 3 of width 64 assumed" in caplog.text
     assert (
-        "a timm file of unknown family: mean 0.5 0.5 0.5, std 0.5 0.5 0.5, bilinear, the whole image without crop "
+        "a timm file of unknown family: mean 0.5 0.5 0.5, std 0.5 0.5 0.5, bilinear, no crop without --crop-pct "
         "assumed; --model_type with a timm name settles it"
     ) in caplog.text
 

@@ -256,6 +256,11 @@ STATE_ROWS: dict[str, tuple[Callable[[State], Any], str]] = {
         with_arrays(blocks__0__ls1__gamma=torch.ones(32)),
         "no place in the model, first 'blocks.0.ls1.gamma'",
     ),
+    "flat registers": (with_arrays(reg_token=torch.zeros(4)), r"'reg_token' has shape \(4,\), expected 3 axes"),
+    "CLIP": (
+        with_arrays(norm_pre__weight=torch.ones(32)),
+        "'norm_pre.weight'; auto reads only the plain layout, others need",
+    ),
     "no blocks": (
         lambda state: {k: v for k, v in state.items() if "blocks" not in k},
         "blocks.0.mlp.fc1.weight' is miss",
@@ -432,6 +437,14 @@ def test_several_sets_are_named(made: Made, tmp_path: Path, caplog: pytest.LogCa
         "holds several sets of weights, 'state_dict', 'state_dict_ema'; taken is the running average 'state_dict_ema', "
         "as timm does (another: torch.save(torch.load('IN')['state_dict'], 'OUT'))"
     ) in caplog.text
+
+
+def test_what_training_keeps_beside_weights_is_no_set_of_them(
+    made: Made, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save({"model": made.timm, "scaler": {"scale": torch.ones(1)}}, tmp_path / "vit.pth")
+    load_model("auto", tmp_path / "vit.pth", heads=HEADS)
+    assert "several sets" not in caplog.text
 
 
 def test_float_weights_under_vit_pytorchs_names(made: Made, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

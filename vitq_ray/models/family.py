@@ -72,7 +72,7 @@ def _candidates(checkpoint: Checkpoint, found: Architecture) -> Iterator[tuple[s
     for end in sorted({match.start() for match in re.finditer(r"[-_.]", stem)} | {len(stem)}, reverse=True):
         yield stem[:end], "after the name of the file", {}
     side = math.isqrt(found.position_tokens)
-    registers = checkpoint.arrays["reg_token"].shape[1] if "reg_token" in checkpoint.arrays else 0
+    registers = checkpoint.shape("reg_token", 3)[1] if "reg_token" in checkpoint.arrays else 0
     words = {"size": _SIZES.get(found.width), "patch": found.patch_kernel, "pixels": side * found.patch_kernel}
     for sign, name in _SIGNS:
         if sign in checkpoint.arrays and words["size"] is not None:

@@ -82,7 +82,7 @@ class LoadedModel:
     def prepared(self) -> str:
         """How images are prepared, in words."""
         mean, std = (" ".join(f"{value:g}" for value in channels) for channels in (self.mean, self.std))
-        return f"mean {mean}, std {std}, {self.interpolation}, the whole image without crop"
+        return f"mean {mean}, std {std}, {self.interpolation}, no crop without --crop-pct"
 
 
 def load_model(
@@ -167,7 +167,12 @@ def _timm_state(checkpoint: Checkpoint, geometry: Geometry, model: VisionTransfo
     arrays = {old.sub(PRE_LOGITS, name): tensor for name, tensor in checkpoint.arrays.items()}
     if "pos_embed" in arrays and "pos_embed" in expected:
         arrays["pos_embed"] = _resize_as_timm(checkpoint, geometry, model)
-    _require_same_arrays(checkpoint.path, arrays, expected)
+    try:
+        _require_same_arrays(checkpoint.path, arrays, expected)
+    except InputError as error:
+        if geometry.model_type != AUTO:
+            raise
+        raise InputError(f"{error}; auto reads only the plain layout, others need their timm name") from None
     return {name: arrays[name].contiguous() for name in expected}
 
 

@@ -192,13 +192,14 @@ def _chosen_weights(path: str, payload: Mapping[Any, Any]) -> str | None:
                 f"{path}: holds several sets of weights, {', '.join(map(repr, sets))}; expected one, for example as "
                 f"torch.save(torch.load('IN', weights_only=True)[{chosen!r}], 'OUT') writes it"
             )
-    others = [key for key in filled if key != chosen]
+    alike = [key for key in filled if key in known or not set(payload[key]).isdisjoint(payload[chosen])]
+    others = [key for key in alike if key != chosen]
     if others:
         what = f"the running average {chosen!r}, as timm does" if chosen in _AVERAGES else repr(chosen)
         message = (
             "%s: holds several sets of weights, %s; taken is %s (another: torch.save(torch.load('IN')[%r], 'OUT'))"
         )
-        log.warning(message, path, ", ".join(map(repr, filled)), what, others[0])
+        log.warning(message, path, ", ".join(map(repr, alike)), what, others[0])
     return str(chosen)
 
 
