@@ -14,6 +14,10 @@ import torch
 
 from tests.conftest import Project, encode_png, load_script, tiny_vit, write_zip_split
 from vitq_ray.base import files
+from vitq_ray.base.config import InputError
+from vitq_ray.commands.inputs import training_ids
+from vitq_ray.commands.screen import SILENT
+from vitq_ray.data.samples import open_split
 from vitq_ray.models.google import google_arrays
 
 calib, evaluate = load_script("calib"), load_script("evaluate")
@@ -90,6 +94,22 @@ def test_overlap_with_val_is_flagged(project: Project, tmp_path: Path, capsys: p
     assert run(evaluate, *checkpoint, "--output", tmp_path / "again") == 0
     assert json.loads((tmp_path / "again" / "result.json").read_text())["images_also_calibrated_on"] == 8
     assert "8 of the images of this val were calibrated on" in capsys.readouterr().err
+
+
+def test_images_of_train_that_are_in_val_too(
+    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    val = open_split(str(project.folder), "val")
+    own = [encode_png(np.full((16, 16, 3), shade, np.uint8)) for shade in range(3)]
+    images = [*(val.read(i) for i in range(22)), *own]
+    write_zip_split(project.folder, "train", images, [*val.labels.tolist(), 0, 1, 2])
+    assert run_calib(project, tmp_path, "--calib-order", "map")["calibration"]["images_also_evaluated"] == 8
+    assert "warning: 8 calibration images are in val" in capsys.readouterr().err
+    train = open_split(str(project.folder), "train")
+    assert training_ids(train, val, SILENT).tolist() == [22, 23, 24]
+    assert "22 of 25 images of train are in val too: they are not trained on" in caplog.text
+    with pytest.raises(InputError, match=r"val\.zip: all 22 images are in val too; expected others to train on$"):
+        training_ids(val, val, SILENT)
 
 
 def test_old_toolkit_command_line(project: Project, tmp_path: Path) -> None:

@@ -18,10 +18,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pyarrow import fs
 
 from tests.data.test_tables import FOLDER, Member, parse, zip_bytes
 from vitq_ray.base.config import InputError
-from vitq_ray.data import copies
+from vitq_ray.data import copies, folders, samples
 from vitq_ray.data.folders import left_out_text
 from vitq_ray.data.samples import BadImageError, open_split
 from vitq_ray.data.splits import make_splits
@@ -610,6 +611,7 @@ IMAGES: dict[str, tuple[bytes, str | tuple[int, int, int]]] = {
     "BMP cut": (encoded("BMP")[:60], "image file is truncated"),
     "WEBP cut": (encoded("WEBP")[:20], ""),
     "TIFF cut": (encoded("TIFF")[:20], ""),
+    "floating-point pixels": (encoded("TIFF", 200, "F"), "floating-point pixels"),
     "JPEG": (encoded("JPEG", 200), RED),
     "PNG": (encoded("PNG", 200), RED),
     "WEBP": (encoded("WEBP", 200), RED),
@@ -711,3 +713,47 @@ def test_one_image_many_times_cannot_be_halved(tmp_path: Path) -> None:
     index = open_split(str(tmp_path), "val")
     with pytest.raises(InputError, match=r"^val: 1 images cannot be halved into selection and report$"):
         make_splits("val", index, index, 0)
+
+
+# Places -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("~nosuchuser/data", r"^~nosuchuser/data: .*home directory.*; expected a folder$"),
+        ("/data/\udce9", "^/data/\ufffd: 'utf-8' codec can't encode .*; expected a folder$"),
+        (f"/{'a' * 300}", "^/a{300}/val.zip: cannot be read: .*File name too long"),
+        ("nosuch://bucket/data", "^nosuch://bucket/data/val.zip: not a readable URI: "),
+        ("", "^: has no val split; expected val.zip with val_map.txt, or a folder val$"),
+    ],
+)
+def test_places_of_data(path: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message) as caught:
+        open_split(path, "val")
+    assert str(caught.value).isprintable()
+
+
+def test_a_folder_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    val(ONE)(tmp_path)
+
+    def refuse(path: bytes) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("os.scandir", refuse)
+    with pytest.raises(InputError, match=r"/val: cannot be listed: \[Errno 13\] Permission denied"):
+        open_split(str(tmp_path), "val")
+
+
+AFAR = [name for name in FOLDERS if "link" not in name and "pipe" not in name and "UTF-8" not in name]
+
+
+@pytest.mark.parametrize("name", AFAR)
+def test_folders_afar_are_read_as_those_here(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through a file system that is not local, as S3."""
+    FOLDERS[name].make(tmp_path)
+    afar = fs.SubTreeFileSystem("/", fs.LocalFileSystem())
+    for module in (samples, folders):
+        monkeypatch.setattr(module, "resolve", lambda path: (afar, path))
+    check(tmp_path, FOLDERS[name])

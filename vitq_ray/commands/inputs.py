@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from vitq_ray.base.config import InputError
@@ -14,7 +15,8 @@ from vitq_ray.base.memory import machine_memory, size_text
 from vitq_ray.calibration.setting import Setting
 from vitq_ray.commands.options import ModelOptions, SettingOptions, parameters
 from vitq_ray.commands.screen import Screen
-from vitq_ray.data.samples import SampleIndex, open_split
+from vitq_ray.data.copies import without_images_of
+from vitq_ray.data.samples import Ids, SampleIndex, open_split
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.models.checkpoint import Sidecar
 from vitq_ray.models.geometry import AUTO, Geometry, named_geometry
@@ -48,6 +50,16 @@ def paths_of(options: ModelOptions) -> tuple[str, str]:
 def open_images(options: ModelOptions, split: str, num_classes: int) -> SampleIndex:
     """A split of the data that the options name. InputError as `open_split`."""
     return open_split(paths_of(options)[1], split, num_classes, options.class_order)
+
+
+def training_ids(train: SampleIndex, val: SampleIndex, screen: Screen) -> Ids:
+    """Images to train on: all of train, but for those that are in val too. InputError where none is left."""
+    ids = np.fromiter(without_images_of(val, train, np.arange(len(train))), np.int64)
+    if len(ids) == 0:
+        raise InputError(f"{train.source}: all {len(train)} images are in val too; expected others to train on")
+    if len(ids) < len(train):
+        screen.warn(f"{len(train) - len(ids)} of {len(train)} images of train are in val too: they are not trained on")
+    return ids
 
 
 def device_of(options: ModelOptions) -> torch.device:

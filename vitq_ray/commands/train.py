@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -32,6 +31,7 @@ from vitq_ray.commands.inputs import (
     require_as_calibrated,
     require_batch_fits,
     setting_by_hand,
+    training_ids,
     with_sample,
 )
 from vitq_ray.commands.options import TrainOptions
@@ -47,8 +47,7 @@ from vitq_ray.commands.screen import (
     warn_of_left_out,
 )
 from vitq_ray.commands.training_progress import TrainingProgress
-from vitq_ray.data.copies import without_images_of
-from vitq_ray.data.samples import Ids, SampleIndex
+from vitq_ray.data.samples import SampleIndex
 from vitq_ray.data.splits import Splits, make_splits
 from vitq_ray.measure.evaluation import Counts
 from vitq_ray.models.checkpoint import CalibratedModel, Sidecar, load_calibrated, open_checkpoint, save_calibrated
@@ -204,21 +203,13 @@ def prepare(options: TrainOptions, watch: Stopwatch, screen: Screen) -> TrainJob
         warn_of_left_out(screen, {"train": train_images, "val": val})
         halves = halves_of_val(options, start.sidecar, train_images, val)
         transform = eval_transform(start.loaded, start.sidecar.crop_pct)
-        train_ids = unseen_ids(train_images, val, screen)
+        train_ids = training_ids(train_images, val, screen)
         data = QatData(train_images, train_ids, val, halves.splits.selection, transform)
         teacher = load_teacher(options, start)
         task = QatTask(config, start, teacher, data, halves.splits.report, folder.path, options.checkpoint_steps)
         steps_per_epoch(len(data.train_ids), config)
     workers = TrainWorkers(options.num_workers, options.use_gpu, options.max_failures)
     return TrainJob(replace(options, split_seed=halves.split_seed), folder, task, workers, device, halves.source)
-
-
-def unseen_ids(train_images: SampleIndex, val: SampleIndex, screen: Screen) -> Ids:
-    """Images of train that are not in val too."""
-    ids = np.fromiter(without_images_of(val, train_images, np.arange(len(train_images))), np.int64)
-    if len(ids) < len(train_images):
-        screen.warn(f"{len(train_images) - len(ids)} images of train are in val too; they are not trained on")
-    return ids
 
 
 def load_start(options: TrainOptions, folder: Path, watch: Stopwatch, screen: Screen) -> CalibratedModel:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vitq_ray.cluster.qat_trials import run_training
-from vitq_ray.commands.inputs import checkpoint_name
+from vitq_ray.commands.inputs import checkpoint_name, training_ids
 from vitq_ray.commands.screen import Screen, accuracy
 from vitq_ray.commands.tune_job import TuneJob, sidecar_of_search
 from vitq_ray.measure.evaluation import Evaluation, evaluate
@@ -71,7 +71,9 @@ def escalate(
     starts = save_starts(job, home / "starts", contest, space.starts)
     training = QatContest(training_runs(space, list(starts), job.options.seed), space, folder.append)
     training.replay(folder.events())
-    data = QatData(job.calib, np.arange(len(job.calib)), job.val, np.sort(job.splits.selection), job.transform)
+    data = QatData(
+        job.calib, training_ids(job.calib, job.val, screen), job.val, np.sort(job.splits.selection), job.transform
+    )
     teacher = float_copy(job.model).cpu().eval()
     on_epoch = epoch_listener(training, screen)
     with job.watch.stage("qat"):

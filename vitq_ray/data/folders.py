@@ -181,7 +181,7 @@ def _entries(folder: str, recursive: bool) -> Iterator[Entry]:
             if kind == _GONE and "/" not in path and not (_is_hidden(path) or _is_image_name(path)):
                 raise InputError(f"{folder}/{printable(path)}: is a link to nothing; expected a class folder")
             yield entry
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:  # the latter from afar, for names that are not UTF-8
         raise InputError(f"{folder}: cannot be listed: {one_line(error)}") from None
 
 

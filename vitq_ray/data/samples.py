@@ -227,9 +227,10 @@ def _root(data_path: str) -> str:
     if "://" in data_path:
         return data_path
     try:
+        data_path.encode()
         return str(Path(data_path).expanduser().absolute())
-    except RuntimeError as error:  # ~nobody
-        raise InputError(f"{data_path}: {one_line(error)}; expected a folder") from None
+    except (RuntimeError, UnicodeEncodeError) as error:  # ~nobody; a path that is not UTF-8
+        raise InputError(f"{folders.printable(data_path)}: {one_line(error)}; expected a folder") from None
 
 
 def _join(root: str, name: str) -> str:

@@ -140,6 +140,8 @@ def load_rgb(data: bytes) -> Image.Image:
     with Image.open(io.BytesIO(data), formats=_formats()) as image:
         _check_pixels(*image.size)
         image.load()
+        if image.mode == "F":
+            raise ValueError("floating-point pixels, of which nobody says what is black and what white")
         if image.mode in ("I", "I;16", "I;16B", "I;16L"):
             grey: Image.Image = Image.fromarray((np.asarray(image, np.int64) >> 8).clip(0, 255).astype(np.uint8))
             return grey.convert("RGB")
