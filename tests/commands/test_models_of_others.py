@@ -57,7 +57,7 @@ def test_float_weights_of_vit_pytorch(project: Project, tmp_path: Path) -> None:
     options = {"data_path": str(project.folder), "output": str(tmp_path / "e")}
     ours = vitq_ray.evaluate(pretrained_dir=str(tmp_path / "vit.bin"), heads=4, **options)
     assert ours.what == "float"
-    half = (0.5, 0.5, 0.5)
+    half = [0.5, 0.5, 0.5]
     assert ours.result["images_as"] == {"mean": half, "std": half, "interpolation": "bilinear", "crop_pct": None}
     assert ours.evaluation.top1 == 1  # the labels are what this model says
     with pytest.raises(vitq_ray.InputError, match=r"wprec: 8 given, but .* is a float checkpoint; calibrate it first"):

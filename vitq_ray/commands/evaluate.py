@@ -18,6 +18,7 @@ from vitq_ray.commands import combinations
 from vitq_ray.commands.inputs import (
     device_of,
     eval_transform,
+    images_as,
     open_images,
     paths_of,
     require_as_calibrated,
@@ -177,7 +178,7 @@ def describe(job: EvaluationJob, options: EvaluateOptions, evaluation: Evaluatio
         checkpoint=options.to_dict()["pretrained_dir"],
         model_type=job.loaded.geometry.model_type,
         img_size=job.loaded.geometry.img_size,
-        images_as={name: getattr(job.transform, name) for name in ("mean", "std", "interpolation", "crop_pct")},
+        images_as=images_as(job.transform),
     )
 
 

@@ -75,6 +75,12 @@ def eval_transform(loaded: LoadedModel, crop_pct: float | None = None) -> EvalTr
     return EvalTransform(loaded.geometry.img_size, loaded.mean, loaded.std, loaded.interpolation, crop_pct)
 
 
+def images_as(transform: EvalTransform) -> dict[str, Any]:
+    """How images are prepared, as JSON has it."""
+    own = {"mean": list(transform.mean), "std": list(transform.std)}
+    return {**own, "interpolation": transform.interpolation, "crop_pct": transform.crop_pct}
+
+
 def require_as_calibrated(options: ModelOptions, sidecar: Sidecar) -> None:
     """What the user says of a calibrated checkpoint must be what its sidecar says; what is not said is not compared."""
     setting = sidecar.setting
