@@ -387,6 +387,11 @@ ZIPS: dict[str, Case] = {
         tree_of({"val.zip": Link("gone.zip"), "val_map.txt": MAP}),
         "<root>: has no val split; expected val.zip with val_map.txt, or a folder val",
     ),
+    "a folder beside the zip": Case(
+        tree_of({"val.zip": WHOLE, "val_map.txt": MAP, "val/a/3.png": png()}),
+        BOTH,
+        "1 are folders beside the zip that is read (first: val)",
+    ),
     "several disks": Case(zipped([CAT, DOG], disk=1), "<root>/val.zip: is part of a multi-disk zip; expected one file"),
     "a count too high": Case(
         zipped([CAT, DOG], count=3),

@@ -214,7 +214,8 @@ def open_split(
     if _kind(_join(root, f"{split}.zip")) == fs.FileType.File:
         if class_order is not None:
             raise InputError(f"class order: {class_order} given, but {data_path} has maps, which say labels")
-        return _open_zip(_join(root, f"{split}.zip"), _join(root, f"{split}_map.txt"), num_classes)
+        beside = [(split, "are folders beside the zip that is read")] if _is_folder(_join(root, split)) else []
+        return _open_zip(_join(root, f"{split}.zip"), _join(root, f"{split}_map.txt"), num_classes, beside)
     if _is_folder(_join(root, split)):
         return _open_folder(root, split, num_classes, class_order)
     raise InputError(
@@ -254,13 +255,14 @@ def _is_folder(path: str) -> bool:
 # Zip layout ---------------------------------------------------------------------------------------------------------
 
 
-def _open_zip(archive: str, map_path: str, num_classes: int | None) -> SampleIndex:
+def _open_zip(archive: str, map_path: str, num_classes: int | None, out: list[tuple[str, str]]) -> SampleIndex:
+    """`out` is what was left out already: (name, reason)."""
     members, member_names = _read_directory(archive)
     text = _map_text(map_path)
     lines = tables.map_lines(text)
     _check_lines(map_path, text, lines, num_classes)
     of_mac = tables.left_by_a_mac(text, lines["start"], lines["length"])
-    out = [(_name_of(text, line), "were left by a Mac") for line in lines[of_mac]]
+    out = out + [(_name_of(text, line), "were left by a Mac") for line in lines[of_mac]]
     lines = lines[~of_mac]
     if len(lines) == 0:
         raise InputError(f"{map_path}: lists no image; expected lines of relative/path<TAB>label")
