@@ -281,12 +281,14 @@ def build_model(geometry: Geometry) -> VisionTransformer:
     Raises InputError where timm has no such model.
     """
     g = geometry
-    pool: dict[str, Any] = {} if g.pool is None else {"global_pool": g.pool}
+    own: dict[str, Any] = {} if g.pool is None else {"global_pool": g.pool}
+    if torch.get_default_device().type == "meta":
+        own["weight_init"] = "skip"  # what has no values takes timm most of the time to draw
     if g.timm_name is not None:
-        model = _create_timm(g.timm_name, num_classes=g.num_classes, img_size=g.img_size, **pool)
+        model = _create_timm(g.timm_name, num_classes=g.num_classes, img_size=g.img_size, **own)
     else:
         model = VisionTransformer(
-            **pool,
+            **own,
             img_size=g.img_size,
             patch_size=g.patch_kernel,
             num_classes=g.num_classes,
