@@ -61,7 +61,7 @@ def test_help_says_text_and_default_of_every_option() -> None:
     for row in TuneOptions.declared().values():
         assert row.spelling in text
         assert row.help in text
-    assert "python scripts/tune_calib.py --resume runs/vit" in text
+    assert "python scripts/tune_calib.py --resume runs/search" in text
     assert "(default: 0.05)" in text
     assert "None" not in text
 
@@ -283,7 +283,7 @@ def test_files_of_a_resumed_run_may_be_spelled_differently(tmp_path: Path, monke
     again = resumed("--search-space", "./space.py", "--pretrained_dir", str(tmp_path / "a.npz"))
     assert (again.search_space, again.pretrained_dir) == ("space.py", "a.npz"), "what is stored counts"
     resumed("--search-space", "calib", search_space="/some/checkout/search_spaces/calib.py")
-    for argv in ("--search-space calib", "--pretrained_dir b.npz", "--data-path b/d", "--data-path s3:/b/d"):
+    for argv in ("--search-space calib", "--pretrained_dir b.npz", "--data-path b/d", "--data-path s3://b/e"):
         with pytest.raises(InputError, match=r"given, but r was started with"):
             resumed(*argv.split())
 

@@ -42,9 +42,8 @@ def require_int(name: str, value: Any, low: int, high: int | None = None) -> Non
 
 def is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
     """A finite int or float (no bool) in [low, high]."""
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
-    )
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real and abs(value) < math.inf and low <= value <= high  # NaN compares as False
 
 
 class Config:

@@ -10,6 +10,7 @@ counts, of non-empty bins and of c·log c, one candidate costs one logarithm per
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -211,13 +212,20 @@ def _weight_mse(weight: Tensor, values: tuple[float, ...], axis: int | None, bit
 
 @dataclass(frozen=True)
 class Parameter:
-    """A number that a calibrator takes, in [low, high]."""
+    """A number that a calibrator takes, in [low, high]; one up to `unlikely` is a mistake about its unit."""
 
     name: str
     low: float
     high: float
     default: float
     help: str
+    unlikely: float = -math.inf
+    unit: str = ""
+
+    def require_meant(self, value: float) -> None:
+        """InputError, without the name, where what a user asks for is not what is meant."""
+        if value <= self.unlikely:
+            raise InputError(f"{value:g} given, expected {self.unit}")
 
 
 @dataclass(frozen=True)
@@ -247,7 +255,10 @@ class Calibrator:
         return " ".join((self.name, *words))
 
 
-PERCENTILE = Parameter("percentile", 0, 100, 99.99, "share of values, in percent, that are not clipped")
+PERCENTILE = Parameter(
+    "percentile", 0, 100, 99.99, "share of values, in percent, that are not clipped",
+    unlikely=1, unit="a number in percent, such as 99.99: more than 1 (no fraction), up to 100",
+)  # fmt: skip
 CALIBRATORS: dict[str, Calibrator] = {
     row.name: row
     for row in (
@@ -310,6 +321,14 @@ class Calibration:
     @property
     def row(self) -> Calibrator:
         return CALIBRATORS[self.name]
+
+    def require_meant(self) -> None:
+        """InputError where a user asks for numbers that are not meant, as `Parameter.require_meant`."""
+        for parameter, value in zip(self.row.parameters, self.values, strict=True):
+            try:
+                parameter.require_meant(value)
+            except InputError as error:
+                raise InputError(f"{parameter.name}: {error}") from None
 
     def __str__(self) -> str:
         """Exact, for files: `percentile 99.9`."""

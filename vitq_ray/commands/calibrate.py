@@ -28,6 +28,7 @@ from vitq_ray.commands.inputs import (
     with_sample,
 )
 from vitq_ray.commands.options import CalibrateOptions, OneSettingOptions
+from vitq_ray.commands.outputs import require_apart
 from vitq_ray.commands.passes import ValImages, Workers, collector, evaluate_val, ray_for, workers_of
 from vitq_ray.commands.screen import SILENT, Screen, result_line, seconds_line, warn_of_bad_images, warn_of_left_out
 from vitq_ray.data.copies import without_images_of
@@ -103,6 +104,7 @@ def calibrate(options: CalibrateOptions, screen: Screen = SILENT) -> CalibrateRe
     with watch.stage("load"):
         combinations.require_used(options, combinations.CALIBRATE)
         options = with_sample(options, screen)
+        require_apart(options)
         job = prepare(options, options.calib_split, options.calib_order)
         warn_of_left_out(screen, job.splits)
         require_batch_fits(options, job.loaded.geometry, min(options.batch_size, len(job.val)), sees_attention=True)

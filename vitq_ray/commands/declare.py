@@ -14,7 +14,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
+import numbers
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -37,43 +40,96 @@ class Kind(Protocol):
         """A value, or the text of one, as the value that is kept. InputError says what was expected."""
 
 
+MOST = 1_000_000_000  # of a number that has no limit of its own
+
+
 @dataclass(frozen=True)
 class Text:
-    """Any text; also a path object."""
+    """Any text but an empty one; also a path object."""
 
     shown: str | None = ""
 
     def read(self, value: Any) -> str:
-        if not isinstance(value, str | os.PathLike):
+        text = os.fspath(value) if isinstance(value, os.PathLike) else value
+        if not isinstance(text, str) or not text.strip():
             raise InputError(f"expected text, got {value!r}")
-        return os.fspath(value)
+        if "\0" in text or not _is_utf8(text):
+            raise InputError(f"expected text in UTF-8 without zero bytes, got {value!r}")
+        return text
+
+
+def _is_utf8(text: str) -> bool:
+    """Not so for names of files in another encoding, as Python hands them on."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Place(Text):
+    """A path, in which a leading `~` stands for the user's home; with `uri` also a URI such as s3://bucket/key."""
+
+    uri: bool = False
+
+    def read(self, value: Any) -> str:
+        text = super().read(value)
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+            if self.uri and "://" in text:
+                return text
+            raise InputError(f"{text} is a URI; expected a path on a local or shared file system")
+        path = os.path.expanduser(text)
+        if path.startswith("~"):
+            raise InputError(f"{text}: there is no home folder of {path.split('/')[0]}; a folder of that name is ./~…")
+        if len(path.encode()) > _LONGEST_PATH:
+            raise InputError(f"{text}: is longer than {_LONGEST_PATH} bytes")
+        if any(len(part.encode()) > _LONGEST_NAME for part in path.split("/")):
+            raise InputError(f"{text}: a name in it is longer than {_LONGEST_NAME} bytes")
+        return path
+
+
+_LONGEST_NAME, _LONGEST_PATH = 255, 4000  # Linux allows 4095 in all; what is put behind it has room
+
+
+@dataclass(frozen=True)
+class Name(Text):
+    """A word that files are named by."""
+
+    def read(self, value: Any) -> str:
+        text = super().read(value)
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", text):
+            raise InputError(f"expected a name of letters, digits and . _ -, got {text!r}")
+        return text
 
 
 @dataclass(frozen=True)
 class Number:
-    """An int or a float in [low, high]."""
+    """A finite int or float in [low, high]; `MOST` stands for no limit."""
 
     kind: type[int] | type[float]
     low: float
-    high: float | None = None
+    high: float = MOST
     shown: str | None = ""
 
     def read(self, value: Any) -> int | float:
         number = self._number(value)
-        if number is None or not number >= self.low or (self.high is not None and not number <= self.high):
-            limits = f">= {self.low}" if self.high is None else f"from {self.low} to {self.high}"
+        if number is None or not self.low <= number <= self.high:
+            beyond = number is not None and number > self.high
+            limits = f">= {self.low}" if self.high == MOST and not beyond else f"from {self.low} to {self.high}"
             what = "an integer" if self.kind is int else "a number"
             raise InputError(f"expected {what} {limits}, got {value!r}")
         return number
 
     def _number(self, value: Any) -> int | float | None:
-        if isinstance(value, str):
-            try:
-                return self.kind(value)
-            except ValueError:
-                return None
-        accepted = (int,) if self.kind is int else (int, float)
-        return self.kind(value) if isinstance(value, accepted) and not isinstance(value, bool) else None
+        accepted = (str, numbers.Integral) if self.kind is int else (str, numbers.Real)
+        if isinstance(value, bool) or not isinstance(value, accepted):
+            return None
+        try:
+            number = self.kind(value)  # type: ignore[arg-type]
+        except (ValueError, OverflowError):
+            return None
+        return number if self.kind is int or math.isfinite(number) else None
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from vitq_ray.commands.inputs import (
     with_sample,
 )
 from vitq_ray.commands.options import EvaluateOptions
+from vitq_ray.commands.outputs import require_apart
 from vitq_ray.commands.passes import ValImages, evaluate_val, ignore, ray_for
 from vitq_ray.commands.screen import SILENT, Screen, result_line, warn_of_bad_images, warn_of_left_out
 from vitq_ray.data.loader import Batch
@@ -93,6 +94,7 @@ def evaluate(options: EvaluateOptions, screen: Screen = SILENT) -> EvaluateResul
     with watch.stage("load"):
         combinations.require_used(options, combinations.EVALUATE)
         options = with_sample(options, screen)
+        require_apart(options)
         job = prepare(options)
         warn_of_left_out(screen, {"val": job.index})
     kept = KeptLogits()

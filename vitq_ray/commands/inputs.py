@@ -23,6 +23,7 @@ from vitq_ray.models.geometry import AUTO, Geometry, named_geometry
 from vitq_ray.models.load import LoadedModel, prepared_for
 
 _IMAGES = ("mean", "std", "interpolation")
+_LONGEST_NAME = 200  # bytes; what is put behind it has room in the 255 of a file's name
 M = TypeVar("M", bound=ModelOptions)
 
 
@@ -140,7 +141,13 @@ def require_batch_fits(options: ModelOptions, geometry: Geometry, images: int, s
 
 def checkpoint_name(options: ModelOptions) -> str:
     """Name of the files a checkpoint goes into: the model type given, or with `auto` the stem of its file."""
-    return Path(paths_of(options)[0]).stem if options.model_type == AUTO else options.model_type
+    if options.model_type != AUTO:
+        return options.model_type
+    checkpoint, _ = paths_of(options)
+    name = Path(checkpoint).stem
+    if len(name.encode()) > _LONGEST_NAME:
+        raise InputError(f"{options.name_of('pretrained_dir')}: {name}: too long to name files by; rename the file")
+    return name
 
 
 def drawn_by(order: str, option: str, seed: int) -> str:

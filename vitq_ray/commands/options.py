@@ -12,17 +12,23 @@ from typing import Any
 
 from vitq_ray.calibration.calibrators import CALIBRATORS, Parameter
 from vitq_ray.calibration.setting import Calibration, Setting
-from vitq_ray.commands.declare import Choice, Flag, Kind, Number, Options, Text, option, with_rows
+from vitq_ray.commands.declare import Choice, Flag, Kind, Name, Number, Options, Place, Text, option, with_rows
 from vitq_ray.data.folders import CLASS_ORDERS
 from vitq_ray.data.loader import ON_BAD_IMAGE
 from vitq_ray.models.geometry import AUTO
-from vitq_ray.qat.recipe import RECIPE_OPTIONS, RecipeOption
+from vitq_ray.qat.recipe import MOST_SEED, RECIPE_OPTIONS, RecipeOption
 from vitq_ray.quant.plan import MAX_BITS, MIN_BITS
 from vitq_ray.quant.sites import MODES
 from vitq_ray.search.proposals import DEFAULT_SAMPLES, SEARCH_ALGORITHMS
+from vitq_ray.search.space import MOST_SETTINGS
 
 MOST_SELECTION_IMAGES = 10_000  # by default: they are kept decoded
 DEFAULT_SPACE = "calib"
+MOST_THREADS, MOST_WORKERS = 1024, 10_000
+MOST_GIGABYTES = 100_000
+_INPUT = Place(uri=True)
+_SEED = Number(int, 0, MOST_SEED)
+_THREADS, _WORKERS = Number(int, 1, MOST_THREADS), Number(int, 1, MOST_WORKERS)
 _MODE = Choice(tuple(MODES), {"1": "ft1", "2": "ft2"})  # the old toolkit's names
 
 
@@ -37,12 +43,12 @@ class ModelOptions(Options):
     """model and images"""
 
     pretrained_dir: str | None = option(
-        Text(), None, "checkpoint file: .npz, .pth, .safetensors, or *_calib.pth (path or URI)", "--pretrained_dir"
+        _INPUT, None, "checkpoint file: .npz, .pth, .safetensors, or *_calib.pth (path or URI)", "--pretrained_dir"
     )
     data_path: str | None = option(
-        Text(), None, "folder with train.zip, val.zip and their maps, or with train/ and val/"
+        _INPUT, None, "folder with train.zip, val.zip and their maps, or with train/ and val/"
     )
-    model_type: str = option(Text(), AUTO, "ViT-B_16, …, a timm name, or auto: read it from the file", "--model_type")
+    model_type: str = option(Name(), AUTO, "ViT-B_16, …, a timm name, or auto: read it from the file", "--model_type")
     img_size: int | None = option(
         Number(int, 1, 4096), None, "pixels; default: the model type's, with auto the file's", "--img_size"
     )
@@ -61,7 +67,7 @@ class ModelOptions(Options):
 class DecodeOptions(Options):
     """reading images in this process"""
 
-    decode_threads: int = option(Number(int, 1), 2, "threads that decode images")
+    decode_threads: int = option(_THREADS, 2, "threads that decode images")
 
 
 def parameters() -> dict[str, Parameter]:
@@ -69,9 +75,22 @@ def parameters() -> dict[str, Parameter]:
     return {p.name: p for row in CALIBRATORS.values() for p in row.parameters}
 
 
+@dataclass(frozen=True)
+class CalibratorNumber:
+    """A number of a calibrator: its row knows what is allowed and what is meant."""
+
+    row: Parameter
+    shown: str | None = ""
+
+    def read(self, value: Any) -> float:
+        number = Number(float, self.row.low, self.row.high).read(value)
+        self.row.require_meant(number)
+        return number
+
+
 def _parameter_rows() -> dict[str, Any]:
     return {
-        name: option(Number(float, p.low, p.high), None, f"in [{p.low:g}, {p.high:g}]; default: {p.default:g}")
+        name: option(CalibratorNumber(p), None, f"in [{p.low:g}, {p.high:g}]; default: {p.default:g}")
         for name, p in parameters().items()
     }
 
@@ -81,7 +100,7 @@ def _parameter_rows() -> dict[str, Any]:
 class SettingOptions(Options):
     """one quantization setting, and what is drawn for it; the numbers of calibrators are rows of `CALIBRATORS`"""
 
-    seed: int = option(Number(int, 0), 42, "seed of every random choice")
+    seed: int = option(_SEED, 42, "seed of every random choice")
     quant_mode: str = option(_MODE, "ft2", _names(MODES))
     calibrator: str = option(Choice(tuple(CALIBRATORS)), "percentile", "how amax is chosen")
     num_calib_batch: int = option(Number(int, 1), 10, "number of calibration batches")
@@ -109,8 +128,8 @@ class SettingOptions(Options):
 class WorkerOptions(Options):
     """several workers instead of this process; their results do not depend on how many they are"""
 
-    num_workers: int | None = option(Number(int, 1), None, "compute on N Ray workers; default: in this process")
-    threads_per_worker: int = option(Number(int, 1), 1, "threads of one such worker")
+    num_workers: int | None = option(_WORKERS, None, "compute on N Ray workers; default: in this process")
+    threads_per_worker: int = option(_THREADS, 1, "threads of one such worker")
     ray_address: str | None = option(
         Text(), None, "host:port of a Ray cluster, or auto; default: start Ray on this machine"
     )
@@ -147,7 +166,7 @@ class CalibrateOptions(OneSettingOptions, WorkerOptions):
     calib_split: str | None = option(Choice(("train", "val")), None, "images to calibrate on; default: train if there")
     calib_order: str = option(Choice(("shuffled", "map")), "shuffled", "which images of the split")
     batch_size: int = option(Number(int, 1), 64, "images per evaluation batch")
-    calib_output_path: str = option(Text(), "runs/calib", "folder for checkpoint and results")
+    calib_output_path: str = option(Place(), "runs/calib", "folder for checkpoint and results")
     calib: bool = option(Flag(), False, "accepted for the old toolkit's command lines")
     name: str | None = option(Text(), None, "name of the experiment, kept in result.json")
 
@@ -169,8 +188,8 @@ class EvaluateOptions(ModelOptions, DecodeOptions, WorkerOptions):
     wprec: int | None = option(Number(int, MIN_BITS, MAX_BITS), None, "bits of its weights, if it has no sidecar")
     aprec: int | None = option(Number(int, MIN_BITS, MAX_BITS), None, "bits of its activations, if it has no sidecar")
     limit: int | None = option(Number(int, 1), None, "evaluate only the first N images of val")
-    save_logits: str | None = option(Text(), None, "file (.npz) for the logits of every image")
-    output: str = option(Text(), "runs/evaluate", "folder for result.json")
+    save_logits: str | None = option(Place(), None, "file (.npz) for the logits of every image")
+    output: str = option(Place(), "runs/evaluate", "folder for result.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,25 +198,27 @@ class TuneOptions(ModelOptions, SettingOptions, RayOptions):
 
         {command}                                     # the bundled sample
         {command} --pretrained_dir ViT-B_16.npz --data-path /data/imagenet --model_type ViT-B_16 \\
-            --select-images 5000 --search-space calib --output runs/vit
-        {command} --resume runs/vit                   # go on after a kill, with the options of before
+            --select-images 5000 --search-space calib --output runs/search
+        {command} --resume runs/search                # go on after a kill, with the options of before
 
     Calibration images come from train, drawn by --split-seed; val is halved: settings are compared on one half
     (selection), and the winner is reported on the other (report), which no decision has seen. Writes run.json,
     statistics.npz, trials.jsonl, correct.parquet, result.json and best/ into the output folder.
     """
 
-    max_trials_in_flight: int | None = option(Number(int, 1), None, "trials at once; default: as many as fit")
-    threads_per_trial: int = option(Number(int, 1), 1, "CPUs of one trial or worker")
+    max_trials_in_flight: int | None = option(_WORKERS, None, "trials at once; default: as many as fit")
+    threads_per_trial: int = option(_THREADS, 1, "CPUs of one trial or worker")
     gpus_per_trial: float | None = option(
-        Number(float, 0), None, "GPUs of one trial; default: 1 with --use-gpu, else 0"
+        Number(float, 0, MOST_THREADS), None, "GPUs of one trial; default: 1 with --use-gpu, else 0"
     )
-    num_workers: int = option(Number(int, 1), 1, "workers that collect calibration statistics")
-    object_store_memory: float | None = option(Number(float, 0.1), None, "GB a node keeps decoded images in")
-    search_space: str = option(Text(), DEFAULT_SPACE, "Python file that defines SPACE, or the name of a bundled one")
+    num_workers: int = option(_WORKERS, 1, "workers that collect calibration statistics")
+    object_store_memory: float | None = option(
+        Number(float, 0.1, MOST_GIGABYTES), None, "GB a node keeps decoded images in"
+    )
+    search_space: str = option(Place(), DEFAULT_SPACE, "Python file that defines SPACE, or the name of a bundled one")
     search_alg: str = option(Choice(SEARCH_ALGORITHMS), "grid", "which settings of the space are tried")
     num_samples: int | None = option(
-        Number(int, 1), None, f"settings that random or optuna try; default: {DEFAULT_SAMPLES}"
+        Number(int, 1, MOST_SETTINGS), None, f"settings that random or optuna try; default: {DEFAULT_SAMPLES}"
     )
     select_images: int | None = option(
         Number(int, 1), None, f"images to compare settings on; default: half of val, at most {MOST_SELECTION_IMAGES}"
@@ -207,13 +228,13 @@ class TuneOptions(ModelOptions, SettingOptions, RayOptions):
     alpha: float = option(Number(float, 1e-9, 0.999), 0.05, "chance of losing the best (racing.py)")
     tie_margin: float = option(Number(float, 0, 0.5), 0.005, "accuracy not worth telling apart, a fraction")
     from_run: str | None = option(
-        Text(), None, "folder of a finished search: try its best and tied settings instead of the space's"
+        Place(), None, "folder of a finished search: try its best and tied settings instead of the space's"
     )
     target_drop: float = option(Number(float, -100, 100), 0.5, "points below float that need no QAT")
-    split_seed: int = option(Number(int, 0), 0, "seed of the three splits")
+    split_seed: int = option(_SEED, 0, "seed of the three splits")
     min_float_top1: float | None = option(Number(float, 0, 1), None, "refuse to search below this float top-1")
-    output: str | None = option(Text(), None, "folder of the run; default: a new one under runs/")
-    resume: str | None = option(Text(), None, "folder of a run to go on with; other options are those of before")
+    output: str | None = option(Place(), None, "folder of the run; default: a new one under runs/")
+    resume: str | None = option(Place(), None, "folder of a run to go on with; other options are those of before")
 
 
 @dataclass(frozen=True)
@@ -271,18 +292,18 @@ class TrainOptions(OneSettingOptions, RecipeOptions, RayOptions):
     Writes run.json, steps.jsonl, epochs.jsonl, state.pt, result.json, `<name>_qat.pth` and its sidecar.
     """
 
-    split_seed: int = option(Number(int, 0), 0, "seed of the halves of val")
+    split_seed: int = option(_SEED, 0, "seed of the halves of val")
     distill: bool | None = option(Flag(negation=True), None, "learn from the float model too")
     teacher: str | None = option(
-        Text(), None, "float checkpoint of the teacher; default: this checkpoint, quantizers off"
+        _INPUT, None, "float checkpoint of the teacher; default: this checkpoint, quantizers off"
     )
     batch_size: int = option(Number(int, 1), 32, "images per worker and forward pass")
     accumulate: int = option(Number(int, 1), 1, "forward passes per step")
     global_batch_size: int | None = option(Number(int, 1), None, "images per step; overrides --batch-size")
-    num_workers: int = option(Number(int, 1), 1, "processes that train together")
-    max_failures: int = option(Number(int, 0), 3, "restarts after a lost worker")
+    num_workers: int = option(_WORKERS, 1, "processes that train together")
+    max_failures: int = option(Number(int, 0, MOST_WORKERS), 3, "restarts after a lost worker")
     checkpoint_steps: int | None = option(Number(int, 1), None, "write the state every so many steps, too")
-    output: str | None = option(Text(), None, "folder of the run; default: a new one under runs/")
-    resume: str | None = option(Text(), None, "folder of an interrupted run to go on with")
+    output: str | None = option(Place(), None, "folder of the run; default: a new one under runs/")
+    resume: str | None = option(Place(), None, "folder of an interrupted run to go on with")
     train: bool = option(Flag(), False, "accepted for the old toolkit's command lines")
     name: str | None = option(Text(), None, "name of the experiment, kept in result.json")

@@ -15,12 +15,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vitq_ray.base.config import Config, InputError, require_choice, require_int
+from vitq_ray.base.config import Config, InputError, is_number, require_choice, require_int
 from vitq_ray.data.transforms import AUGMENTATIONS
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("constant", "cosine")
 SCALE_PER_CLASS = 10.0
+MOST_SEED = 2**63 - 1
+_MOST = 1_000_000_000  # of a number that has no limit of its own
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,19 @@ class RecipeOption:
         elif self.kind is bool:
             require_choice(self.label, value, (False, True))
         elif self.kind is int:
-            require_int(self.label, value, int(self.low or 0))
+            self._check_int(value)
         elif not self._holds(value):
             raise InputError(f"{self.label}: expected a number {self.limits}, got {value!r}")
+        elif value > _MOST:
+            raise InputError(f"{self.label}: expected a number up to {_MOST}, got {value!r}")
+
+    def _check_int(self, value: Any) -> None:
+        low, high = int(self.low or 0), _MOST if self.high is None else int(self.high)
+        is_beyond = isinstance(value, int) and value > high
+        require_int(self.label, value, low, high if is_beyond else None)
 
     def _holds(self, value: Any) -> bool:
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        if not is_number(value):
             return False
         above = self.low is None or (value > self.low if self.open_low else value >= self.low)
         return above and (self.high is None or (value < self.high if self.open_high else value <= self.high))
@@ -156,7 +165,7 @@ class QatConfig(Config):
         False, "learned scales", argument="learn_amax", searched=True, help="learn the scales too (LSQ)"
     )
     bf16: bool = option(False, "bfloat16", argument="bf16", help="matrix products in bfloat16")
-    seed: int = option(42, "seed", low=0, help="of every random choice")
+    seed: int = option(42, "seed", low=0, high=MOST_SEED, help="of every random choice")
 
     def __post_init__(self) -> None:
         _check(self, _OF_CONFIG)

@@ -63,7 +63,8 @@ class OptunaProposals:
         self, space: SearchSpace, defaults: Setting, count: int, seed: int, require: Require = _anything
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=2 * _ROUND)
+        # NumPy's old generator, which Optuna uses, takes 32 bits.
+        sampler = optuna.samplers.TPESampler(seed=seed % 2**32, n_startup_trials=2 * _ROUND)
         self._study = optuna.create_study(direction="maximize", sampler=sampler)
         self._values, self._defaults = space.values(defaults), defaults
         self._left = count

@@ -30,7 +30,7 @@ import itertools
 import math
 import runpy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ import numpy as np
 
 from vitq_ray.base.config import Config, InputError, require_int
 from vitq_ray.calibration.calibrators import CALIBRATORS
-from vitq_ray.calibration.setting import SITE_GROUPS, Calibration, Rule, Setting, require_sites, rules_of
+from vitq_ray.calibration.setting import SITE_GROUPS, Calibration, Rule, Setting, Technique, require_sites, rules_of
 from vitq_ray.qat.recipe import RECIPE_OPTIONS
 
 PARAMETERS = tuple(dict.fromkeys(p.name for row in CALIBRATORS.values() for p in row.parameters))
@@ -49,10 +49,15 @@ FIELDS = (
 )
 
 
+MOST_SETTINGS = 100_000  # of one search
+MOST_TRAINING_RUNS = 10_000
+
+
 def percentiles(low: float, high: float, count: int) -> tuple[float, ...]:
     """`count` percentiles whose distances from 100 are spread evenly on a log scale, from `low` to `high`."""
     if not (0 <= low < high < 100 and count >= 2):
         raise InputError(f"percentiles: expected 0 <= low < high < 100 and count >= 2, got {low}, {high}, {count}")
+    require_int("percentiles: count", count, 2, MOST_SETTINGS)
     ratio = ((100 - high) / (100 - low)) ** (1 / (count - 1))
     return tuple(round(100 - (100 - low) * ratio**i, 10) for i in range(count))
 
@@ -101,7 +106,7 @@ class QatSpace(Config):
 
     def __post_init__(self) -> None:
         for name, low in (("num_samples", 1), ("starts", 1), ("epochs", 1), ("grace_epochs", 1), ("reduction", 2)):
-            require_int(f"QAT {name}", getattr(self, name), low)
+            require_int(f"QAT {name}", getattr(self, name), low, MOST_TRAINING_RUNS)
 
     def sample(self, seed: int) -> list[dict[str, Any]]:
         """`num_samples` rows {field: value}; a function of the seed."""
@@ -133,6 +138,8 @@ def qat_space_of(values: Any) -> QatSpace:
 def _checked_values(name: str, values: Any) -> tuple[Any, ...]:
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence) or not values:
         raise InputError(f"{name} is {values!r}, expected a list of values")
+    if len(values) > MOST_SETTINGS:
+        raise InputError(f"{name} has {len(values):,} values, expected at most {MOST_SETTINGS:,}")
     return tuple(values)
 
 
@@ -145,8 +152,16 @@ class SearchSpace:
     qat: QatSpace | None = None
 
     def grid(self, defaults: Setting) -> list[Setting]:
-        """Every distinct setting, in the order of the file; `defaults` fill the fields that it leaves out."""
-        columns = self.values(defaults)
+        """Every distinct setting, in the order of the file; `defaults` fill the fields that it leaves out.
+
+        InputError where there are more than `MOST_SETTINGS` combinations.
+        """
+        columns, size = self.values(defaults), self.size(defaults)
+        if size > MOST_SETTINGS:
+            raise InputError(
+                f"the space {self.name} has {size:,} settings, and a search tries at most {MOST_SETTINGS:,}; "
+                "expected fewer values, or random or optuna with a number of samples"
+            )
         rows = itertools.product(*columns.values())
         return list(dict.fromkeys(setting_of(dict(zip(columns, row, strict=True)), defaults) for row in rows))
 
@@ -164,6 +179,8 @@ class SearchSpace:
         """Up to `count` distinct random settings; fewer only where the space has hardly more."""
         rng = np.random.default_rng(seed)
         values = self.values(defaults)
+        if self.size(defaults) <= min(count, MOST_SETTINGS):  # none is left once all of them are found
+            count = min(count, len(self.grid(defaults)))
         found: dict[Setting, None] = {}
         for _ in range(50 * count):
             row = {field: choices[int(rng.integers(len(choices)))] for field, choices in values.items()}
@@ -171,6 +188,16 @@ class SearchSpace:
             if len(found) == count:
                 break
         return list(found)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; calibrators and rules, which a space may hold as objects, as their texts."""
+        choices = {name: [_as_written(value) for value in values] for name, values in self.choices.items()}
+        return {"name": self.name, "choices": choices, "qat": None if self.qat is None else self.qat.to_dict()}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any], where: str) -> SearchSpace:
+        """The inverse of `to_dict`, checked as a file is; InputError with `where` it is from."""
+        return replace(space_of(values["choices"], where, _qat_from_dict(values["qat"])), name=values["name"])
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -183,6 +210,20 @@ class SearchSpace:
         named = (_calibration({**_columns_of(defaults), "calibrator": c}) for c in self.values(defaults)["calibrator"])
         rules = (rule.calibrator for rule in (*self.rules, *defaults.rules) if rule.calibrator is not None)
         return (*named, *rules)
+
+
+def _as_written(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_as_written(item) for item in value]
+    return str(value) if isinstance(value, Calibration | Rule | Technique) else value
+
+
+def _qat_from_dict(values: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What `QatSpace.to_dict` says, as a file would define it."""
+    if values is None:
+        return None
+    ranges = {n: LogUniform(**v) if isinstance(v, Mapping) else v for n, v in values["choices"].items()}
+    return {**ranges, **{name: value for name, value in values.items() if name != "choices"}}
 
 
 def _is_pattern(column: str) -> bool:
@@ -258,6 +299,8 @@ def _check_values(space: SearchSpace) -> None:
             users = [name for name, row in CALIBRATORS.items() if field in (p.name for p in row.parameters)]
             setting = setting_of({**good, **({"calibrator": users[0]} if users else {}), field: value}, Setting())
             require_sites(setting.rules)
+            for calibration in setting.calibrations:
+                calibration.require_meant()
 
 
 def _place(error: BaseException, path: str) -> str:
