@@ -128,6 +128,19 @@ def images() -> torch.Tensor:
     return torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
+_HALVES = {"selection": [0], "report": [1]}
+RUN_DESCRIPTION: dict[str, Any] = {  # what run.json must say, of a search and of a training
+    "options": {"split_seed": 0, "calib_batchsz": 8},
+    "search_space": {"name": "s", "choices": {}, "qat": None},
+    "splits": {**_HALVES, "calibration": {"split": "train", "sample_ids": [2]}},
+    "weights_fingerprint": "w",
+    "data_fingerprint": "d",
+    "geometry": {},
+    "config": {},
+    "start": {},
+}
+
+
 CLASSES, SIZE = 7, 16
 
 

@@ -64,10 +64,10 @@ def typed(kind: type[Options], name: str, *texts: str) -> Options:
 @pytest.mark.parametrize("line", NUMBERS)
 def test_what_is_no_number(line: str) -> None:
     kind, name = NUMBERS[line]
-    for text in ("nan", "inf", "-inf", "1e400", "-1e9", "1" * 40, "", " ", "three", "1,5", "0x10", "--1"):
+    for text in ("nan", "inf", "-inf", "1e400", "-1e9", "1" * 400, "", " ", "three", "1,5", "0x10", "--1"):
         message = message_of(lambda text=text: typed(kind, name, text))  # type: ignore[misc]
         assert "expected" in message, text
-    for value in (float("nan"), float("inf"), 10**40, -(10**400), 10**400, [], {}, b"1", True, 1j):
+    for value in (float("nan"), float("inf"), -(10**400), 10**400, [], {}, b"1", True, 1j):
         message = message_of(lambda value=value: kind.of({name: value}))  # type: ignore[misc]
         assert message.startswith(f"{name}: "), value
 

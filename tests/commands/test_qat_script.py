@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ROOT, Project, hears_ctrl_c, load_script, make_project, tiny_vit
+from tests.conftest import ROOT, RUN_DESCRIPTION, Project, hears_ctrl_c, load_script, make_project, tiny_vit
 from vitq_ray.base.config import InputError
 from vitq_ray.commands import train
 from vitq_ray.commands.options import TrainOptions
@@ -210,7 +210,7 @@ def test_a_diverging_run_says_so_in_one_line(
         ),
         (("--qat-lr", "0"), "learning rate: expected a number > 0"),
         (("--augment", "heavy"), "invalid choice: 'heavy'"),
-        (("--num-workers", "0"), "expected an integer >= 1, got '0'"),
+        (("--num-workers", "0"), "expected an integer from 1 to 10000, got '0'"),
     ],
 )
 def test_impossible_options(
@@ -313,7 +313,9 @@ def test_a_start_is_calibrated_as_calib_does_it(tmp_path: Path, capsys: pytest.C
     listed = [row["image"] for row in result(tmp_path / "calib")["bad_images"]]
     assert set(listed) <= {row["image"] for row in result(tmp_path / "run")["bad_images"]}
     argv = [str(a) for a in (*project.options, *QUICK, *skip, "--output", tmp_path / "prepared")]
-    train.prepare(train.complete(parse(TrainOptions, argv, "qat.py"), SILENT), Stopwatch(), SILENT)
+    options = train.complete(parse(TrainOptions, argv, "qat.py"), SILENT)
+    with train.run_folder(options) as folder:
+        train.prepare(options, folder, train.device_of(options), train.config_of(options), Stopwatch(), SILENT)
     assert [name for name, _ in read_bad_images(tmp_path / "prepared")] == listed, "those of calibration alone"
     assert len(listed) >= 3
 
@@ -350,7 +352,8 @@ def test_a_split_seed_that_contradicts_the_checkpoint_is_refused_wherever_it_lie
     fingerprint = result(best)["data_fingerprint"]
     val = open_split(str(project.folder), "val", 7)
     splits = make_splits("train", open_split(str(project.folder), "train", 7), val, 3)
-    run_json = {"splits": splits.to_dict(), "data_fingerprint": fingerprint, "options": {"split_seed": 3}}
+    run_json = {**RUN_DESCRIPTION, "splits": splits.to_dict(), "data_fingerprint": fingerprint}
+    run_json["options"] = {**run_json["options"], "split_seed": 3}
     (tmp_path / "search" / "run.json").write_text(json.dumps(run_json))
     if place == "elsewhere":
         (tmp_path / "search").rename(tmp_path / "other")

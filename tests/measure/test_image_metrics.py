@@ -78,7 +78,7 @@ def test_a_metric_is_sent_logged_and_tabled(tmp_path: Path) -> None:
     evaluation = judged()
     again = unpack(pack(evaluation.results), 5)
     folder = RunFolder(tmp_path)
-    folder.append("chunk", name="a", images=5, **pack_text(evaluation.results))
+    folder.append("chunk", name="a", start=0, images=5, **pack_text(evaluation.results))
     logged = unpack_text(folder.events()[0], 5)
     for results in (again, logged):
         assert list(results) == ["correct", "correct5", "margin"]
@@ -103,7 +103,7 @@ def test_what_was_written_before_a_metric_is_still_read(tmp_path: Path, monkeypa
 
 def test_the_log_of_an_earlier_version() -> None:
     """As format 1 has it: bits, the first image in the highest one, in base64."""
-    event = {"event": "chunk", "name": "c000", "correct": "wIA=", "correct5": "//8="}
+    event = {"event": "chunk", "name": "c000", "correct": "wIA=", "correct5": "/4A="}
     results = unpack_text(event, 9)
     assert results["correct"].tolist() == [True, True, *[False] * 6, True]
     assert results["correct5"].tolist() == [True] * 9

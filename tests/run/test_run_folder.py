@@ -4,13 +4,14 @@ import io
 import json
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from tests.conftest import DATA
+from tests.conftest import DATA, RUN_DESCRIPTION
 from vitq_ray.base.config import InputError
 from vitq_ray.commands.live_race import LiveRace
 from vitq_ray.commands.screen import SILENT, Terminal
@@ -36,10 +37,13 @@ def evaluation(correct: int, correct5: int, images: int = 10) -> Evaluation:
 
 def test_events_are_appended_line_by_line(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run", SEARCH)
-    folder.append("candidate", name="c0", setting={"mode": "ft1"})
+    folder.write_run(RUN_DESCRIPTION)
+    folder.append("candidate", name="c0", setting={"mode": "ft1"}, predicted_noise=0.5, same_as=None)
     folder.append("result", name="c0", images=3)
     begun, first, second = map(json.loads, (tmp_path / "run" / "trials.jsonl").read_text().splitlines())
-    assert begun == {"event": "begun", "format": 2, "vitq_ray": metadata.version("vitq_ray")}
+    assert len(begun.pop("check")) == 8
+    run = folder.read_run()["id"]
+    assert begun == {"event": "begun", "format": 3, "vitq_ray": metadata.version("vitq_ray"), "run": run}
     assert folder.events() == [first, second]
     assert (first["event"], first["setting"]) == ("candidate", {"mode": "ft1"})
     assert (second["event"], second["images"]) == ("result", 3)
@@ -47,24 +51,27 @@ def test_events_are_appended_line_by_line(tmp_path: Path) -> None:
 
 
 def test_a_folder_holds_one_run(tmp_path: Path) -> None:
-    RunFolder.create(tmp_path, SEARCH).write_run({"options": {}})
+    with RunFolder.create(tmp_path, SEARCH) as folder:
+        folder.write_run(RUN_DESCRIPTION)
+        folder.append("resumed")
     with pytest.raises(InputError, match="already holds a run; resume it, or choose another folder for the output"):
         RunFolder.create(tmp_path, SEARCH)
-    assert RunFolder.resume(tmp_path, SEARCH).read_run()["options"] == {}
+    assert RunFolder.resume(tmp_path, SEARCH).read_run()["options"] == RUN_DESCRIPTION["options"]
 
 
 def test_half_a_line_is_cut_off_and_a_bad_one_named(tmp_path: Path) -> None:
-    folder = RunFolder.create(tmp_path, SEARCH)
-    folder.write_run({})
-    folder.append("chunk", name="a")
-    with open(folder.log, "ab") as stream:
+    with RunFolder.create(tmp_path, SEARCH) as begun:
+        begun.write_run(RUN_DESCRIPTION)
+        begun.append("winner", name="a")
+    with open(begun.log.path, "ab") as stream:
         stream.write(b'{"event": "chu')
-    assert [e["name"] for e in RunFolder.resume(tmp_path, SEARCH).events()] == ["a"]
-    folder.append("chunk", name="b")
+    folder = RunFolder.resume(tmp_path, SEARCH)
+    assert [e["name"] for e in folder.events()] == ["a"]
+    folder.append("winner", name="b")
     assert [e["name"] for e in folder.events()] == ["a", "b"]
-    with open(folder.log, "ab") as stream:
+    with open(folder.log.path, "ab") as stream:
         stream.write(b"nonsense\n")
-    with pytest.raises(InputError, match=r"trials\.jsonl: line 4: not an event: b'nonsense'"):
+    with pytest.raises(InputError, match=r"trials\.jsonl: line 4: not an event: b'nonsense'; cut the log off .* -n 3"):
         folder.events()
 
 
@@ -151,7 +158,14 @@ def test_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> N
 # Resuming, and whose files they are ---------------------------------------------------------------------------------
 
 NEWER = {"format": 99, "versions": {"vitq_ray": "9.1"}}
-REFUSED = r"written by vitq_ray 9\.1 in format 99; this version reads formats up to 2"
+REFUSED = r"written by vitq_ray 9\.1 in format 99; this version reads formats up to 3"
+
+
+PARTS = {part: {"images": 10, "top1_correct": 4} for part in ("selection", "report", "val")}
+OWN: dict[str, dict[str, Any]] = {
+    SEARCH: {"winner": {"setting": {}}, "candidates": {}},
+    TRAINING: {"best_epoch": 0, "float": PARTS, "ptq": PARTS, "qat": PARTS},
+}
 
 
 def a_result(script: str) -> dict[str, object]:
@@ -164,6 +178,7 @@ def a_result(script: str) -> dict[str, object]:
         data_fingerprint="d",
         bad_images=[("a.jpg", "broken"), ("a.jpg", "broken")],
         seconds={"load": 0.5},
+        **OWN.get(script, {}),
         own=[1, 2],
     )
 
@@ -171,7 +186,7 @@ def a_result(script: str) -> dict[str, object]:
 def test_the_schema_of_a_result(tmp_path: Path) -> None:
     write_result(tmp_path, a_result(EVALUATION))
     found = read_result(tmp_path)
-    assert (found["format"], found["script"], found["images"], found["top1_correct"]) == (2, "evaluate", 10, 4)
+    assert (found["format"], found["script"], found["images"], found["top1_correct"]) == (3, "evaluate", 10, 4)
     assert found["bad_images"] == [{"image": "a.jpg", "reason": "broken"}]
     assert {"options", "setting", "weights_fingerprint", "data_fingerprint", "versions", "seconds"} <= set(found)
     assert found["own"] == [1, 2]
@@ -192,20 +207,23 @@ def test_an_old_evaluation_is_told_by_what_it_evaluated() -> None:
 
 @pytest.mark.parametrize(("mine", "other"), [(SEARCH, CALIBRATION), (SEARCH, TRAINING), (TRAINING, EVALUATION)])
 def test_a_result_of_another_script_does_not_finish_a_run(mine: str, other: str, tmp_path: Path) -> None:
-    folder = RunFolder.create(tmp_path, mine)
-    folder.write_run({"options": {}})
-    write_result(tmp_path, a_result(other))
-    assert not RunFolder.resume(tmp_path, mine).finished
+    with RunFolder.create(tmp_path, mine) as folder:
+        folder.write_run(RUN_DESCRIPTION)
+        write_result(tmp_path, a_result(other))
+    assert not RunFolder.find(tmp_path, mine).finished
+    write_result(tmp_path, a_result(mine))
+    assert not RunFolder.find(tmp_path, mine).finished, "nor does that of another run"
     folder.write_result(a_result(mine))
-    assert RunFolder.resume(tmp_path, mine).finished
+    assert RunFolder.find(tmp_path, mine).finished
 
 
 @pytest.mark.parametrize(("mine", "other"), [(SEARCH, TRAINING), (TRAINING, SEARCH)])
 def test_a_folder_of_another_script_is_refused(mine: str, other: str, tmp_path: Path) -> None:
-    RunFolder.create(tmp_path, other).write_run({"options": {}})
+    RunFolder(tmp_path, other).write_run(RUN_DESCRIPTION)
     with pytest.raises(InputError, match=f"holds a run of {other}, expected one of {mine}"):
         RunFolder.resume(tmp_path, mine)
-    (tmp_path / "run.json").write_text('{"options": {}}' if other == SEARCH else '{"options": {}, "script": "qat"}')
+    old = RUN_DESCRIPTION if other == SEARCH else {**RUN_DESCRIPTION, "script": "qat"}
+    (tmp_path / "run.json").write_text(json.dumps(old))
     with pytest.raises(InputError, match=f"holds a run of {other}, expected one of {mine}"):
         RunFolder.resume(tmp_path, mine)  # as format 1 has it
 
@@ -219,20 +237,22 @@ def test_files_of_a_newer_version_are_refused(tmp_path: Path) -> None:
         RunFolder.resume(tmp_path, SEARCH)
     with pytest.raises(InputError, match=rf"result\.json: {REFUSED}"):
         folder.read_result()
+    (tmp_path / "run.json").unlink()
     with pytest.raises(InputError, match=rf"trials\.jsonl: {REFUSED}"):
         folder.events()
 
 
 def test_a_log_without_a_first_line_is_of_format_1_and_goes_on(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    folder.log.write_text('{"event": "float", "time": 1.5}\n')
+    folder.log.path.write_text('{"event": "winner", "name": "c0", "time": 1.5}\n')
     folder.append("resumed")
-    assert [event["event"] for event in folder.events()] == ["float", "resumed"]
+    assert [event["event"] for event in folder.events()] == ["winner", "resumed"]
 
 
 @pytest.mark.parametrize("script", [SEARCH, TRAINING])
 def test_one_rule_of_resuming(script: str, tmp_path: Path) -> None:
-    begun = {"options": {"seed": 1, "workers": 2, "output": "a"}, "data_fingerprint": "d", "sizes": (1, 2)}
+    options = {"seed": 1, "workers": 2, "output": "a", "split_seed": 0, "calib_batchsz": 8}
+    begun = {**RUN_DESCRIPTION, "options": options, "sizes": (1, 2)}
     folder = RunFolder.create(tmp_path, script)
     folder.write_run(begun)
     free = {"workers", "output"}
@@ -240,11 +260,11 @@ def test_one_rule_of_resuming(script: str, tmp_path: Path) -> None:
     def now(**changes: object) -> dict[str, object]:
         return {**begun, **changes}
 
-    assert folder.require_same(now(options={"seed": 1, "workers": 3, "output": None}), free) is None
+    assert folder.require_same(now(options={**options, "workers": 3, "output": None}), free) is None
     what = {SEARCH: "search", TRAINING: "training"}[script]
     for changed, message in (
-        (now(options={"seed": 2, "workers": 2}), "options.seed: 1 there, 2 now"),
-        (now(options={"seed": 1, "new": 0}), "options.new: None there, 0 now"),
+        (now(options={**options, "seed": 2}), "options.seed: 1 there, 2 now"),
+        (now(options={**options, "new": 0}), "options.new: None there, 0 now"),
         (now(data_fingerprint="e"), "data_fingerprint: 'd' there, 'e' now"),
     ):
         with pytest.raises(InputError, match=f"this is another {what}: {message}"):
@@ -253,36 +273,39 @@ def test_one_rule_of_resuming(script: str, tmp_path: Path) -> None:
 
 
 def test_options_that_an_earlier_version_did_not_have_are_not_compared(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text('{"options": {"seed": 1}, "data_fingerprint": "d", "versions": {}}')
-    folder = RunFolder.resume(tmp_path, SEARCH)
-    folder.require_same({"options": {"seed": 1, "new": 0}, "data_fingerprint": "d"})
-    with pytest.raises(InputError, match=r"options\.seed: 1 there, 2 now"):
-        folder.require_same({"options": {"seed": 2, "new": 0}, "data_fingerprint": "d"})
+    (tmp_path / "run.json").write_text(json.dumps(RUN_DESCRIPTION))
+    folder, options = RunFolder.resume(tmp_path, SEARCH), RUN_DESCRIPTION["options"]
+    folder.require_same({**RUN_DESCRIPTION, "options": {**options, "new": 0}})
+    with pytest.raises(InputError, match=r"options\.split_seed: 0 there, 2 now"):
+        folder.require_same({**RUN_DESCRIPTION, "options": {**options, "split_seed": 2, "new": 0}})
 
 
 def test_paths_are_stored_so_that_a_run_can_be_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "one" / "run"
     paths = {"data_path": "one/run/data", "pretrained_dir": "vit.npz", "teacher": "s3://b/x", "from_run": None}
-    RunFolder.create(path, SEARCH).write_run({"options": {**paths, "seed": 1}})
+    own = {**RUN_DESCRIPTION["options"], "seed": 1}
+    with RunFolder.create(path, SEARCH) as begun:
+        begun.write_run({**RUN_DESCRIPTION, "options": {**paths, **own}})
+        begun.append("resumed")
     stored = json.loads((path / "run.json").read_text())
     assert stored["options"] == {
         "data_path": "data",
         "pretrained_dir": f"{tmp_path}/vit.npz",
         "teacher": "s3://b/x",
         "from_run": None,
-        "seed": 1,
+        **own,
     }
     (tmp_path / "one").rename(tmp_path / "two")
     monkeypatch.chdir("/")
     folder = RunFolder.resume(tmp_path / "two" / "run", SEARCH)
     options = folder.read_run()["options"]
     assert options == {**stored["options"], "data_path": f"{tmp_path}/two/run/data"}
-    assert folder.require_same({"options": options}) is None
+    assert folder.require_same({**RUN_DESCRIPTION, "options": options}) is None
     monkeypatch.chdir(tmp_path)
-    assert folder.require_same({"options": {**options, "pretrained_dir": "./vit.npz"}}) is None
+    assert folder.require_same({**RUN_DESCRIPTION, "options": {**options, "pretrained_dir": "./vit.npz"}}) is None
     with pytest.raises(InputError, match=r"options\.data_path: "):
-        folder.require_same({"options": {**options, "data_path": "one/run/data"}})
+        folder.require_same({**RUN_DESCRIPTION, "options": {**options, "data_path": "one/run/data"}})
 
 
 def test_relative_paths_of_earlier_versions_begin_at_the_working_directory(
@@ -290,5 +313,7 @@ def test_relative_paths_of_earlier_versions_begin_at_the_working_directory(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.json").write_text('{"options": {"data_path": "data"}}')
-    assert RunFolder(tmp_path / "run").read_run()["options"] == {"data_path": f"{tmp_path}/data"}
+    options = RUN_DESCRIPTION["options"]
+    old = {**RUN_DESCRIPTION, "options": {**options, "data_path": "data"}}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(old))
+    assert RunFolder(tmp_path / "run").read_run()["options"] == {**options, "data_path": f"{tmp_path}/data"}

@@ -13,7 +13,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from tests.conftest import make_setting
+from tests.conftest import RUN_DESCRIPTION, make_setting
 from vitq_ray.base.config import InputError
 from vitq_ray.calibration.scales import require_possible
 from vitq_ray.calibration.statistics import CalibrationStatistics, collect_statistics
@@ -145,7 +145,7 @@ def test_a_contest_made_from_its_log_goes_on(
     first = run(make(quant_vit, statistics, RunFolder(tmp_path / "cut")), stop_after)
     with open(tmp_path / "cut" / "trials.jsonl", "ab") as stream:
         stream.write(b'{"event": "chunk", "na')  # a kill in the middle of a line
-    (tmp_path / "cut" / "run.json").write_text("{}")
+    (tmp_path / "cut" / "run.json").write_text(json.dumps(RUN_DESCRIPTION))
     again = make(quant_vit, statistics, RunFolder.resume(tmp_path / "cut", SEARCH))
     assert run(again) == total - first, "nothing is repeated"
     assert again.race.leader() == whole.race.leader()
@@ -155,7 +155,7 @@ def test_a_contest_made_from_its_log_goes_on(
             assert np.array_equal(again.results[name][metric], values)
 
     def bare(folder: str) -> list[str]:
-        events = [{k: v for k, v in e.items() if k != "time"} for e in lines(tmp_path / folder)]
+        events = [{k: v for k, v in e.items() if k not in ("time", "check", "run")} for e in lines(tmp_path / folder)]
         return sorted(json.dumps(e) for e in events)
 
     assert bare("cut") == bare("whole"), "the log of a resumed run has each event once"
@@ -168,6 +168,43 @@ def test_a_log_of_other_settings_is_refused(
     other = ListProposals([replace(s, mode="trt") for s in SETTINGS])
     with pytest.raises(InputError, match=r"candidate c000 is 'ft1 max n=2 w8a8', but 'trt .*' is proposed now"):
         make(quant_vit, statistics, RunFolder(tmp_path), other)
+
+
+UNFIT: dict[str, tuple[str, dict[str, object]]] = {  # message: the first event of this kind says something else
+    "candidate c000: forecast noise 0.5, same as None there, 0.0020": ("candidate", {"predicted_noise": 0.5}),
+    "candidate c000: forecast noise 0.00200088, same as c009 there, 0.00200088": (
+        "candidate",
+        {"same_as": "c009"},
+    ),
+    "candidate c000: Setting: missing key 'act_bits'": ("candidate", {"setting": {}}),
+    "chunk of 'c0', which is no candidate before it": ("chunk", {"name": "c0"}),
+    "decision of 'c0', which is no candidate before it": ("decision", {"name": "c0"}),
+    "results of c000: candidate 'c000': results 20 to 40, 0 seen": ("chunk", {"start": 20}),
+    "results of c000: candidate 'c000': results -20 to 0": ("chunk", {"start": -20}),
+    "results of c000: correct: not base64": ("chunk", {"correct": "?"}),
+    "results of c000: correct: not the results of 20 images": ("chunk", {"correct": "AAAAAA=="}),
+    "results of c000: correct: not the results of 19 images": ("chunk", {"images": 19, "correct": "////"}),
+}
+
+
+@pytest.mark.parametrize("message", UNFIT)
+def test_a_log_that_does_not_fit_is_refused(
+    message: str, quant_vit: VisionTransformer, statistics: CalibrationStatistics, tmp_path: Path
+) -> None:
+    """Also where every line is sealed."""
+    folder = RunFolder(tmp_path)
+    run(make(quant_vit, statistics, folder))
+    events = folder.events()
+    folder.log.path.unlink()
+    kind, changes = UNFIT[message]
+    first = next(event for event in events if event["event"] == kind)
+    again = RunFolder(tmp_path)
+    for event in events:
+        again.append(**{k: v for k, v in {**event, **(changes if event is first else {})}.items() if k != "time"})
+    with pytest.raises(InputError) as caught:
+        make(quant_vit, statistics, again)
+    assert str(caught.value).startswith(f"{folder.log.path}: {message}")
+    assert str(caught.value).endswith("this run cannot be resumed, begin a new one")
 
 
 SPACE = SearchSpace(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -43,7 +44,7 @@ def require_int(name: str, value: Any, low: int, high: int | None = None) -> Non
 def is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
     """A finite int or float (no bool) in [low, high]."""
     is_real = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_real and abs(value) < math.inf and low <= value <= high  # NaN compares as False
+    return is_real and abs(value) <= sys.float_info.max and low <= value <= high  # NaN compares as False
 
 
 class Config:

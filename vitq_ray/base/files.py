@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +21,7 @@ from vitq_ray.base.uris import without_keys
 def resolve(path: str) -> tuple[fs.FileSystem, str]:
     """File system and path within it of a local path or a URI such as `s3://bucket/key`."""
     if "://" not in path:
-        return fs.LocalFileSystem(), str(Path(path).expanduser().absolute())
+        return fs.LocalFileSystem(), str(Path(path).absolute())
     try:
         found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(path)
         return found
@@ -59,6 +60,11 @@ def exists(path: str) -> bool:
         raise InputError(f"{path}: cannot be read: {one_line(error)}") from None
 
 
+def real_path(path: str) -> Path:
+    """Absolute, links followed; a loop of links is left as it is, where `Path.resolve` raises RuntimeError."""
+    return Path(os.path.realpath(path))
+
+
 def output_folder(path: str, option: str) -> Path:
     """Make a folder that results will be written to. InputError, naming the option, where that cannot be done."""
     if "://" in path:
@@ -83,25 +89,75 @@ def output_file(path: str, option: str) -> Path:
 
 
 def one_line(error: object) -> str:
-    """An error's message without line breaks, and without keys of URIs."""
-    return " ".join(without_keys(str(error)).split())
+    """An error's message without line breaks and keys of URIs; other control characters are spelled out."""
+    text = " ".join(without_keys(str(error)).split())
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def shortened(text: str, most: int = 600) -> str:
+    """A text that can be read at one look: of a longer one, the middle is left out."""
+    head = most * 2 // 3
+    return text if len(text) <= most else f"{text[:head]} … {text[len(text) - (most - head) :]}"
+
+
+class _Raw(io.FileIO):
+    """Remembers why it could not be written: PyTorch and Arrow raise errors of their own in its place."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Write to a temporary file beside `path`, renamed to it once complete and synced to disk."""
+    """Write to a temporary file beside `path`, renamed to it once complete and synced to disk.
+
+    OSError, naming `path`, where it cannot be written, such as on a full disk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", dir=path.parent)
+    raw = _Raw(handle, "wb")
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with io.BufferedWriter(raw) as stream:
             yield stream
             stream.flush()
-            os.fsync(stream.fileno())
+            os.fsync(raw.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
+        with suppress(OSError):
+            raw.close()
         os.unlink(temporary)
+        if raw.error is not None:
+            raise OSError(raw.error.errno, raw.error.strerror, str(path)) from None
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
+
+
+def append_whole(path: Path, data: bytes, sync: bool = True) -> None:
+    """Append all of `data` or nothing of it; with `sync` it is on disk when this returns.
+
+    OSError, naming `path`, where it cannot be written.
+    """
+    with open(path, "ab", buffering=0) as stream:
+        end = stream.tell()
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[stream.write(rest) :]
+            if sync:
+                os.fsync(stream.fileno())
+        except BaseException as error:
+            os.truncate(path, end)
+            if isinstance(error, OSError):
+                error.filename = str(path)
+            raise
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -12,13 +12,13 @@ from vitq_ray import __version__
 from vitq_ray.base.config import InputError
 
 FORMATS: dict[str, int] = {
-    "run": 2,  # run.json
-    "result": 2,  # result.json
-    "log": 2,  # trials.jsonl, in its first line
-    "statistics": 2,  # statistics.npz
+    "run": 3,  # run.json
+    "result": 3,  # result.json
+    "log": 3,  # trials.jsonl, in its first line
+    "statistics": 3,  # statistics.npz
     "sidecar": 3,  # <name>_calib.json, <name>_qat.json
-    "training state": 1,  # state.pt
-    "judgement": 2,  # judgement.json
+    "training state": 2,  # state.pt
+    "judgement": 3,  # judgement.json
     "steps": 2,  # steps.jsonl and epochs.jsonl, in their first line
 }
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import bisect
 import io
+import json
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
+from vitq_ray.base.files import one_line
 from vitq_ray.base.formats import require_format, stamp
+from vitq_ray.base.records import own_error
 from vitq_ray.calibration.histogram import Histogram, Range, StatisticsError
 from vitq_ray.quant.vit import observing, tensor_keys
 
@@ -148,8 +151,11 @@ class CalibrationStatistics:
         of_kind = [[STATISTICS[kind].width_of(value) for value in row] for kind, row in first.items()]
         return {key: max(widths) for key, *widths in zip(self.keys, *of_kind, strict=True)}
 
-    def to_bytes(self) -> bytes:
-        """An `.npz`, no pickle inside: for each kind the values of all tensors, segment after segment."""
+    def to_bytes(self, of: Mapping[str, str] | None = None) -> bytes:
+        """An `.npz`, no pickle inside: for each kind the values of all tensors, segment after segment.
+
+        `of` says what they are statistics of, e.g. fingerprints of the model and of the images.
+        """
         arrays: dict[str, Any] = {name: np.array(value) for name, value in stamp("statistics").items()}
         for kind, rows in self.kinds.items():
             packed = STATISTICS[kind].pack([value for row in rows for value in row])
@@ -162,22 +168,37 @@ class CalibrationStatistics:
             snapshots=np.array(self.snapshots, np.int64),
             batches=np.array(self.batches, np.int64),
             widths=np.array(list(self.widths().values()), np.float64),
+            of=np.array(json.dumps(dict(of or {}), sort_keys=True)),
             **arrays,
         )
         return buffer.getvalue()
 
     @staticmethod
-    def from_bytes(data: bytes, where: str = "statistics") -> CalibrationStatistics:
-        """The inverse of `to_bytes`. InputError, with `where` they come from, where the bytes are not that."""
+    def from_bytes(
+        data: bytes, where: str = "statistics", of: Mapping[str, str] | None = None
+    ) -> CalibrationStatistics:
+        """The inverse of `to_bytes`.
+
+        Raises:
+            InputError: with `where` they come from, where the bytes are not that, or, where `of` is given, where they
+                are statistics of something else.
+        """
         try:
+            if not zipfile.is_zipfile(io.BytesIO(data)):
+                raise ValueError("no archive of arrays")
             with np.load(io.BytesIO(data), allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             found = {"format": int(arrays["format"]), "vitq_ray": str(arrays.get("vitq_ray", ""))}
-            return CalibrationStatistics._of_arrays(arrays, require_format("statistics", where, found))
-        except (ValueError, KeyError, IndexError, EOFError, OSError, zipfile.BadZipFile) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{where}: not a readable statistics file: {error}") from None
+            number = require_format("statistics", where, found)
+            there = json.loads(str(arrays["of"])) if number > 2 else {}
+            for name, wanted in (of or {}).items():
+                if there.get(name) != wanted:
+                    raise own_error(where, "statistics", f"are those of other {name} than this run's")
+            return CalibrationStatistics._of_arrays(arrays, number)
+        except InputError:
+            raise
+        except Exception as error:  # damaged bytes make zipfile, zlib and NumPy raise nearly anything
+            raise own_error(where, "statistics", f"truncated or damaged ({one_line(error)[:200]})") from None
 
     @staticmethod
     def _of_arrays(arrays: Mapping[str, npt.NDArray[Any]], format_number: int) -> CalibrationStatistics:

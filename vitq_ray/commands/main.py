@@ -13,7 +13,15 @@ from importlib import import_module
 
 from vitq_ray import __version__
 from vitq_ray.base.config import InputError
-from vitq_ray.base.files import one_line
+from vitq_ray.base.files import one_line, shortened
+
+_CANNOT_WRITE = {
+    errno.ENOSPC: "disk full",
+    errno.EDQUOT: "disk quota used up",
+    errno.EFBIG: "file larger than the limit on files (ulimit -f, or the file system's)",
+    errno.EROFS: "the file system has become read-only",
+    errno.EIO: "the disk fails (input/output error)",
+}
 
 
 @dataclass(frozen=True)
@@ -110,8 +118,9 @@ def exit_code(work: Callable[[], None]) -> int:
     except DivergedError as error:
         return _fail(1, one_line(error))
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            return _fail(1, "disk full: nothing was left half written")
+        if error.errno in _CANNOT_WRITE:
+            where = "" if error.filename is None else f"{error.filename}: "
+            return _fail(1, f"{where}{_CANNOT_WRITE[error.errno]}; nothing was left half written")
         raise
     except KeyboardInterrupt:
         return _fail(130, "interrupted")
@@ -119,5 +128,5 @@ def exit_code(work: Callable[[], None]) -> int:
 
 
 def _fail(code: int, message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {shortened(message)}", file=sys.stderr)
     return code

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vitq_ray.base.config import InputError
+from vitq_ray.base.files import real_path
 from vitq_ray.commands.declare import Options
 from vitq_ray.commands.inputs import find_space
-from vitq_ray.run.folder import RunFolder
+from vitq_ray.run.folder import RUN, RunFolder
 
 O = TypeVar("O", bound=Options)  # noqa: E741
 
@@ -19,10 +20,9 @@ O = TypeVar("O", bound=Options)  # noqa: E741
 _FILES = frozenset({"pretrained_dir", "data_path", "teacher", "search_space", "from_run"})
 
 
-def stored_options(folder: str, script: str) -> dict[str, Any]:
-    """The options in a run's folder. InputError where it holds no run, or one of another script."""
-    options: dict[str, Any] = RunFolder.resume(Path(folder), script).read_run()["options"]
-    return options
+def stored_run(folder: str, script: str) -> dict[str, Any]:
+    """run.json of a run's folder. InputError where it holds no run, or one of another script."""
+    return RunFolder.find(Path(folder), script).read_run()
 
 
 def with_stored(options: O, stored: Mapping[str, Any], free: Collection[str]) -> O:
@@ -37,8 +37,12 @@ def with_stored(options: O, stored: Mapping[str, Any], free: Collection[str]) ->
                 f"{options.name_of(name)}: {now[name]} given, but {now['resume']} was started with {stored.get(name)}"
             )
     before = {name: stored[name] for name in options.declared() if name in stored and name not in ("resume", "output")}
+    try:
+        kept = type(options).of(before, options.typed).to_dict()
+    except InputError as error:
+        raise InputError(f"{Path(now['resume']) / RUN}: {error}") from None
     uris = [name for name in _FILES & options.given if "://" in getattr(options, name)]
-    merged = type(options).of({**before, **options.only({*free, *uris})}, options.typed)
+    merged = type(options).of({**kept, **options.only({*free, *uris})}, options.typed)
     return replace(merged, given=options.given & frozenset(free))
 
 
@@ -56,4 +60,4 @@ def _place(name: str, text: str) -> str:
     if name == "search_space":
         with suppress(InputError):
             text = find_space(text)
-    return str(Path(text).resolve())
+    return str(real_path(text))

@@ -35,8 +35,9 @@ from vitq_ray.commands.inputs import (
     with_sample,
 )
 from vitq_ray.commands.options import TrainOptions
+from vitq_ray.commands.outputs import require_apart
 from vitq_ray.commands.passes import IN_THIS_PROCESS
-from vitq_ray.commands.resume import stored_options, with_stored
+from vitq_ray.commands.resume import stored_run, with_stored
 from vitq_ray.commands.screen import (
     SILENT,
     Screen,
@@ -59,7 +60,7 @@ from vitq_ray.qat.state import EpochReport, QatOutcome, StepReport, epoch_row
 from vitq_ray.qat.task import Judgement, QatTask, Recorder, is_judged, read_judgement, run_task
 from vitq_ray.qat.teacher import TEACHER_LOGITS
 from vitq_ray.quant.vit import float_copy, scales_of
-from vitq_ray.run.folder import RunFolder, default_folder, read_bad_images, record_bad_images
+from vitq_ray.run.folder import RunFolder, read_bad_images, record_bad_images
 from vitq_ray.run.results import SEARCH, TRAINING, Stopwatch, left_out_rows, result_of, versions
 
 # What may differ between a run and its continuation: it does not change what is computed. Images may have moved: their
@@ -117,19 +118,28 @@ def train(options: TrainOptions, screen: Screen = SILENT) -> TrainResult:
     """
     watch = Stopwatch()
     options = complete(options, screen)
-    job = prepare(options, watch, screen)
-    path = job.folder.path
-    begin(job, screen)
+    device, config = device_of(options), config_of(options)
+    with run_folder(options) as folder:
+        job = prepare(options, folder, device, config, watch, screen)
+        begin(job, screen)
+        return train_in_folder(job, watch, screen)
+
+
+def train_in_folder(job: TrainJob, watch: Stopwatch, screen: Screen) -> TrainResult:
+    """All of a training, in its folder."""
+    options, path = job.options, job.folder.path
     if options.resume is not None and job.folder.finished and is_judged(job.task):
         screen.say(f"{path}: this training is finished; its outcome is in {path / 'result.json'}")
         return TrainResult.of(path, path / f"{checkpoint_name(options)}_qat.pth", job.folder.read_result())
+    job.folder.take()  # also of a run that was finished, but is not judged
     try:
         with ray_if_needed(options) as url:
             screen.say(f"run folder {path}" + dashboard_hint(url))
             with watch.stage("train"):
                 outcome = run(job, screen)
     except KeyboardInterrupt:
-        screen.interrupted(path)
+        if job.folder.has_work:
+            screen.interrupted(path)
         raise
     judgement = read_judgement(path)
     checkpoint, sidecar = save(job, outcome, judgement)
@@ -157,12 +167,13 @@ def begin(job: TrainJob, screen: Screen) -> None:
 def complete(options: TrainOptions, screen: Screen) -> TrainOptions:
     """The options with those of a resumed run, the sample and whether there is a teacher filled in, and checked."""
     if options.resume is not None:
-        options = with_stored(options, stored_options(options.resume, TRAINING), FREE_OPTIONS)
+        options = with_stored(options, stored_run(options.resume, TRAINING)["options"], FREE_OPTIONS)
     of_sample = options.pretrained_dir is None and options.data_path is None
     options = with_sample(options, screen)
     if options.distill is None:
         options = replace(options, distill=of_sample or options.teacher is not None)
     combinations.require_used(options, combinations.TRAIN)
+    require_apart(options)
     if {"batch_size", "global_batch_size"} <= options.given:
         one, other = (f"{options.name_of(n)} {getattr(options, n)}" for n in ("batch_size", "global_batch_size"))
         screen.warn(f"{one} does nothing: {other} says how many images a step has")
@@ -172,7 +183,8 @@ def complete(options: TrainOptions, screen: Screen) -> TrainOptions:
 def run_folder(options: TrainOptions) -> RunFolder:
     if options.resume is not None:
         return RunFolder.resume(Path(options.resume), TRAINING)
-    return RunFolder.create(Path(options.output) if options.output else default_folder(TRAINING), TRAINING)
+    output = Path(options.output) if options.output else None
+    return RunFolder.create(output, TRAINING, options.name_of("output"))
 
 
 def config_of(options: TrainOptions) -> QatConfig:
@@ -191,10 +203,10 @@ def config_of(options: TrainOptions) -> QatConfig:
 # What a run works with ----------------------------------------------------------------------------------------------
 
 
-def prepare(options: TrainOptions, watch: Stopwatch, screen: Screen) -> TrainJob:
+def prepare(
+    options: TrainOptions, folder: RunFolder, device: torch.device, config: QatConfig, watch: Stopwatch, screen: Screen
+) -> TrainJob:
     """Check every option and open every file; calibrate if the checkpoint is a float one."""
-    device, config = device_of(options), config_of(options)
-    folder = run_folder(options)
     start = load_start(options, folder.path, watch, screen)
     require_batch_fits(options, start.loaded.geometry, config.micro_batch, sees_attention=True)
     with watch.stage("load"):

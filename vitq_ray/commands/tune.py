@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vitq_ray.base.config import InputError
 from vitq_ray.base.files import write_json
+from vitq_ray.base.records import own_error
 from vitq_ray.calibration.setting import Setting, read_setting
 from vitq_ray.calibration.statistics import CalibrationStatistics
 from vitq_ray.cluster.images import ImageStore, StoredImages
@@ -32,11 +33,12 @@ from vitq_ray.commands.inputs import checkpoint_name
 from vitq_ray.commands.live_race import LiveRace
 from vitq_ray.commands.options import TuneOptions
 from vitq_ray.commands.passes import Workers, collector
-from vitq_ray.commands.resume import stored_options, with_stored
+from vitq_ray.commands.resume import stored_run, with_stored
 from vitq_ray.commands.screen import SILENT, Screen, accuracy_of, dashboard_hint, seconds_line
 from vitq_ray.commands.tune_job import (
     FREE_OPTIONS,
     TuneJob,
+    calibrated_on,
     describe,
     object_store_bytes,
     prepare,
@@ -50,10 +52,12 @@ from vitq_ray.measure.evaluation import Evaluation, evaluate, evaluate_variants,
 from vitq_ray.measure.metrics import pack_text, unpack_text
 from vitq_ray.measure.racing import Decision, Race, Verdict
 from vitq_ray.models.checkpoint import save_calibrated
-from vitq_ray.quant.vit import apply_plan, frozen_weights, quantizers_off
-from vitq_ray.run.folder import RunFolder, default_folder, record_bad_images
+from vitq_ray.quant.vit import apply_plan, frozen_weights, quantizers_off, tensor_keys
+from vitq_ray.run.folder import RUN, RunFolder, record_bad_images
+from vitq_ray.run.log import Log
 from vitq_ray.run.results import SEARCH
 from vitq_ray.search.contest import Candidate, Contest, Listeners, race_rules
+from vitq_ray.search.space import SearchSpace
 
 
 @dataclass(frozen=True)
@@ -86,14 +90,23 @@ def tune(options: TuneOptions, screen: Screen = SILENT) -> TuneResult:
     Raises InputError for what is wrong with options, checkpoint or images.
     """
     began = time.perf_counter()
+    space = None
     if options.resume is not None:
-        options = with_stored(options, stored_options(options.resume, SEARCH), FREE_OPTIONS)
-    job = prepare(options, screen)
-    folder = open_folder(job, screen)
-    name = checkpoint_name(job.options)
+        stored = stored_run(options.resume, SEARCH)
+        if "search_space" not in options.given:  # nothing is executed that the user has not named
+            space = SearchSpace.from_dict(stored["search_space"], str(Path(options.resume) / RUN))
+        options = with_stored(options, stored["options"], FREE_OPTIONS)
+    job = prepare(options, screen, space)
+    with open_folder(job, screen) as folder:
+        return search(job, folder, began, screen)
+
+
+def search(job: TuneJob, folder: RunFolder, began: float, screen: Screen) -> TuneResult:
+    """All of a search, in its folder; `began` is `time.perf_counter()` of the start of the command."""
+    options, name = job.options, checkpoint_name(job.options)
     if folder.finished:
         screen.say(f"{folder.path}: this search is finished; its outcome is in {folder.path / 'result.json'}")
-        return TuneResult.of(folder.path, name, job.options.calib_batchsz, folder.read_result())
+        return TuneResult.of(folder.path, name, options.calib_batchsz, folder.read_result())
     store = object_store_bytes(job)
     try:
         with cluster(options.ray_address, object_store_bytes=store, dashboard=options.dashboard) as ray_cluster:
@@ -101,9 +114,10 @@ def tune(options: TuneOptions, screen: Screen = SILENT) -> TuneResult:
             screen.say(f"run folder {folder.path}" + dashboard_hint(ray_cluster.dashboard_url))
             result = run(job, folder, screen)
     except KeyboardInterrupt:
-        screen.interrupted(folder.path)
+        if folder.has_work:
+            screen.interrupted(folder.path)
         raise
-    return TuneResult.of(folder.path, name, job.options.calib_batchsz, result)
+    return TuneResult.of(folder.path, name, options.calib_batchsz, result)
 
 
 def open_folder(job: TuneJob, screen: Screen) -> RunFolder:
@@ -116,7 +130,8 @@ def open_folder(job: TuneJob, screen: Screen) -> RunFolder:
         if not folder.finished:
             folder.append("resumed")
         return folder
-    folder = RunFolder.create(Path(options.output) if options.output else default_folder(SEARCH), SEARCH)
+    output = Path(options.output) if options.output else None
+    folder = RunFolder.create(output, SEARCH, options.name_of("output"))
     folder.write_run(description)
     return folder
 
@@ -162,7 +177,7 @@ def run(job: TuneJob, folder: RunFolder, screen: Screen) -> dict[str, Any]:
 def calibrate(job: TuneJob, folder: RunFolder, metrics: Metrics, screen: Screen) -> CalibrationStatistics:
     """Statistics of the calibration images, with a snapshot at every batch count of the space."""
     if folder.statistics.exists():
-        return CalibrationStatistics.from_bytes(folder.statistics.read_bytes(), str(folder.statistics))
+        return read_statistics(job, folder)
     options, size = job.options, job.options.calib_batchsz
     batches = job.stream(job.calib, job.splits.calibration, size)
     workers = Workers(
@@ -181,7 +196,16 @@ def calibrate(job: TuneJob, folder: RunFolder, metrics: Metrics, screen: Screen)
             job.bad_images,
         ).statistics
     record_bad_images(folder.path, list(job.bad_images))  # a resumed search does not read these images again
-    folder.write_statistics(statistics.to_bytes())
+    folder.write_statistics(statistics, calibrated_on(job))
+    return statistics
+
+
+def read_statistics(job: TuneJob, folder: RunFolder) -> CalibrationStatistics:
+    """Those of the run's folder. InputError where they are damaged, of something else, or not all that is needed."""
+    statistics = folder.read_statistics(calibrated_on(job))
+    if statistics.keys != tensor_keys(job.model) or not set(job.snapshots) <= set(statistics.snapshots):
+        problem = "are not of the tensors and batches that this search needs"
+        raise own_error(folder.statistics, "statistics", problem)
     return statistics
 
 
@@ -198,18 +222,21 @@ def evaluate_float(job: TuneJob, folder: RunFolder, screen: Screen) -> tuple[Sto
         for _ in batches:
             pass
         images = store.stored()
-        return images, _float_from(logged[-1], images)
+        return images, _float_from(logged[-1], images, folder.log)
     with quantizers_off(job.model):
         baseline = evaluate(job.model, batches, job.to_input)
     folder.append("float", sample_ids=baseline.sample_ids.tolist(), **pack_text(baseline.results))
     return store.stored(), baseline
 
 
-def _float_from(event: Mapping[str, Any], images: StoredImages) -> Evaluation:
+def _float_from(event: Mapping[str, Any], images: StoredImages, log: Log) -> Evaluation:
     """The float model's results as logged; the same images must have been readable then as now."""
     if event["sample_ids"] != images.sample_ids.tolist():
         raise InputError("selection: other images can be read now than when the run was begun")
-    return Evaluation(images.sample_ids, images.labels, unpack_text(event, len(images)))
+    try:
+        return Evaluation(images.sample_ids, images.labels, unpack_text(event, len(images)))
+    except InputError as error:
+        raise log.error(None, f"results of the float model: {error}") from None
 
 
 def race(

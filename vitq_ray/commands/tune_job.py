@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from vitq_ray.base.config import InputError
 from vitq_ray.calibration.calibrators import CALIBRATORS
 from vitq_ray.calibration.scales import NOISE_NEEDS, kinds_of, require_all_possible, require_possible
-from vitq_ray.calibration.setting import Calibration, Rule, Setting, Technique, read_setting, require_sites
+from vitq_ray.calibration.setting import Setting, read_setting, require_sites
 from vitq_ray.cluster.stream import stream_batches
 from vitq_ray.cluster.trials import Resources, nodes_for
 from vitq_ray.commands import combinations
@@ -29,6 +31,7 @@ from vitq_ray.commands.inputs import (
     with_sample,
 )
 from vitq_ray.commands.options import MOST_SELECTION_IMAGES, TuneOptions, parameters
+from vitq_ray.commands.outputs import require_apart
 from vitq_ray.commands.screen import Screen, warn_of_left_out
 from vitq_ray.data.loader import Batch
 from vitq_ray.data.samples import Ids, SampleIndex
@@ -123,11 +126,12 @@ class TuneJob:
         return len(self.splits.selection) * self.loaded.geometry.img_size**2 * 3
 
 
-def prepare(options: TuneOptions, screen: Screen) -> TuneJob:
-    """Check every option and open every file."""
+def prepare(options: TuneOptions, screen: Screen, space: SearchSpace | None = None) -> TuneJob:
+    """Check every option and open every file. `space` is that of a run that goes on; else its file is executed."""
     combinations.require_used(options, combinations.TUNE)
     options = with_batches_of_run(with_sample(options, screen))
-    space, defaults = load_space(find_space(options.search_space)), options.setting
+    require_apart(options)
+    space, defaults = space or load_space(find_space(options.search_space)), options.setting
     require_used_with(options, space)
     if options.from_run is None:
         proposals(
@@ -191,8 +195,8 @@ def require_used_with(options: TuneOptions, space: SearchSpace) -> None:
     for name, key in combinations.SETTING_FIELDS.items():
         if name in options.given and key in space.choices:
             raise combinations.idle_error(options, name, f"{what} ({{search_space}}) lists {key}")
-    calibrators = {str(calibrator).split()[0] for calibrator in space.values(options.setting)["calibrator"]}
-    taken = {parameter.name for name in calibrators for parameter in CALIBRATORS[name].parameters}
+    bare = [c for c in space.values(options.setting)["calibrator"] if isinstance(c, str) and c in CALIBRATORS]
+    taken = {parameter.name for name in bare for parameter in CALIBRATORS[name].parameters}
     for name in parameters():
         if name in options.given and name not in taken:
             raise combinations.idle_error(options, name, f"no calibrator of {what} takes it")
@@ -332,15 +336,10 @@ def require_trainable(job: TuneJob, space: QatSpace) -> None:
 
 def describe(job: TuneJob) -> dict[str, Any]:
     """run.json: everything that decides the outcome."""
-    splits, space = job.splits, job.space
     return {
         "options": job.options.to_dict(),
-        "search_space": {
-            "name": space.name,
-            "choices": {name: [_as_written(value) for value in values] for name, values in space.choices.items()},
-            "qat": None if space.qat is None else space.qat.to_dict(),
-        },
-        "splits": splits.to_dict(),
+        "search_space": job.space.to_dict(),
+        "splits": job.splits.to_dict(),
         "weights_fingerprint": job.loaded.fingerprint,
         "data_fingerprint": job.val.fingerprint,
         "calibration_fingerprint": job.calib.fingerprint,
@@ -348,11 +347,16 @@ def describe(job: TuneJob) -> dict[str, Any]:
     }
 
 
-def _as_written(value: Any) -> Any:
-    """A value of a space as JSON has it: calibrators and rules, which a space may hold as objects, as their texts."""
-    if isinstance(value, tuple | list):
-        return [_as_written(item) for item in value]
-    return str(value) if isinstance(value, Calibration | Rule | Technique) else value
+def calibrated_on(job: TuneJob) -> dict[str, str]:
+    """What statistics are of: model, data, and which images of it in which batches, prepared how."""
+    t = job.transform
+    images = [job.splits.calibration.tolist(), job.options.calib_batchsz, t.size, t.mean, t.std, t.interpolation]
+    images.append(t.crop_pct)
+    return {
+        "weights": job.loaded.fingerprint,
+        "data": job.calib.fingerprint,
+        "images": hashlib.sha256(json.dumps(images).encode()).hexdigest(),
+    }
 
 
 def sidecar_of_search(job: TuneJob, setting: Setting, plan: Plan, accuracy: dict[str, Any]) -> Sidecar:

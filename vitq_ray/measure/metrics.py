@@ -20,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from vitq_ray.base.config import InputError
+
 Column = npt.NDArray[Any]
 Results = Mapping[str, Column]  # {metric: (images,) values}
 
@@ -96,8 +98,25 @@ def pack_text(results: Results) -> dict[str, str]:
 
 
 def unpack_text(event: Mapping[str, Any], images: int) -> dict[str, Column]:
-    """The inverse of `pack_text`; an event may hold other entries, too."""
-    return unpack({name: base64.b64decode(event[name]) for name in METRICS if name in event}, images)
+    """The inverse of `pack_text`; an event may hold other entries, too.
+
+    Raises InputError where a text is not base64, or not that of `images` images.
+    """
+    packed = {name: _decoded(name, event[name], METRICS[name], images) for name in METRICS if name in event}
+    return unpack(packed, images)
+
+
+def _decoded(name: str, text: Any, metric: Metric, images: int) -> bytes:
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (ValueError, TypeError):
+        raise InputError(f"{name}: not base64") from None
+    flags = np.dtype(metric.dtype) == np.bool_
+    size = -(-images // 8) if flags else images * np.dtype(metric.dtype).itemsize
+    spare = data[-1] & (0xFF >> (images - 1) % 8 + 1) if flags and data and images % 8 else 0
+    if len(data) != size or spare:
+        raise InputError(f"{name}: not the results of {images} images")
+    return data
 
 
 def _pack(values: Column) -> bytes:

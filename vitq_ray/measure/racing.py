@@ -171,7 +171,7 @@ class Race:
         """
         runner = self._by_name[name]
         end = start + len(correct)
-        if start > runner.seen or end > self.rules.images:
+        if not 0 <= start <= runner.seen or end > self.rules.images:
             raise ValueError(f"candidate {name!r}: results {start} to {end}, {runner.seen} seen")
         if end <= runner.seen:
             return False

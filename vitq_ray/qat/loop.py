@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
+from vitq_ray.base.records import checked
 from vitq_ray.data.loader import Batch
 from vitq_ray.data.transforms import TrainTransform, Transform
 from vitq_ray.measure.evaluation import Counts, NonFiniteLogitsError
@@ -46,13 +47,14 @@ from vitq_ray.qat.ranks import (
 )
 from vitq_ray.qat.recipe import QatConfig
 from vitq_ray.qat.state import (
+    STATE,
     EpochReport,
     Progress,
     QatOutcome,
     StepReport,
     best_path,
     load_state,
-    progress_of,
+    load_weights,
     read_outcome,
     save_state,
     save_tensors,
@@ -197,9 +199,10 @@ def _restore(run: _Run, folder: Path, identity: Mapping[str, Any]) -> Progress:
     state = load_state(folder, identity)
     if state is None:
         return Progress()
-    run.student.load_state_dict(state["model"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    return progress_of(state["progress"])
+    path = folder / STATE
+    load_weights(run.student, state.model, path, "training state")
+    checked(path, "training state", lambda: run.optimizer.load_state_dict(state.optimizer))
+    return state.progress
 
 
 def _train_epoch(

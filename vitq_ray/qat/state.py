@@ -7,6 +7,7 @@ images. Nothing random is in the state: every random choice is a function of (se
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +19,12 @@ from torch import Tensor, nn
 from vitq_ray.base.config import InputError
 from vitq_ray.base.files import atomic_file
 from vitq_ray.base.formats import require_format, stamp
+from vitq_ray.base.records import Schema, checked, own_error, require_whole
 from vitq_ray.measure.evaluation import Counts
 
 State = dict[str, Tensor]
+STATE = "state.pt"
+BEST = "best weights"  # the kind of best-<epoch>.pt
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def save_state(folder: Path, identity: Mapping[str, Any], progress: Progress, mo
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
-    save_tensors(folder / "state.pt", state)
+    save_tensors(folder / STATE, state)
     for old in folder.glob("best-*.pt"):
         if old != best_path(folder, progress.best.epoch):
             old.unlink(missing_ok=True)
@@ -105,8 +109,24 @@ def save_tensors(path: Path, value: Any) -> None:
         torch.save(value, stream)
 
 
-def load_tensors(path: Path) -> Any:
+def load_tensors(path: Path, kind: str) -> dict[str, Any]:
+    """What `save_tensors` wrote of a file of this kind, a key of `REMEDIES`. InputError where it is not whole."""
+    values = checked(path, kind, lambda: _load_whole(path))
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise own_error(path, kind, f"expected a dictionary, found {type(values).__name__}")
+    return values
+
+
+def _load_whole(path: Path) -> Any:
+    with zipfile.ZipFile(path) as archive:
+        if (member := archive.testzip()) is not None:  # PyTorch does not look at the checksums
+            raise ValueError(f"the checksum of {member} does not fit")
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def load_weights(module: nn.Module, values: Any, path: Path, kind: str) -> None:
+    """Let a module have the weights that a file of ours holds. InputError where they are of another model."""
+    checked(path, kind, lambda: module.load_state_dict(values))
 
 
 def _progress_to_json(progress: Progress) -> str:
@@ -114,8 +134,12 @@ def _progress_to_json(progress: Progress) -> str:
 
 
 def progress_of(text: str) -> Progress:
+    """The inverse; ValueError, KeyError or TypeError where the text is not that."""
     values = json.loads(text)
-    return Progress(**{**values, "history": [epoch_of(row) for row in values["history"]]})
+    progress = Progress(**{**values, "history": [epoch_of(row) for row in values["history"]]})
+    if progress.history and not any(report.best for report in progress.history):
+        raise ValueError("no epoch is the best")
+    return progress
 
 
 def epoch_row(report: EpochReport) -> dict[str, Any]:
@@ -127,19 +151,37 @@ def epoch_of(row: Mapping[str, Any]) -> EpochReport:
     return EpochReport(**{**row, "selection": Counts.from_dict(row["selection"])})
 
 
-def _read_state(path: Path) -> dict[str, Any]:
-    state: dict[str, Any] = load_tensors(path)
-    require_format("training state", str(path), state)
-    return state
+_STATE: Schema = {"identity": str, "progress": str, "model": dict, "optimizer": dict}
 
 
-def load_state(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class TrainingState:
+    """What state.pt holds."""
+
+    identity: Mapping[str, Any]
+    progress: Progress
+    model: State
+    optimizer: dict[str, Any]
+
+
+def _read_state(path: Path) -> TrainingState:
+    """InputError where the file is not whole, or a newer version wrote it."""
+    kind = "training state"
+    values = load_tensors(path, kind)
+    require_format(kind, str(path), values)
+    require_whole(path, kind, values, _STATE)
+    identity = checked(path, kind, lambda: dict(json.loads(values["identity"])))
+    progress = checked(path, kind, lambda: progress_of(values["progress"]))
+    return TrainingState(identity, progress, values["model"], values["optimizer"])
+
+
+def load_state(folder: Path, identity: Mapping[str, Any]) -> TrainingState | None:
     """The state in a folder, or None. InputError naming the difference if it is that of another run."""
-    path = folder / "state.pt"
+    path = folder / STATE
     if not path.exists():
         return None
     state = _read_state(path)
-    require_same(json.loads(state["identity"]), json.loads(json.dumps(identity)), str(folder))
+    require_same(state.identity, json.loads(json.dumps(identity)), str(folder))
     return state
 
 
@@ -152,6 +194,12 @@ def require_same(stored: Mapping[str, Any], given: Mapping[str, Any], where: str
 
 def read_outcome(folder: Path) -> QatOutcome:
     """What the training whose state lies in a folder has led to so far."""
-    progress = progress_of(_read_state(folder / "state.pt")["progress"])
-    best = progress.best.epoch
-    return QatOutcome(tuple(progress.history), best, load_tensors(best_path(folder, best)))
+    state = _read_state(folder / STATE)
+    if not state.progress.history:
+        raise own_error(folder / STATE, "training state", "no epoch is done")
+    best = state.progress.best.epoch
+    weights = load_tensors(best_path(folder, best), BEST)
+    shapes = {name: tensor.shape for name, tensor in state.model.items()}
+    if shapes != {name: getattr(tensor, "shape", None) for name, tensor in weights.items()}:
+        raise own_error(best_path(folder, best), BEST, f"are not weights of the model of {STATE}")
+    return QatOutcome(tuple(state.progress.history), best, weights)

@@ -17,8 +17,9 @@ from typing import Any, Protocol
 import numpy as np
 from torch import nn
 
-from vitq_ray.base.files import write_json
+from vitq_ray.base.files import append_whole
 from vitq_ray.base.formats import require_format, stamp
+from vitq_ray.base.records import Schema, read_sealed, require_whole, write_sealed
 from vitq_ray.data.samples import Ids
 from vitq_ray.measure.evaluation import Counts, Evaluation
 from vitq_ray.models.checkpoint import CalibratedModel
@@ -37,6 +38,8 @@ from vitq_ray.qat.state import (
 from vitq_ray.quant.vit import float_copy, frozen_weights
 
 JUDGEMENT = "judgement.json"
+_COUNTS: Schema = {"images": int, "top1_correct": int}
+_MODELS: Schema = {name: dict.fromkeys(("selection", "report", "val"), _COUNTS) for name in ("float", "ptq", "qat")}
 Judgement = dict[str, dict[str, Counts]]
 
 
@@ -84,7 +87,7 @@ def run_task(
     judgement = judge(task, outcome, read, ranks)
     if ranks.is_first:
         rows = {name: {part: c.to_dict() for part, c in parts.items()} for name, parts in judgement.items()}
-        write_json(task.folder / JUDGEMENT, {**stamp("judgement"), "models": rows})
+        write_sealed(task.folder / JUDGEMENT, {**stamp("judgement"), "models": rows})
     return outcome
 
 
@@ -122,8 +125,10 @@ def _parts(task: QatTask, evaluation: Evaluation) -> dict[str, Counts]:
 def read_judgement(folder: Path) -> Judgement:
     """What `run_task` left in its folder."""
     path = folder / JUDGEMENT
-    values = json.loads(path.read_text())
-    rows = values if require_format("judgement", str(path), values) == 1 else values["models"]
+    values = read_sealed(path, "judgement", {})
+    values = {"models": values} if values["format"] == 1 else values
+    require_whole(path, "judgement", values, {"models": _MODELS})
+    rows = {name: values["models"][name] for name in _MODELS}
     return {name: {part: Counts.from_dict(c) for part, c in parts.items()} for name, parts in rows.items()}
 
 
@@ -153,10 +158,9 @@ class Recorder:
             self._meter.epoch(report)
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
-        with open(self._folder / name, "a") as stream:
-            if stream.tell() == 0:
-                stream.write(json.dumps(stamp("steps")) + "\n")
-            stream.write(json.dumps(row, allow_nan=False) + "\n")
+        path = self._folder / name
+        rows = [row] if path.exists() and path.stat().st_size else [stamp("steps"), row]
+        append_whole(path, "".join(json.dumps(r, allow_nan=False) + "\n" for r in rows).encode(), sync=False)
 
 
 class Follower:

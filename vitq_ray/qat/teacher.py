@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from vitq_ray.base.records import checked, own_error
 from vitq_ray.data.loader import Batch
 from vitq_ray.qat.ranks import EVAL_BATCH, QatData, Ranks, Reader
 from vitq_ray.qat.recipe import QatConfig
@@ -71,7 +72,10 @@ def teacher_table(
         if ranks.is_first:
             os.replace(partial, path)
         ranks.barrier()
-    table: npt.NDArray[np.float32] = np.load(path, mmap_mode="r")
+    table: npt.NDArray[np.float32] = checked(path, "teacher's logits", lambda: np.load(path, mmap_mode="r"))
+    wanted = (len(data.train), num_classes)
+    if table.shape != wanted or table.dtype != np.float32:
+        raise own_error(path, "teacher's logits", f"holds {table.dtype} {table.shape}, expected float32 {wanted}")
     return table
 
 

@@ -10,7 +10,6 @@ Files of format 1 do not all say which script wrote them; `script_of` tells from
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,14 +20,19 @@ from pathlib import Path
 from typing import Any
 
 from vitq_ray import __version__
-from vitq_ray.base.config import InputError
-from vitq_ray.base.files import write_json
-from vitq_ray.base.formats import FORMATS, require_format
+from vitq_ray.base.formats import FORMATS
+from vitq_ray.base.records import Schema, read_sealed, require_whole, write_sealed
 from vitq_ray.data.samples import SampleIndex
 from vitq_ray.measure.evaluation import Counts, Evaluation
 
 CALIBRATION, EVALUATION, SEARCH, TRAINING = "calib", "evaluate", "tune_calib", "qat"  # names of the scripts
 RESULT = "result.json"
+_COUNTS: Schema = {"images": int, "top1_correct": int}
+_PARTS: Schema = dict.fromkeys(("selection", "report", "val"), _COUNTS)
+SCHEMAS: dict[str, Schema] = {  # what a script's own result has beside the counts
+    SEARCH: {"winner": {"setting": dict}, "candidates": dict},
+    TRAINING: {"best_epoch": int, **dict.fromkeys(("float", "ptq", "qat"), _PARTS)},
+}
 
 
 def result_of(
@@ -67,30 +71,20 @@ def result_of(
 
 
 def write_result(folder: Path, result: Mapping[str, Any]) -> None:
-    write_json(folder / RESULT, result)
+    write_sealed(folder / RESULT, result)
 
 
 def read_result(folder: Path) -> dict[str, Any]:
     """result.json of a folder, of any format up to ours; `format` and `script` are always there.
 
     Raises:
-        InputError: where there is none, it is not JSON, or a newer version wrote it.
+        InputError: where there is none, it is damaged, or a newer version wrote it.
     """
-    values = read_own_json(folder / RESULT, "result")
-    return {**values, "script": script_of(values)}
-
-
-def read_own_json(path: Path, kind: str) -> dict[str, Any]:
-    """A JSON file that we wrote, of a kind of `FORMATS`, with its `format`. InputError where it is not that."""
-    try:
-        values = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return {**values, "format": require_format(kind, str(path), values)}
+    path = folder / RESULT
+    values = read_sealed(path, "result", _COUNTS)
+    script = script_of(values)
+    require_whole(path, "result", values, SCHEMAS.get(script, {}))
+    return {**values, "script": script}
 
 
 def script_of(result: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ decisions, and goes on from there. No Ray, no clock: see `racing`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,8 @@ from vitq_ray.measure.racing import Decision, Race, RaceRules, standings
 from vitq_ray.quant.plan import Plan
 from vitq_ray.run.folder import RunFolder
 from vitq_ray.search.proposals import Proposals
+
+_SAME_NOISE = 1e-3  # relative: other processors round differently
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Contest:
         self._proposals = proposals
         self._folder = folder
         self._listeners = listeners
-        self._logged = _Log.of(folder.events())
+        self._logged = _Log.of(folder)
         self._first_with: dict[str, str] = {}
         self._round: list[Candidate] = []
         self._handed_out: set[str] = set()
@@ -188,12 +191,24 @@ class Contest:
                 same_as=candidate.same_as,
             )
             return
-        found = require_format("log", str(self._folder.log), logged)
-        if (known := read_setting(logged["setting"], found, candidate.setting.batch_size)) != candidate.setting:
-            raise InputError(
-                f"{self._folder.log}: candidate {candidate.name} is {known.label!r}, "
-                f"but {candidate.setting.label!r} is proposed now; this run cannot be resumed"
+        self._require_as_logged(candidate, logged)
+
+    def _require_as_logged(self, candidate: Candidate, logged: Mapping[str, Any]) -> None:
+        """What is proposed now must be what was proposed then, and be forecast to do as well."""
+        log, name = self._folder.log, candidate.name
+        found = require_format("log", str(log.path), logged)
+        try:
+            known = read_setting(logged["setting"], found, candidate.setting.batch_size)
+        except InputError as error:
+            raise log.error(None, f"candidate {name}: {error}") from None
+        if known != candidate.setting:
+            raise log.error(
+                None, f"candidate {name} is {known.label!r}, but {candidate.setting.label!r} is proposed now"
             )
+        then, now = logged["predicted_noise"], candidate.noise
+        if not math.isclose(then, now, rel_tol=_SAME_NOISE) or logged["same_as"] != candidate.same_as:
+            there, here = f"{then:.6g}, same as {logged['same_as']}", f"{now:.6g}, same as {candidate.same_as}"
+            raise log.error(None, f"candidate {name}: forecast noise {there} there, {here} now")
 
     def _score(self, candidate: Candidate) -> float:
         """By how much its accuracy exceeds the first candidate's, on the images it has seen; a fraction."""
@@ -207,8 +222,11 @@ class Contest:
         """Take in what the log has of these candidates."""
         for name in names:
             for chunk in self._logged.chunks.get(name, ()):
-                results = unpack_text(chunk, chunk["images"])
-                self.race.record(name, chunk["start"], results["correct"])
+                try:
+                    results = unpack_text(chunk, chunk["images"])
+                    self.race.record(name, chunk["start"], results["correct"])
+                except ValueError as error:
+                    raise self._folder.log.error(None, f"results of {name}: {error}") from None
                 self._keep(name, chunk["start"], results)
         self._judge()
 
@@ -236,16 +254,20 @@ class _Log:
     decided: frozenset[str]
 
     @staticmethod
-    def of(events: Iterable[Mapping[str, Any]]) -> _Log:
+    def of(folder: RunFolder) -> _Log:
+        """InputError for results or a decision of a candidate that is not introduced before them."""
         candidates: dict[str, dict[str, Any]] = {}
         chunks: dict[str, list[dict[str, Any]]] = {}
         decided = set()
-        for event in events:
-            if event["event"] == "candidate":
-                candidates[event["name"]] = dict(event)
-            elif event["event"] == "chunk":
-                chunks.setdefault(event["name"], []).append(dict(event))
-            elif event["event"] == "decision":
+        for event in folder.events():
+            kind, name = event["event"], event.get("name")
+            if kind in ("chunk", "decision") and name not in candidates:
+                raise folder.log.error(None, f"{kind} of {name!r}, which is no candidate before it")
+            if kind == "candidate":
+                candidates[event["name"]] = event
+            elif kind == "chunk":
+                chunks.setdefault(event["name"], []).append(event)
+            elif kind == "decision":
                 decided.add(event["name"])
         return _Log(candidates, chunks, frozenset(decided))
 
