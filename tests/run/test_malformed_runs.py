@@ -7,6 +7,7 @@ Nothing is computed: what reads the files is called.
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import os
 import resource
@@ -17,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,8 +37,10 @@ from vitq_ray.commands.parser import parse
 from vitq_ray.commands.resume import stored_run, with_stored
 from vitq_ray.commands.tune_job import FREE_OPTIONS
 from vitq_ray.measure.metrics import unpack_text
+from vitq_ray.qat.ranks import Ranks
 from vitq_ray.qat.state import load_state, read_outcome, save_tensors
 from vitq_ray.qat.task import read_judgement
+from vitq_ray.qat.teacher import teacher_table
 from vitq_ray.run.folder import RunFolder, read_bad_images, run_around
 from vitq_ray.run.lock import LOCK, SECONDS_WITHOUT_SIGN, Lock
 from vitq_ray.run.log import Log
@@ -616,3 +620,26 @@ def test_a_limit_on_files_is_an_oserror_that_names_the_file(tmp_path: Path) -> N
     ):
         assert limited(write).filename == str(tmp_path / name)
     assert [(path.name, path.stat().st_size) for path in tmp_path.iterdir()] == [("log", 0)]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EINVAL])
+def test_a_full_disk_is_met_before_a_mapped_file_is_written(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    data: Any = SimpleNamespace(train=range(8), train_ids=[], transform=None)
+    path = tmp_path / "teacher_logits.npy"
+    if number == errno.ENOSPC:
+        with pytest.raises(OSError, match=r"No space left on device: .*teacher_logits\.partial"):
+            teacher_table(path, None, data, 5, None, Ranks())  # type: ignore[arg-type]
+        assert not list(tmp_path.iterdir())
+        return
+    assert teacher_table(path, None, data, 5, None, Ranks()).shape == (8, 5)  # type: ignore[arg-type]
+    message = message_of(lambda: teacher_table(path, None, data, 6, None, Ranks()))  # type: ignore[arg-type]
+    assert message.startswith(f"{path}: holds float32 (8, 5), expected float32 (8, 6); delete it")
+    path.write_bytes(path.read_bytes()[:-9])
+    message = message_of(lambda: teacher_table(path, None, data, 5, None, Ranks()))  # type: ignore[arg-type]
+    assert message.startswith(f"{path}: truncated or damaged")

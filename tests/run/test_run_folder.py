@@ -44,6 +44,7 @@ def test_events_are_appended_line_by_line(tmp_path: Path) -> None:
     assert len(begun.pop("check")) == 8
     run = folder.read_run()["id"]
     assert begun == {"event": "begun", "format": 3, "vitq_ray": metadata.version("vitq_ray"), "run": run}
+    assert all(len(line.pop("check")) == 8 for line in (first, second))
     assert folder.events() == [first, second]
     assert (first["event"], first["setting"]) == ("candidate", {"mode": "ft1"})
     assert (second["event"], second["images"]) == ("result", 3)

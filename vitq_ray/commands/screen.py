@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 import rich.progress
 from rich.console import Console
 
-from vitq_ray.base.files import one_line
+from vitq_ray.base.files import one_line, shortened
 from vitq_ray.base.uris import without_keys
 from vitq_ray.data.folders import left_out_text
 from vitq_ray.data.samples import SampleIndex
@@ -62,7 +62,7 @@ class Terminal(Screen):
         print(without_keys(text), flush=True)
 
     def warn(self, message: str) -> None:
-        print(f"warning: {without_keys(message)}", file=sys.stderr)
+        print(f"warning: {shortened(one_line(message))}", file=sys.stderr)
 
     def track(self, items: Iterable[T], total: int, label: str) -> Iterable[T]:
         return rich.progress.track(items, label, total, disable=not sys.stdout.isatty(), transient=True)

@@ -5,6 +5,7 @@ Legend: B images of a micro-batch, K classes.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -59,6 +60,7 @@ def teacher_table(
         if ranks.is_first:
             shape = (len(data.train), num_classes)
             np.lib.format.open_memmap(partial, "w+", np.float32, shape).flush()
+            _reserve(partial)
         ranks.barrier()
         rows = np.load(partial, mmap_mode="r+")
         ids = np.asarray(data.train_ids, np.int64)
@@ -77,6 +79,18 @@ def teacher_table(
     if table.shape != wanted or table.dtype != np.float32:
         raise own_error(path, "teacher's logits", f"holds {table.dtype} {table.shape}, expected float32 {wanted}")
     return table
+
+
+def _reserve(path: Path) -> None:
+    """Have the disk keep room for the whole file: where it is full, writing to a mapped one would end the process."""
+    with open(path, "r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                return  # a file system that cannot reserve
+            path.unlink()
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def make_teacher(

@@ -156,7 +156,7 @@ class RunFolder:
     @property
     def has_work(self) -> bool:
         """Something was computed: there is more in the folder than what was asked for."""
-        return any(path.name not in (RUN, LOCK) for path in self.path.iterdir())
+        return self.path.is_dir() and any(path.name not in (RUN, LOCK) for path in self.path.iterdir())
 
     @property
     def best(self) -> Path:
