@@ -485,7 +485,7 @@ def change_space(project: Project) -> None:
         (
             change_space,
             (),
-            "this is another search: search_space.choices.percentile: [95.0, 100.0] there, [96.0, 100.0] now",
+            "space.py was changed since it was begun; bring it back, or name it as the search space",
         ),
     ],
 )

@@ -250,8 +250,8 @@ def test_the_splits_of_a_search_are_taken_over(project: Project, tmp_path: Path)
     best = tmp_path / "search" / "best"
     assert run(calib, *project.options, "--num-calib-batch", 2, "--calib-output-path", best) == 0
     fingerprint = result(best)["data_fingerprint"]
-    splits = {"selection": list(range(60)), "report": list(range(60, 150))}
-    description = {"splits": splits, "data_fingerprint": fingerprint, "options": {"split_seed": 3}}
+    splits = {**RUN_DESCRIPTION["splits"], "selection": list(range(60)), "report": list(range(60, 150))}
+    description = {**RUN_DESCRIPTION, "splits": splits, "data_fingerprint": fingerprint}
     (tmp_path / "search" / "run.json").write_text(json.dumps(description))
     found = train.splits_of_search_run(str(best / "vit_calib.pth"), fingerprint)
     assert found is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import errno
+import hashlib
 import json
 import os
 import resource
@@ -35,7 +36,7 @@ from vitq_ray.calibration.statistics import CalibrationStatistics
 from vitq_ray.commands.options import TuneOptions
 from vitq_ray.commands.parser import parse
 from vitq_ray.commands.resume import stored_run, with_stored
-from vitq_ray.commands.tune_job import FREE_OPTIONS
+from vitq_ray.commands.tune_job import FREE_OPTIONS, space_of_run
 from vitq_ray.measure.metrics import unpack_text
 from vitq_ray.qat.ranks import Ranks
 from vitq_ray.qat.state import load_state, read_outcome, save_tensors
@@ -45,7 +46,6 @@ from vitq_ray.run.folder import RunFolder, read_bad_images, run_around
 from vitq_ray.run.lock import LOCK, SECONDS_WITHOUT_SIGN, Lock
 from vitq_ray.run.log import Log
 from vitq_ray.run.results import SEARCH, TRAINING, read_result
-from vitq_ray.search.space import SearchSpace
 
 OLD = DATA / "format2"
 
@@ -555,8 +555,13 @@ def test_a_space_that_a_run_names_is_never_executed(runs: Path, monkeypatch: pyt
     stored = stored_run("search", SEARCH)
     options = with_stored(parse(TuneOptions, ["--resume", "search"], "x"), stored["options"], FREE_OPTIONS)
     assert options.search_space == "space.py"
-    space = SearchSpace.from_dict(stored["search_space"], "run.json")
-    assert len(space.grid(options.setting)) == 48
+    assert len(space_of_run(stored, Path("search")).grid(options.setting)) == 48
+    known = hashlib.sha256((runs / "space.py").read_bytes()).hexdigest()
+    assert space_of_run({**stored, "space_sha256": known}, Path("search")).name == "space"
+    message = message_of(lambda: space_of_run({**stored, "space_sha256": "another"}, Path("search")))
+    assert message.startswith("search: this is another search: space.py was changed since it was begun; bring it back")
+    (runs / "space.py").unlink()
+    assert space_of_run({**stored, "space_sha256": known}, Path("search")).name == "space", "it is not needed"
     argv = ["--resume", "search", "--search-space", "calib"]
     message = message_of(lambda: with_stored(parse(TuneOptions, argv, "x"), stored["options"], FREE_OPTIONS))
     assert message == "--search-space: calib given, but search was started with space.py"

@@ -44,6 +44,7 @@ from vitq_ray.commands.tune_job import (
     prepare,
     require_store,
     sidecar_of_search,
+    space_of_run,
 )
 from vitq_ray.commands.tune_outcome import Outcome, outcome_text, search_result
 from vitq_ray.commands.tune_qat import escalate, misses_target
@@ -53,11 +54,10 @@ from vitq_ray.measure.metrics import pack_text, unpack_text
 from vitq_ray.measure.racing import Decision, Race, Verdict
 from vitq_ray.models.checkpoint import save_calibrated
 from vitq_ray.quant.vit import apply_plan, frozen_weights, quantizers_off, tensor_keys
-from vitq_ray.run.folder import RUN, RunFolder, record_bad_images
+from vitq_ray.run.folder import RunFolder, record_bad_images
 from vitq_ray.run.log import Log
 from vitq_ray.run.results import SEARCH
 from vitq_ray.search.contest import Candidate, Contest, Listeners, race_rules
-from vitq_ray.search.space import SearchSpace
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def tune(options: TuneOptions, screen: Screen = SILENT) -> TuneResult:
     if options.resume is not None:
         stored = stored_run(options.resume, SEARCH)
         if "search_space" not in options.given:  # nothing is executed that the user has not named
-            space = SearchSpace.from_dict(stored["search_space"], str(Path(options.resume) / RUN))
+            space = space_of_run(stored, Path(options.resume))
         options = with_stored(options, stored["options"], FREE_OPTIONS)
     job = prepare(options, screen, space)
     with open_folder(job, screen) as folder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from vitq_ray.models.load import LoadedModel, load_model
 from vitq_ray.qat.ranks import steps_per_epoch
 from vitq_ray.quant.plan import Plan
 from vitq_ray.quant.vit import quantize_vit
-from vitq_ray.run.folder import RunFolder
+from vitq_ray.run.folder import RUN, RunFolder
 from vitq_ray.run.results import Stopwatch, versions
 from vitq_ray.search.asha import training_runs
 from vitq_ray.search.proposals import ListProposals, Proposals, proposals
@@ -339,12 +339,33 @@ def describe(job: TuneJob) -> dict[str, Any]:
     return {
         "options": job.options.to_dict(),
         "search_space": job.space.to_dict(),
+        "space_sha256": space_sha256(job.options.search_space),
         "splits": job.splits.to_dict(),
         "weights_fingerprint": job.loaded.fingerprint,
         "data_fingerprint": job.val.fingerprint,
         "calibration_fingerprint": job.calib.fingerprint,
         "geometry": job.loaded.geometry.to_dict(),
     }
+
+
+def space_sha256(text: str) -> str | None:
+    """Of the file of a search space; None of a bundled one, and where there is none."""
+    path = Path(text)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def space_of_run(stored: Mapping[str, Any], folder: Path) -> SearchSpace:
+    """The space that a search was begun with, as run.json has it: what a folder names is not executed.
+
+    InputError where its file was changed since.
+    """
+    file, known = str(stored["options"].get("search_space")), stored.get("space_sha256")
+    if None not in (known, now := space_sha256(file)) and now != known:
+        raise InputError(
+            f"{folder}: this is another search: {file} was changed since it was begun; bring it back, or name it as "
+            "the search space, which compares what it says"
+        )
+    return SearchSpace.from_dict(stored["search_space"], str(folder / RUN))
 
 
 def calibrated_on(job: TuneJob) -> dict[str, str]:

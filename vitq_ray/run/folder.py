@@ -54,7 +54,7 @@ from vitq_ray.run.results import (
 RUN = "run.json"
 # What may differ between a run and its continuation, beside the options that a script names. The start of a training is
 # compared by its fingerprint, with the state of the training.
-_NOT_COMPARED = ("format", "script", "versions", "options", "start", "paths", "id")
+_NOT_COMPARED = ("format", "script", "versions", "options", "start", "paths", "id", "space_sha256")
 _RELATIVE_TO_RUN = "relative to this folder"
 _STATISTICS_KNOWN_SINCE = 3
 _KINDS = {SEARCH: "search", TRAINING: "training"}
