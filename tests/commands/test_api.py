@@ -72,7 +72,9 @@ def test_calibrate_and_evaluate(
     with caplog.at_level(logging.WARNING, "vitq_ray"):
         calibrated = vitq_ray.calibrate(**common, **small, calib_output_path=tmp_path / "calib")
     assert "calibration images are in val" in caplog.text
-    assert calibrated.result == json.loads((tmp_path / "calib" / "result.json").read_text())
+    written = json.loads((tmp_path / "calib" / "result.json").read_text())
+    assert len(written.pop("checksum")) == 64
+    assert calibrated.result == written
     assert calibrated.evaluation.images == 22
     assert calibrated.float_on_calibration.top1 == 1.0
     common["pretrained_dir"] = calibrated.checkpoint
