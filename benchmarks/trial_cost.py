@@ -20,12 +20,13 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
+from vitq_ray.base.cpus import available_cpus
 from vitq_ray.calibration.calibrators import Calibration
 from vitq_ray.calibration.scales import Scales
 from vitq_ray.calibration.setting import Setting
 from vitq_ray.calibration.statistics import collect_statistics
 from vitq_ray.cluster.images import ImageStore
-from vitq_ray.cluster.start import available_cpus, cluster
+from vitq_ray.cluster.start import cluster
 from vitq_ray.cluster.trials import Resources, run_trials, share
 from vitq_ray.data.loader import iter_batches
 from vitq_ray.data.samples import open_split

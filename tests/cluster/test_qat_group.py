@@ -195,6 +195,13 @@ def test_missing_gpus_and_memory_are_refused() -> None:
     assert rank_resources(TrainWorkers(2, use_gpu=True), [node(8, gpus=1), node(8, gpus=1)], int(GB)).warning is None
 
 
+def test_of_a_range_of_workers_the_least_must_fit() -> None:
+    resources = rank_resources(TrainWorkers(8, least=2), [node(3, memory=3 * GB)], int(GB))
+    assert (resources.cpus, resources.threads, resources.warning) == (1.0, 1, None)
+    with pytest.raises(InputError, match=r"4 workers of about 1\.0 GB"):
+        rank_resources(TrainWorkers(8, least=4), [node(3, memory=3 * GB)], int(GB))
+
+
 def test_a_worker_of_the_sample_is_small(setup: Setup, tmp_path: Path) -> None:
     assert 0.4 * GB < worker_bytes(task_of(setup, tmp_path, CONFIG)) < GB
 

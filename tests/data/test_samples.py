@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, make_project
 from tests.data.test_tables import FOLDER, Member, zip_bytes
 from vitq_ray.base.config import InputError
 from vitq_ray.base.files import resolve
@@ -515,3 +515,31 @@ def test_fingerprint_of_folders(tmp_path: Path) -> None:
     assert one == two
     (tmp_path / "two/train/b/1.png").write_bytes(b"another size")
     assert open_split(str(tmp_path / "two"), "train").fingerprint != one
+
+
+def test_a_server_that_is_away_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A minute long; and then it is no broken image, which could be skipped."""
+    pauses: list[float] = []
+    monkeypatch.setattr("time.sleep", pauses.append)
+    index = replace(open_split(str(make_project(tmp_path).folder), "val", 7), source="s3://bucket/val.zip")
+    right, answers = (
+        b"image",
+        [OSError("AWS Error NETWORK_CONNECTION during GetObject"), OSError("AWS SLOW_DOWN"), None],
+    )
+
+    def read(i: int) -> bytes:
+        if (error := answers.pop(0)) is not None:
+            raise error
+        return right
+
+    monkeypatch.setattr(type(index), "_read", lambda self, i: read(i))
+    assert index.read(0) == right
+    assert pauses == [0.5, 1]
+    answers += [OSError("AWS Error ACCESS_DENIED during GetObject")]
+    with pytest.raises(BadImageError, match="ACCESS_DENIED"):
+        index.read(0)
+    answers += [OSError("AWS Error NETWORK_CONNECTION")] * 8
+    with pytest.raises(InputError, match="NETWORK_CONNECTION") as raised:
+        index.read(0)
+    assert not isinstance(raised.value, BadImageError)
+    assert 60 < sum(pauses[2:]) < 70

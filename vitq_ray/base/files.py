@@ -6,16 +6,28 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from pyarrow import fs
 
 from vitq_ray.base.config import InputError
 from vitq_ray.base.memory import machine_memory, size_text
 from vitq_ray.base.uris import without_keys
+
+T = TypeVar("T")
+_PAUSES_S = (0.5, 1, 2, 4, 8, 16, 30)
+_PASSING = (
+    "NETWORK_CONNECTION",
+    "SERVICE_UNAVAILABLE",
+    "INTERNAL_FAILURE",
+    "SLOW_DOWN",
+    "THROTTLING",
+    "REQUEST_TIMEOUT",
+)
 
 
 def resolve(path: str) -> tuple[fs.FileSystem, str]:
@@ -27,6 +39,23 @@ def resolve(path: str) -> tuple[fs.FileSystem, str]:
         return found
     except (ValueError, OSError) as error:
         raise InputError(f"{path}: not a readable URI: {one_line(error)}") from None
+
+
+def passing(error: OSError) -> bool:
+    """An error of a server that may answer again, as pyarrow words it; not of a file that is missing or forbidden."""
+    return any(words in str(error) for words in _PASSING)
+
+
+def patiently(path: str, read: Callable[[], T]) -> T:
+    """What `read` reads from `path`: again for about a minute where that is a URI whose server does not answer."""
+    for pause in _PAUSES_S if "://" in path else ():
+        try:
+            return read()
+        except OSError as error:
+            if not passing(error):
+                raise
+            time.sleep(pause)
+    return read()
 
 
 def read_bytes(path: str, what: str, most: int | None = None) -> bytes:

@@ -16,13 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from vitq_ray.base.config import InputError, is_number, require_choice
+from vitq_ray.base.kernels import compiled
 from vitq_ray.calibration.histogram import Histogram, Range
 from vitq_ray.quant.fake_quant import fake_quantize
 
@@ -133,7 +133,7 @@ def _for_each_site(amax_of: Callable[[Histogram], float], histograms: Sequence[H
         return np.array(list(pool.map(amax_of, histograms)), np.float64)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _mse_kernel(counts: npt.NDArray[np.int64], qmax: int) -> int:
     """Index of the best bin centre; in units of the bin width, so centre k is k + 0.5."""
     filled = np.flatnonzero(counts)
@@ -153,7 +153,7 @@ def _mse_kernel(counts: npt.NDArray[np.int64], qmax: int) -> int:
     return best
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _noise_kernel(counts: npt.NDArray[np.int64], amax: float, qmax: int) -> float:
     """`amax` in units of the bin width; bin k is at k + 0.5."""
     noise, signal = 0.0, 0.0
@@ -166,7 +166,7 @@ def _noise_kernel(counts: npt.NDArray[np.int64], amax: float, qmax: int) -> floa
     return noise / signal
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _divergence_kernel(counts: npt.NDArray[np.float64], levels: int) -> npt.NDArray[np.float64]:
     """With T all counts, S the counts kept, o = T - S the outliers, M and n the mass and non-empty bins of a level:
 

@@ -14,18 +14,17 @@ or in which order.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from vitq_ray.base.config import InputError
+from vitq_ray.base.kernels import compiled
 
 INITIAL_BINS = 2048
 MAX_BINS = 2**20  # a range that grew 512-fold after the first batch; the index is proven exact below 2**22 bins
@@ -223,11 +222,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="histogram")
 
 
-def _jit(function: Callable[..., Counts]) -> Callable[..., Counts]:
-    return numba.njit(nogil=True, cache=True)(function)
-
-
-@_jit
+@compiled
 def _count_kernel(flat: npt.NDArray[np.float32], width: float, inverse: float, bins: int) -> Counts:
     # Indices of a block first (vectorized), then the increments, in copies of the histogram so that equal neighbours
     # (attention probabilities near 0) do not wait for each other's store. Negative values count in the second half.

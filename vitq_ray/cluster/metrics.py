@@ -40,17 +40,21 @@ class Metrics:
     """The metrics of one run; needs a running Ray. Each is made when it is first used."""
 
     def __init__(self, run: str) -> None:
-        self._tags = {"run": run}
+        self._run = run
         self._metrics: dict[str, Any] = {}
 
     def add(self, name: str, count: float, **tags: str) -> None:
         """Count up a Counter."""
         if count:  # Ray refuses to add nothing
-            self._metric(name).inc(count, tags=self._tags | tags)
+            self._metric(name).inc(count, tags=self._tags(tags))
 
     def set(self, name: str, value: float, **tags: str) -> None:
         """Set a Gauge."""
-        self._metric(name).set(value, tags=self._tags | tags)
+        self._metric(name).set(value, tags=self._tags(tags))
+
+    def _tags(self, tags: dict[str, str]) -> dict[str, str]:
+        """Ray takes ASCII only: other characters, of a run's folder, are escaped as Python does."""
+        return {key: ascii(text)[1:-1] for key, text in ({"run": self._run} | tags).items()}
 
     def _metric(self, name: str) -> Any:
         if name not in self._metrics:

@@ -35,6 +35,7 @@ from vitq_ray.base.config import InputError
 from vitq_ray.base.files import one_line, write_json
 from vitq_ray.cluster.metrics import Metrics
 from vitq_ray.cluster.stream import share, stream_batches
+from vitq_ray.cluster.workers import PROCESS_BYTES, require_memory
 from vitq_ray.data.loader import Batch
 from vitq_ray.data.samples import Ids, SampleIndex
 from vitq_ray.data.transforms import Transform
@@ -45,7 +46,6 @@ from vitq_ray.qat.task import Follower, QatTask, Recorder, run_task
 from vitq_ray.run.folder import record_bad_images
 
 MAX_FAILURES = 3
-_PROCESS_BYTES = 500_000_000  # a worker process with PyTorch and Ray, before it holds a model
 _COPIES = 5  # of the student's weights: weights, gradients, DDP's buckets, up to two of the optimizer
 _SECONDS_BETWEEN_LOOKS = 0.2
 
@@ -69,11 +69,21 @@ class QatMetrics:
 
 @dataclass(frozen=True)
 class TrainWorkers:
-    """How many ranks, on what, and how often the group may be started again."""
+    """How many ranks, on what, and how often the group may be started again.
+
+    Attributes:
+        least: with fewer than `count`, but at least so many, training goes on, too; None: with all of them only.
+    """
 
     count: int
     use_gpu: bool = False
     max_failures: int = MAX_FAILURES
+    least: int | None = None
+
+    @property
+    def needed(self) -> int:
+        """So many must fit into the cluster."""
+        return self.count if self.least is None else self.least
 
 
 @dataclass(frozen=True)
@@ -88,31 +98,27 @@ class RankResources:
 def rank_resources(workers: TrainWorkers, nodes: list[dict[str, float]], bytes_per_worker: int) -> RankResources:
     """Fit the ranks into the nodes' resources. InputError where GPUs or memory are missing; CPUs are shared out."""
     gpus = sum(math.floor(node.get("GPU", 0)) for node in nodes)
-    if workers.use_gpu and gpus < workers.count:
-        raise InputError(f"workers: {workers.count} workers need a GPU each, the cluster has {gpus}")
-    fit = sum(int(node.get("memory", 0) // bytes_per_worker) for node in nodes)
-    if fit < workers.count:
-        raise InputError(
-            f"workers: {workers.count} workers of about {bytes_per_worker / 1e9:.1f} GB each do not fit into "
-            f"memory; {fit} would"
-        )
+    count = workers.needed
+    if workers.use_gpu and gpus < count:
+        raise InputError(f"workers: {count} workers need a GPU each, the cluster has {gpus}")
+    require_memory(count, bytes_per_worker, nodes)
     cpus = [node.get("CPU", 0) for node in nodes]
     total = sum(math.floor(c) for c in cpus)
-    if total >= workers.count:
+    if total >= count:
         return RankResources(1.0, max(1, total // workers.count))
     for parts in range(2, 1000):
-        if sum(math.floor(c * parts) for c in cpus) >= workers.count:
+        if sum(math.floor(c * parts) for c in cpus) >= count:
             share_of_cpu = math.floor(10_000 / parts) / 10_000  # Ray counts in ten-thousandths
-            warning = f"{workers.count} workers share {total} CPUs, one thread each: they will be slower than {total}"
+            warning = f"{count} workers share {total} CPUs, one thread each: they will be slower than {total}"
             return RankResources(share_of_cpu, 1, warning)
-    raise InputError(f"workers: {workers.count} workers on {total} CPUs; choose fewer")
+    raise InputError(f"workers: {count} workers on {total} CPUs; choose fewer")
 
 
 def worker_bytes(task: QatTask) -> int:
     """Rough memory of one rank, without activations."""
     student = sum(p.numel() * p.element_size() for p in task.start.loaded.model.parameters())
     teacher = 0 if task.teacher is None else sum(p.numel() * p.element_size() for p in task.teacher.parameters())
-    return _PROCESS_BYTES + _COPIES * student + teacher
+    return PROCESS_BYTES + _COPIES * student + teacher
 
 
 def ray_reader(
@@ -186,7 +192,9 @@ def run_on_workers(
         _rank_main,
         train_loop_config={"shared": shared},
         scaling_config=ScalingConfig(
-            num_workers=workers.count, use_gpu=workers.use_gpu, resources_per_worker=_per_worker(workers, resources)
+            num_workers=workers.count if workers.least is None else (workers.least, workers.count),  # type: ignore[arg-type]
+            use_gpu=workers.use_gpu,
+            resources_per_worker=_per_worker(workers, resources),
         ),
         torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo"),
         run_config=RunConfig(
@@ -268,8 +276,3 @@ def _rank_main(config: dict[str, Any]) -> None:
 
 def _ignore(report: StepReport) -> None:
     pass
-
-
-def ray_nodes() -> list[dict[str, float]]:
-    """Resources of every living node of the cluster."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -1,26 +1,40 @@
 """The one place that starts Ray, or joins a cluster: budgets, dashboard, safe defaults, a clean end.
 
-A fresh local Ray has token authentication (Ray's default), its dashboard on loopback only, and no usage statistics.
-Ray's metrics port and its own ports listen on all interfaces, and no option changes that (README).
+A fresh local Ray has token authentication (Ray's default), listens on loopback only, and sends no usage statistics.
+Streams that are still open are closed before it ends: Ray Data would touch Ray later, which starts another one.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import ray
+from ray._private import ray_constants
 
 from vitq_ray.base.config import InputError
+from vitq_ray.base.cpus import available_cpus
 from vitq_ray.base.files import one_line
 
 DASHBOARD_HOST = "127.0.0.1"
 _MEGABYTE = 1_000_000
 _SMALLEST_STORE = 300 * _MEGABYTE
+_PATIENCE_S = 8  # for a cluster to answer
+_MOST_PATH_BYTES = 107  # of a Unix socket
+_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"  # below Ray's temporary folder
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -37,6 +51,8 @@ _ENVIRONMENT = {
     "MALLOC_TOP_PAD_": str(16 << 20),
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+
+_streams: WeakSet[Generator[Any, None, None]] = WeakSet()
 
 
 @dataclass(frozen=True)
@@ -62,7 +78,7 @@ def cluster(
     """Start a local Ray, or join the cluster at `address`, for as long as the context lasts.
 
     Args:
-        address: `host:port`, `ray://host:port`, or `auto` for the cluster this machine belongs to; None starts one.
+        address: `host:port`, or `auto` for the cluster this machine belongs to; None starts one.
         num_cpus: CPUs of the local Ray; default: what this process may use.
         object_store_bytes: its shared memory; default: Ray's choice.
         dashboard: serve the dashboard on loopback.
@@ -72,13 +88,21 @@ def cluster(
     """
     with environment({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}):
         if ray.is_initialized():  # a caller (a test, a notebook) owns it
-            yield _describe()
+            try:
+                yield _describe()
+            finally:
+                _close_streams()
             return
         try:
-            _init(address, num_cpus, object_store_bytes, dashboard)
+            with _own_sigterm():
+                if address is None:
+                    _start(num_cpus, object_store_bytes, dashboard)
+                else:
+                    _join(address)
             _quiet()
             yield _describe()
         finally:
+            _close_streams()
             ray.shutdown()
 
 
@@ -97,23 +121,132 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _init(address: str | None, num_cpus: int | None, object_store_bytes: int | None, dashboard: bool) -> None:
-    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "ignore_reinit_error": False}
+def closed_with_ray(stream: Generator[Any, None, None]) -> Generator[Any, None, None]:
+    """A stream that reads through Ray, to be closed before Ray ends, whatever still holds it, as a traceback does."""
+    _streams.add(stream)
+    return stream
+
+
+def _close_streams() -> None:
+    for stream in list(_streams):
+        with suppress(Exception):  # of a cluster that is gone; or it runs in a thread that Ray's end stops
+            stream.close()
+
+
+# Starting and joining -----------------------------------------------------------------------------------------------
+
+_COMMON: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "ignore_reinit_error": False}
+
+
+def _start(num_cpus: int | None, object_store_bytes: int | None, dashboard: bool) -> None:
+    with environment(_own_token(dashboard)), _on_loopback():
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus or available_cpus(),
+                object_store_memory=object_store_bytes and max(object_store_bytes, _SMALLEST_STORE),
+                include_dashboard=dashboard,
+                dashboard_host=DASHBOARD_HOST,
+                **_COMMON,
+            )
+        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+            _require_short_folder()
+            raise InputError(f"a local Ray: cannot be started: {one_line(error)}") from None
+
+
+def _join(address: str) -> None:
+    _require_cluster(address)
     try:
-        if address is not None:
-            ray.init(address=address, **common)
-            return
-        ray.init(
-            address="local",
-            num_cpus=num_cpus or available_cpus(),
-            object_store_memory=object_store_bytes and max(object_store_bytes, _SMALLEST_STORE),
-            include_dashboard=dashboard,
-            dashboard_host=DASHBOARD_HOST,
-            **common,
+        ray.init(address=address, **_COMMON)
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        raise InputError(f"the Ray cluster at {address}: cannot be reached: {one_line(error)}") from None
+
+
+def _require_cluster(address: str) -> None:
+    """InputError where no Ray answers. Another process tries: nothing interrupts Ray while it waits for a cluster."""
+    named = os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
+    what = f"the Ray cluster at {address}" + (f" (RAY_ADDRESS {named})" if named != address else "")
+    if "://" in named:
+        raise InputError(f"{what}: not an address of a cluster; expected host:port of its head node, or auto")
+    own = {name: value for name, value in os.environ.items() if name != "RAY_JOB_CONFIG_JSON_ENV_VAR"}  # not the job
+    code = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, logging_level=40)"
+    try:
+        subprocess.run(
+            [sys.executable, "-c", code, address], check=True, capture_output=True, timeout=_PATIENCE_S, env=own
         )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        where = "a local Ray" if address is None else f"the Ray cluster at {address}"
-        raise InputError(f"{where}: cannot be started or reached: {one_line(error)}") from None
+    except subprocess.TimeoutExpired:
+        raise InputError(f"{what}: no Ray answers there within {_PATIENCE_S} s; expected a running one") from None
+    except subprocess.CalledProcessError as error:
+        last = error.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        if "AuthenticationError" in last:
+            last = "its token is missing or another one; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+        raise InputError(f"{what}: cannot be reached: {one_line(last)[:300]}") from None
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Let a Ray that is started here listen on loopback only, as on Windows and macOS, where this is the default."""
+    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    if name in os.environ:  # the user says whether other machines may connect
+        yield
+        return
+    with environment({name: "0"}):  # for Ray's processes; this one has read it already
+        ray_constants.ENABLE_RAY_CLUSTER = False
+        try:
+            yield
+        finally:
+            ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _own_token(dashboard: bool) -> dict[str, str]:
+    """A token of our own where Ray could not keep one in the user's home."""
+    if {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
+        return {}
+    try:
+        file = Path.home() / ".ray" / "auth_token"
+        if os.access(file, os.R_OK):
+            return {}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            return {}
+    except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home
+        if dashboard:
+            reason = f"~/.ray cannot keep the token of Ray ({one_line(error)})"
+            logging.getLogger("vitq_ray").warning(f"{reason}: set RAY_AUTH_TOKEN to a secret to use the dashboard")
+        return {"RAY_AUTH_TOKEN": _token()}
+
+
+@cache
+def _token() -> str:
+    """One for the process: Ray reads it once."""
+    return secrets.token_hex(32)
+
+
+def _require_short_folder() -> None:
+    """InputError where the paths of Ray's sockets would be too long."""
+    name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)), None)
+    most = _MOST_PATH_BYTES - len(_SOCKET)
+    if name is not None and (size := len(os.fsencode(os.environ[name]))) > most:
+        raise InputError(
+            f"{name}: {os.environ[name]} has {size} bytes, and Ray's sockets below it need a path of at most {most}; "
+            "set RAY_TMPDIR to a shorter folder, such as /tmp"
+        )
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """What this program does on SIGTERM stays what it does; Ray has a handler of its own, which dumps addresses."""
+    ours = signal.getsignal(signal.SIGTERM)
+    if not callable(ours) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    try:
+        yield
+    except SystemExit:  # Ray's handler, while it started
+        ours(signal.SIGTERM, None)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, ours)
 
 
 def _quiet() -> None:
@@ -125,8 +258,3 @@ def _quiet() -> None:
 def _describe() -> Cluster:
     url = ray._private.worker.get_dashboard_url()
     return Cluster(f"http://{url}" if url else None, ray.cluster_resources().get("CPU", 0.0))
-
-
-def available_cpus() -> int:
-    """CPUs that this process may run on, which a container or taskset can limit."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -32,7 +32,8 @@ from ray.data import DataContext, Dataset, Datasource, ExecutionOptions, Executi
 from ray.data.block import Block, BlockAccessor, BlockMetadata
 
 from vitq_ray.base.config import InputError, require_choice, require_int
-from vitq_ray.base.files import resolve
+from vitq_ray.base.files import patiently, resolve
+from vitq_ray.cluster.start import closed_with_ray
 from vitq_ray.data.loader import ON_BAD_IMAGE, Batch, Pixels, collect
 from vitq_ray.data.samples import BadImageError, Ids, SampleIndex
 from vitq_ray.data.transforms import Transform, image_bytes
@@ -122,7 +123,7 @@ def stream_batches(
         return
     source = SampleDatasource(share(index) if shared is None else shared, wanted, transform)
     dataset = _dataset(source, min(num_tasks, len(wanted)), num_cpus, max_tasks)
-    with hurried_ray_data, closing(_decoded(dataset)) as decoded:
+    with hurried_ray_data, closing(closed_with_ray(_decoded(dataset))) as decoded:
         yield from collect(index, decoded, batch_size, on_bad_image, bad_images, move_up)
 
 
@@ -171,7 +172,7 @@ def _local_index(shared: ray.ObjectRef[SampleIndex]) -> SampleIndex:
 def _require_here(path: str) -> None:
     """An archive that this node does not have is an error of the set-up, not a lot of broken images to skip."""
     filesystem, inner = resolve(path)
-    if filesystem.get_file_info(inner).type == fs.FileType.NotFound:
+    if patiently(path, lambda: filesystem.get_file_info(inner)).type == fs.FileType.NotFound:
         raise InputError(
             f"{path}: not there on node {socket.gethostname()}; expected a path that all nodes see, or a URI"
         )

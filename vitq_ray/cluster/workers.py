@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ from vitq_ray.measure.calibration import Collect, Numbered, OnLogits, ToInput, c
 from vitq_ray.measure.evaluation import Evaluation, evaluate
 
 T = TypeVar("T")
+PROCESS_BYTES = 500_000_000  # a worker process with PyTorch and Ray, before it holds a model
+_log = logging.getLogger("vitq_ray")
 _QUEUED = 2  # batches handed to a worker at a time: one to compute, one to go on with
 
 
@@ -80,8 +83,13 @@ class WorkerPool:
         self, model: nn.Module, transform: EvalTransform, count: int, threads: int = 1, num_gpus: float = 0.0
     ) -> None:
         """Raises InputError where the cluster cannot hold `count` workers at once."""
-        share = min(float(threads), ray.cluster_resources().get("CPU", 0.0) / count)
+        cpus = ray.cluster_resources().get("CPU", 0.0)
+        share = min(float(threads), cpus / count)
         _require_gpus(count * num_gpus)
+        model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        require_memory(count, PROCESS_BYTES + model_bytes, ray_nodes())
+        if count * threads > cpus:
+            _log.warning("%d workers of %d threads share %g CPUs, and are no faster than fewer", count, threads, cpus)
         actor = ray.remote(
             num_cpus=round(share / 2, 3),  # half: Ray Data's readers need CPUs, too
             num_gpus=num_gpus,
@@ -133,6 +141,20 @@ def _require_gpus(needed: float) -> None:
     have = ray.cluster_resources().get("GPU", 0.0)
     if needed > have:
         raise InputError(f"workers: {needed:g} GPUs needed, the cluster has {have:g}")
+
+
+def ray_nodes() -> list[dict[str, float]]:
+    """Resources of every living node of the cluster."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def require_memory(count: int, bytes_each: int, nodes: list[dict[str, float]]) -> None:
+    """InputError where the nodes cannot hold so many workers of so many bytes."""
+    fit = sum(int(node.get("memory", 0) // bytes_each) for node in nodes)
+    if fit < count:
+        raise InputError(
+            f"workers: {count} workers of about {bytes_each / 1e9:.1f} GB each do not fit into memory; {fit} would"
+        )
 
 
 def _cause(error: ray.exceptions.RayTaskError) -> Exception:

@@ -1,27 +1,21 @@
 """What a user runs: `vitq-ray calib|evaluate|tune|qat`, and one function for every script.
 
-Exit codes: 0 done, 2 bad input or options (one line on stderr), 1 anything else, 130 interrupted.
+Exit codes: 0 done, 2 bad input or options (one line on stderr), 1 anything else, 130 after Ctrl-C, 143 and 129 after
+SIGTERM and SIGHUP.
 """
 
 from __future__ import annotations
 
-import errno
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
 from vitq_ray import __version__
 from vitq_ray.base.config import InputError
-from vitq_ray.base.files import one_line, shortened
-
-_CANNOT_WRITE = {
-    errno.ENOSPC: "disk full",
-    errno.EDQUOT: "disk quota used up",
-    errno.EFBIG: "file larger than the limit on files (ulimit -f, or the file system's)",
-    errno.EROFS: "the file system has become read-only",
-    errno.EIO: "the disk fails (input/output error)",
-}
+from vitq_ray.base.cpus import available_cpus
+from vitq_ray.commands.surroundings import exit_code
 
 
 @dataclass(frozen=True)
@@ -51,15 +45,18 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None, program: str = "vitq-ray") -> int:
     """The console command: a subcommand and its options. Returns the exit code."""
     name, *rest = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
+    if name in COMMANDS:
+        return run(COMMANDS[name], rest, f"{program} {name}")
+    return exit_code(lambda: print(about(name, program)))
+
+
+def about(name: str, program: str) -> str:
+    """What is printed for a first argument that is no command. InputError where that is nothing."""
     if name in ("-h", "--help"):
-        print(usage(program))
-        return 0
+        return usage(program)
     if name == "--version":
-        print(f"vitq_ray {__version__}")
-        return 0
-    if name not in COMMANDS:
-        return _fail(2, f"{name}: no such command; the commands are {', '.join(COMMANDS)}")
-    return run(COMMANDS[name], rest, f"{program} {name}")
+        return f"vitq_ray {__version__}"
+    raise InputError(f"{name}: no such command; the commands are {', '.join(COMMANDS)}")
 
 
 def usage(program: str) -> str:
@@ -96,37 +93,23 @@ def run_script(name: str, argv: Sequence[str] | None) -> int:
 def run(command: Command, argv: Sequence[str] | None, typed: str) -> int:
     """Parse the options and do what they ask for. `typed` is what the user typed before them."""
 
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # or Ray, touched after its end, would start another one
+
     def work() -> None:
         parser, options, screen = (import_module(f"vitq_ray.commands.{m}") for m in ("parser", "options", "screen"))
         given = parser.parse(getattr(options, command.options), argv, typed)
         use_case = getattr(import_module(f"vitq_ray.commands.{command.module}"), command.module)
         terminal = screen.Terminal(typed)
+        limit_threads()
         with screen.log_shown(terminal):
             use_case(given, terminal)
 
     return exit_code(work)
 
 
-def exit_code(work: Callable[[], None]) -> int:
-    """Do it, and translate how it ended."""
-    from vitq_ray.qat.loop import DivergedError
+def limit_threads() -> None:
+    """PyTorch computes with no more threads than a container's quota has CPUs; OMP_NUM_THREADS says otherwise."""
+    import torch
 
-    try:
-        work()
-    except InputError as error:
-        return _fail(2, one_line(error))
-    except DivergedError as error:
-        return _fail(1, one_line(error))
-    except OSError as error:
-        if error.errno in _CANNOT_WRITE:
-            where = "" if error.filename is None else f"{error.filename}: "
-            return _fail(1, f"{where}{_CANNOT_WRITE[error.errno]}; nothing was left half written")
-        raise
-    except KeyboardInterrupt:
-        return _fail(130, "interrupted")
-    return 0
-
-
-def _fail(code: int, message: str) -> int:
-    print(f"error: {shortened(message)}", file=sys.stderr)
-    return code
+    if "OMP_NUM_THREADS" not in os.environ and available_cpus() < torch.get_num_threads():
+        torch.set_num_threads(available_cpus())

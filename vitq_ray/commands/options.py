@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from vitq_ray.base.config import InputError
 from vitq_ray.calibration.calibrators import CALIBRATORS, Parameter
 from vitq_ray.calibration.setting import Calibration, Setting
 from vitq_ray.commands.declare import Choice, Flag, Kind, Name, Number, Options, Place, Text, option, with_rows
@@ -238,6 +239,24 @@ class TuneOptions(ModelOptions, SettingOptions, RayOptions):
 
 
 @dataclass(frozen=True)
+class WorkerRange:
+    """A number of workers, or a range of them such as `2-8`."""
+
+    shown: str | None = ""
+
+    def read(self, value: Any) -> int | str:
+        low, dash, high = value.partition("-") if isinstance(value, str) else (value, "", value)
+        try:
+            counts = [int(_WORKERS.read(text)) for text in (low, high if dash else low)]
+        except InputError as error:
+            expected = str(error).rpartition(", got ")[0]
+            raise InputError(f"{expected}, or a range such as 2-8, got {value!r}") from None
+        if counts[0] > counts[1]:
+            raise InputError(f"expected a range such as 2-8, got {value!r}")
+        return counts[0] if counts[0] == counts[1] else f"{counts[0]}-{counts[1]}"
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A number of a recipe: its row knows what is allowed."""
 
@@ -300,10 +319,18 @@ class TrainOptions(OneSettingOptions, RecipeOptions, RayOptions):
     batch_size: int = option(Number(int, 1), 32, "images per worker and forward pass")
     accumulate: int = option(Number(int, 1), 1, "forward passes per step")
     global_batch_size: int | None = option(Number(int, 1), None, "images per step; overrides --batch-size")
-    num_workers: int = option(_WORKERS, 1, "processes that train together")
+    num_workers: int | str = option(
+        WorkerRange(), 1, "processes that train together; 2-8: as many of them as the cluster has room for at the time"
+    )
     max_failures: int = option(Number(int, 0, MOST_WORKERS), 3, "restarts after a lost worker")
     checkpoint_steps: int | None = option(Number(int, 1), None, "write the state every so many steps, too")
     output: str | None = option(Place(), None, "folder of the run; default: a new one under runs/")
     resume: str | None = option(Place(), None, "folder of an interrupted run to go on with")
     train: bool = option(Flag(), False, "accepted for the old toolkit's command lines")
     name: str | None = option(Text(), None, "name of the experiment, kept in result.json")
+
+    @property
+    def workers(self) -> tuple[int, int]:
+        """At least and at most so many; a step is shared out to the latter."""
+        low, _, high = str(self.num_workers).partition("-")
+        return int(low), int(high or low)

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from vitq_ray.base.config import InputError
-from vitq_ray.cluster.qat_group import QatMetrics, TrainWorkers, rank_resources, ray_nodes, run_on_workers, worker_bytes
+from vitq_ray.cluster.qat_group import QatMetrics, TrainWorkers, rank_resources, run_on_workers, worker_bytes
 from vitq_ray.cluster.start import cluster
+from vitq_ray.cluster.workers import ray_nodes
 from vitq_ray.commands import combinations
 from vitq_ray.commands.calibrate import apply, calibration_of, collect
 from vitq_ray.commands.calibrate import prepare as prepare_calibration
@@ -189,11 +190,11 @@ def run_folder(options: TrainOptions) -> RunFolder:
 
 def config_of(options: TrainOptions) -> QatConfig:
     """The options as a training configuration; batch sizes are shared out to the workers here."""
-    parts = options.num_workers * options.accumulate
+    parts = options.workers[1] * options.accumulate
     global_batch = options.global_batch_size or options.batch_size * parts
     if global_batch % parts:
         raise InputError(
-            f"{options.name_of('global_batch_size')}: {global_batch} is not a multiple of {options.num_workers} "
+            f"{options.name_of('global_batch_size')}: {global_batch} is not a multiple of {options.workers[1]} "
             f"workers x {options.accumulate} forward passes"
         )
     values = {"global_batch": global_batch, "micro_batch": global_batch // parts, "seed": options.seed}
@@ -220,7 +221,8 @@ def prepare(
         teacher = load_teacher(options, start)
         task = QatTask(config, start, teacher, data, halves.splits.report, folder.path, options.checkpoint_steps)
         steps_per_epoch(len(data.train_ids), config)
-    workers = TrainWorkers(options.num_workers, options.use_gpu, options.max_failures)
+    least, count = options.workers
+    workers = TrainWorkers(count, options.use_gpu, options.max_failures, None if least == count else least)
     return TrainJob(replace(options, split_seed=halves.split_seed), folder, task, workers, device, halves.source)
 
 
@@ -238,7 +240,7 @@ def load_start(options: TrainOptions, folder: Path, watch: Stopwatch, screen: Sc
         calibrate_start(options, start, own.parent, watch, screen)
         return load_calibrated(str(own))
     require_as_calibrated(options, start.sidecar)
-    if options.num_workers > 1 and "decode_threads" in options.given:
+    if options.workers[1] > 1 and "decode_threads" in options.given:
         raise combinations.idle_error(options, "decode_threads", "several workers ({num_workers}) read with Ray Data")
     return start
 
@@ -356,7 +358,7 @@ def describe(job: TrainJob) -> dict[str, Any]:
 
 def needs_ray(options: TrainOptions) -> bool:
     """One worker trains in this process; Ray then only serves dashboard and metrics."""
-    return options.num_workers > 1 or options.dashboard or options.ray_address is not None
+    return options.workers[1] > 1 or options.dashboard or options.ray_address is not None
 
 
 @contextmanager

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from pyarrow import NativeFile, fs
 
 from vitq_ray.base.config import InputError, require_choice
-from vitq_ray.base.files import one_line, read_bytes, resolve
+from vitq_ray.base.files import one_line, passing, patiently, read_bytes, resolve
 from vitq_ray.base.uris import without_keys
 from vitq_ray.data import folders, tables
 from vitq_ray.data.folders import LeftOut
@@ -117,12 +117,17 @@ class SampleIndex:
         return f"{without_keys(self.source)}{'/' if self.members is None else '!'}{self.name(i)}"
 
     def read(self, i: int) -> bytes:
-        """The encoded image. BadImageError where it is truncated, corrupt or gone. Safe to call from threads."""
+        """The encoded image. BadImageError where it is truncated, corrupt or gone, InputError where the server of a URI
+        does not answer for a minute: that is no broken image. Safe to call from threads."""
         try:
-            return self._read_file(i) if self.members is None else self._read_member(i, self.members[i])
+            return patiently(self.source, lambda: self._read(i))
         except (OSError, zlib.error) as error:
             reason = getattr(error, "strerror", None) or error
-            raise BadImageError(f"{self.where(i)}: cannot be read: {one_line(reason)}") from None
+            kind = InputError if isinstance(error, OSError) and passing(error) else BadImageError
+            raise kind(f"{self.where(i)}: cannot be read: {one_line(reason)}") from None
+
+    def _read(self, i: int) -> bytes:
+        return self._read_file(i) if self.members is None else self._read_member(i, self.members[i])
 
     def checksums(self, ids: Ids) -> Ids:
         """CRC-32 of the encoded images; -1 where one cannot be read. A zip's directory has them; files are read."""

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
 from vitq_ray.base.config import InputError
+from vitq_ray.base.kernels import compiled
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -154,7 +154,7 @@ def _unwrapped(raw: Bytes, count: int) -> int:
     return headers if headers % _WRAP == count else count
 
 
-@numba.njit(cache=True)
+@compiled
 def _count_headers(raw):  # type: ignore[no-untyped-def]
     at, count = 0, 0
     while at + 46 <= raw.size and _number(raw, at, 4) == 0x02014B50:
@@ -177,7 +177,7 @@ def _check_places(archive: str, raw: Bytes, members: npt.NDArray[np.void], limit
         )
 
 
-@numba.njit(cache=True)
+@compiled
 def _number(raw, at, size):  # type: ignore[no-untyped-def]
     value = np.int64(0)
     for k in range(size):
@@ -185,7 +185,7 @@ def _number(raw, at, size):  # type: ignore[no-untyped-def]
     return value
 
 
-@numba.njit(cache=True)
+@compiled
 def _parse_directory(raw, members, shift):  # type: ignore[no-untyped-def]
     """Fill `members`; returns how many were readable, and the bytes that they took."""
     at = 0
@@ -238,7 +238,7 @@ def line_number(text: Bytes, line: np.void) -> int:
     return int((text[: int(line["start"])] == ord("\n")).sum()) + 1
 
 
-@numba.njit(cache=True)
+@compiled
 def _parse_map(text, lines):  # type: ignore[no-untyped-def]
     rows, start = 0, 0
     while start < text.size:
@@ -260,7 +260,7 @@ def _parse_map(text, lines):  # type: ignore[no-untyped-def]
     return rows
 
 
-@numba.njit(cache=True)
+@compiled
 def _parse_line(text, start, end, row):  # type: ignore[no-untyped-def]
     tab = end - 1
     while tab >= start and text[tab] != 9:
@@ -364,7 +364,7 @@ def left_by_a_mac(
     return found
 
 
-@numba.njit(cache=True)
+@compiled
 def _left_by_a_mac(data, start, length, folder, hidden):  # type: ignore[no-untyped-def]
     out = np.zeros(start.size, np.bool_)
     for i in range(start.size):
@@ -389,7 +389,7 @@ def gather(data: Bytes, start: npt.NDArray[np.int64], length: npt.NDArray[np.int
     return out
 
 
-@numba.njit(cache=True)
+@compiled
 def _gather(data, start, length, out):  # type: ignore[no-untyped-def]
     at = 0
     for i in range(start.size):
@@ -400,7 +400,7 @@ def _gather(data, start, length, out):  # type: ignore[no-untyped-def]
         at += 1
 
 
-@numba.njit(cache=True)
+@compiled
 def _hashes(data, start, length, skip):  # type: ignore[no-untyped-def]
     """FNV-1a, 64 bits, of every slice but for its first `skip` bytes; shorter ones hash as empty."""
     out = np.empty(start.size, np.uint64)
@@ -413,7 +413,7 @@ def _hashes(data, start, length, skip):  # type: ignore[no-untyped-def]
     return out
 
 
-@numba.njit(cache=True)
+@compiled
 def _confirmed(order, place, text, start, length, raw, name_start, name_length, skip):  # type: ignore[no-untyped-def]
     """`order[place]` where the names are the same indeed, else -1."""
     out = np.full(place.size, -1, np.int64)
@@ -431,7 +431,7 @@ def _confirmed(order, place, text, start, length, raw, name_start, name_length, 
     return out
 
 
-@numba.njit(cache=True)
+@compiled
 def _has_high_byte(data, start, length):  # type: ignore[no-untyped-def]
     out = np.zeros(start.size, np.bool_)
     for i in range(start.size):
@@ -441,7 +441,7 @@ def _has_high_byte(data, start, length):  # type: ignore[no-untyped-def]
     return out
 
 
-@numba.njit(cache=True)
+@compiled
 def _all_begin_with(raw, name_start, name_length, length, first):  # type: ignore[no-untyped-def]
     for i in range(name_start.size):
         if name_length[i] <= length:

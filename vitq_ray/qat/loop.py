@@ -39,7 +39,7 @@ from vitq_ray.qat.ranks import (
     QatData,
     Ranks,
     Reader,
-    micro_batches_per_rank,
+    micro_batches,
     rank_ids,
     sharded_evaluation,
     steps_per_epoch,
@@ -162,7 +162,7 @@ def _prepare(
     read: Reader,
     ranks: Ranks,
 ) -> _Run:
-    micro_batches_per_rank(config, ranks)
+    micro_batches(config, ranks)
     steps_per_epoch(len(data.train_ids), config)
     if config.distillation is not None and teacher is None:
         raise InputError("distillation: needs a teacher, there is none")
@@ -266,13 +266,13 @@ def _step(run: _Run, progress: Progress, batches: Iterator[Batch], steps: int, s
 def _backward(run: _Run, progress: Progress, batches: Iterator[Batch]) -> Tensor:
     """Gradients of this rank's micro-batches, DDP's mean over ranks included; (loss sum, images) of this rank."""
     config, ranks = run.config, run.ranks
-    count = micro_batches_per_rank(config, ranks)
+    mine = micro_batches(config, ranks)
     totals = torch.zeros(2, dtype=torch.float64)
-    for i in range(count):
+    for i in mine:
         batch = next(batches)
-        offset = (ranks.rank * count + i) * config.micro_batch
+        offset = i * config.micro_batch
         run.generator.manual_seed(seed_of(config.seed, progress.epoch, progress.step, offset))
-        last = i == count - 1
+        last = i == mine[-1]
         with contextlib.nullcontext() if last or ranks.world == 1 else cast(Any, run.wrapped).no_sync():
             losses = _losses(run, batch)
             # DDP averages over ranks; what is wanted is the sum of all images' gradients over the global batch size.

@@ -107,19 +107,19 @@ def rank_ids(config: QatConfig, epoch: int, first_step: int, ids: Ids, ranks: Ra
     """What one rank trains on from `first_step` of an epoch to its end: its slice of every global batch."""
     steps = steps_per_epoch(len(ids), config)
     order = epoch_order(config, epoch, ids)[: steps * config.global_batch]
-    share = config.global_batch // ranks.world
-    return order.reshape(steps, ranks.world, share)[first_step:, ranks.rank].reshape(-1)
+    mine = micro_batches(config, ranks)
+    return order.reshape(steps, -1, config.micro_batch)[first_step:, mine.start : mine.stop].reshape(-1)
 
 
-def micro_batches_per_rank(config: QatConfig, ranks: Ranks) -> int:
-    """Micro-batches of a step that fall to each rank."""
-    per_rank, rest = divmod(config.global_batch, config.micro_batch * ranks.world)
-    if rest:
+def micro_batches(config: QatConfig, ranks: Ranks) -> range:
+    """Which micro-batches of a step fall to this rank: no rank has more than one more than another."""
+    count = config.global_batch // config.micro_batch
+    if count < ranks.world:
         raise InputError(
-            f"global batch size: {config.global_batch} cannot be shared by {ranks.world} workers in micro-batches "
-            f"of {config.micro_batch}"
+            f"global batch size: {config.global_batch} is {count} micro-batches of {config.micro_batch}, too few for "
+            f"{ranks.world} workers"
         )
-    return per_rank
+    return range(count * ranks.rank // ranks.world, count * (ranks.rank + 1) // ranks.world)
 
 
 # Evaluation ----------------------------------------------------------------------------------------------------------
