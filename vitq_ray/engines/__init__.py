@@ -1,0 +1,1 @@
+"""Plans executed elsewhere than in PyTorch's eager float arithmetic."""

@@ -1,0 +1,244 @@
+"""Matrix products of quantized operands, exact, compiled at run time by numba for the CPU they run on.
+
+    C[m, n] = Σ_k A[m, k] · B[n, k]
+
+A lies in memory row by row. B is packed once, in panels of `PANEL` columns whose elements are in the order in which the
+inner loop reads them. The inner loop keeps a tile of C in registers; it is written in LLVM's own language, since no
+compiler finds it from a loop. Which arithmetic it uses follows from the types of A and B:
+
+| A       | B            | instruction          | exact because                                                        |
+|---------|--------------|----------------------|----------------------------------------------------------------------|
+| int16   | int8, int16  | vpmaddwd (AVX2)      | products of 16 bits are added in 32                                  |
+| uint8   | int8         | vpdpbusd (VNNI)      | four products are added in 32 bits, without the step through 16      |
+| float32 | float32      | fused multiply-add   | for integers: as long as no sum passes 2²⁴; rounded like any sgemm   |
+
+Products of uint8 and int8 by vpmaddubsw, which libraries use on CPUs without VNNI, are not here: their sums of two
+saturate at 16 bits (255 · 127 · 2 > 2¹⁵).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import llvmlite.binding as llvm
+import llvmlite.ir as ir
+import numpy as np
+import numpy.typing as npt
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+_I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+
+
+def _cpu_features() -> dict[str, bool]:
+    return dict(llvm.get_host_cpu_features())
+
+
+_FEATURES = _cpu_features()
+HAS_AVX2 = _FEATURES.get("avx2", False)
+HAS_AVX512_VNNI = _FEATURES.get("avx512vnni", False) and _FEATURES.get("avx512bw", False)
+HAS_AVX_VNNI = _FEATURES.get("avxvnni", False)
+HAS_VNNI = HAS_AVX512_VNNI or HAS_AVX_VNNI
+
+PANEL = {"int16": 16, "float32": 16, "uint8": 32 if HAS_AVX512_VNNI else 16}  # columns, by the type of A
+_GROUP = {"int16": 2, "float32": 1, "uint8": 4}  # neighbours along k that one lane of a vector holds
+_UNROLL = 2
+_ROWS = 6  # of a tile; 6 rows of two vectors are twelve sums, three quarters of the registers of AVX2
+_ROWS_512 = 12  # twice as many registers
+ROW_BLOCK = 48  # rows of A that are multiplied with all of B before the next: they stay in the cache
+
+
+class _Arithmetic:
+    """One row of the table above as LLVM instructions: how a vector of B is read, a value of A spread, both multiplied."""
+
+    def __init__(self, a: str, b: str) -> None:
+        self.a, self.b = a, b
+        self.lanes = 16 if a == "uint8" and HAS_AVX512_VNNI else 8
+        self.vectors = PANEL[a] // self.lanes
+        self.sums = ir.VectorType(_F32 if a == "float32" else _I32, self.lanes)
+        self.vector_bytes = {"int8": 1, "int16": 2, "float32": 4}[b] * self.lanes * _GROUP[a]
+
+    def load(self, builder: Any, address: Any) -> Any:
+        """One vector of B: (lanes, group) elements."""
+        elements = self.lanes * _GROUP[self.a]
+        kind = ir.VectorType({"int8": _I8, "int16": _I16, "float32": _F32}[self.b], elements)
+        vector = _load(builder, address, kind, 16)
+        if self.a == "int16" and self.b == "int8":
+            return builder.sext(vector, ir.VectorType(_I16, elements))
+        return vector
+
+    def spread(self, builder: Any, address: Any) -> Any:
+        """The same `group` elements of A in every lane."""
+        scalar = _load(builder, address, _F32 if self.a == "float32" else _I32, 4 if self.a == "float32" else 1)
+        empty = ir.Constant(ir.VectorType(scalar.type, self.lanes), ir.Undefined)
+        one = builder.insert_element(empty, scalar, ir.Constant(_I32, 0))
+        return builder.shuffle_vector(one, empty, ir.Constant(ir.VectorType(_I32, self.lanes), [0] * self.lanes))
+
+    def multiply_add(self, builder: Any, sums: Any, a: Any, b: Any) -> Any:
+        """sums + the products of each lane's group."""
+        if self.a == "float32":
+            return _call(builder, f"llvm.fma.v{self.lanes}f32", self.sums, [a, b, sums])
+        if self.a == "uint8" and HAS_VNNI:
+            b = builder.bitcast(b, self.sums)
+            return _call(builder, f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}", self.sums, [sums, a, b])
+        if self.a == "int16" and HAS_AVX2:
+            a = builder.bitcast(a, b.type)
+            return builder.add(sums, _call(builder, "llvm.x86.avx2.pmadd.wd", self.sums, [a, b]))
+        return self._spelled_out(builder, sums, builder.bitcast(a, b.type), b)
+
+    def _spelled_out(self, builder: Any, sums: Any, a: Any, b: Any) -> Any:
+        """For CPUs without the instruction: widen, multiply, add neighbours."""
+        group = _GROUP[self.a]
+        wide = ir.VectorType(_I32, self.lanes * group)
+        products = builder.mul((builder.zext if self.a == "uint8" else builder.sext)(a, wide), builder.sext(b, wide))
+        for place in range(group):
+            chosen = ir.Constant(ir.VectorType(_I32, self.lanes), [lane * group + place for lane in range(self.lanes)])
+            sums = builder.add(sums, builder.shuffle_vector(products, products, chosen))
+        return sums
+
+
+def _load(builder: Any, address: Any, kind: Any, align: int) -> Any:
+    value = builder.load(builder.inttoptr(address, kind.as_pointer()))
+    value.align = align
+    return value
+
+
+def _call(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
+
+
+def _tile_code(arithmetic: _Arithmetic, rows: int) -> Any:
+    """Code generator of one tile: C[rows, PANEL] = A[rows, :] · one panel of B, over `steps` groups of k."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, _, a, a_stride, b, c, c_stride, steps = arguments
+
+        def plus(address: Any, bytes_: int) -> Any:
+            return builder.add(address, ir.Constant(_I64, bytes_))
+
+        tile = [(row, vector) for row in range(rows) for vector in range(arithmetic.vectors)]
+        begin, loop, end = builder.block, builder.append_basic_block("k"), builder.append_basic_block("store")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        step = builder.phi(_I64)
+        step.add_incoming(ir.Constant(_I64, 0), begin)
+        sums = {}
+        for place in tile:
+            sums[place] = builder.phi(arithmetic.sums)
+            sums[place].add_incoming(ir.Constant(arithmetic.sums, None), begin)
+        step_bytes = arithmetic.vector_bytes * arithmetic.vectors
+        a_bytes = _GROUP[arithmetic.a] * {"int16": 2, "uint8": 1, "float32": 4}[arithmetic.a]
+        b_here = builder.add(b, builder.mul(step, ir.Constant(_I64, step_bytes)))
+        a_here = builder.add(a, builder.mul(step, ir.Constant(_I64, a_bytes)))
+        of_row = [builder.add(a_here, builder.mul(a_stride, ir.Constant(_I64, row))) for row in range(rows)]
+        new = dict(sums)
+        for ahead in range(_UNROLL):
+            columns = [
+                arithmetic.load(builder, plus(b_here, ahead * step_bytes + vector * arithmetic.vector_bytes))
+                for vector in range(arithmetic.vectors)
+            ]
+            for row in range(rows):
+                value = arithmetic.spread(builder, plus(of_row[row], ahead * a_bytes))
+                for vector in range(arithmetic.vectors):
+                    new[row, vector] = arithmetic.multiply_add(builder, new[row, vector], value, columns[vector])
+        following = builder.add(step, ir.Constant(_I64, _UNROLL))
+        step.add_incoming(following, loop)
+        for place in tile:
+            sums[place].add_incoming(new[place], loop)
+        builder.cbranch(builder.icmp_signed("<", following, steps), loop, end)
+        builder.position_at_end(end)
+        for row, vector in tile:
+            address = builder.add(c, builder.mul(c_stride, ir.Constant(_I64, row)))
+            pointer = builder.inttoptr(plus(address, vector * 4 * arithmetic.lanes), arithmetic.sums.as_pointer())
+            builder.store(new[row, vector], pointer).align = 4
+        return context.get_dummy_value()
+
+    return generate
+
+
+def _tile(rows: int, rows_512: int) -> Any:
+    @intrinsic  # type: ignore[untyped-decorator]
+    def tile(typing: Any, a: Any, b: Any, a0: Any, a_stride: Any, b0: Any, c0: Any, c_stride: Any, steps: Any) -> Any:
+        arithmetic = _Arithmetic(a.dtype.name, b.dtype.name)
+        height = rows_512 if arithmetic.lanes == 16 else rows
+        return types.void(a, b, *[types.int64] * 6), _tile_code(arithmetic, height)
+
+    return tile
+
+
+_tall, _flat = _tile(_ROWS, _ROWS_512), _tile(1, 1)
+_TALL_ROWS_512 = _ROWS_512 if HAS_AVX512_VNNI else _ROWS
+
+
+@njit(nogil=True, cache=True, inline="never")
+def multiply(a: Any, first: int, rows: int, column: int, b: Any, c: Any) -> None:
+    """c[:rows] = a[first : first + rows, column:] · B.
+
+    Args:
+        a: (M, ≥ K) int16, uint8 or float32; elements behind K are read and multiplied with B's zeros.
+        b: what `pack_rows` or `pack_columns` made, (panels, steps, PANEL, group).
+        c: (≥ rows, ≥ panels · PANEL), int32, or float32 where A is.
+    """
+    panels, steps, width, group = b.shape
+    a_stride, c_stride = a.shape[1] * a.itemsize, c.shape[1] * 4
+    a0 = a.ctypes.data + first * a_stride + column * a.itemsize
+    b0, c0 = b.ctypes.data, c.ctypes.data
+    panel_bytes = steps * width * group * b.itemsize
+    height = _TALL_ROWS_512 if a.itemsize == 1 else _ROWS
+    for panel in range(panels):
+        here, there = b0 + panel * panel_bytes, c0 + panel * width * 4
+        if rows < height:
+            for row in range(rows):
+                _flat(a, b, a0 + row * a_stride, a_stride, here, there + row * c_stride, c_stride, steps)
+        else:
+            for row in range(0, rows, height):
+                row = min(row, rows - height)  # the last tile overlaps the one before it: the same sums again
+                _tall(a, b, a0 + row * a_stride, a_stride, here, there + row * c_stride, c_stride, steps)
+
+
+@njit(nogil=True, cache=True)
+def pack_rows(rows: Any, first: int, count: int, column: int, depth: int, b: Any) -> None:
+    """B[n, k] = rows[first + n, column + k] for n < `count`, k < `depth`; what lies behind them stays as it is."""
+    _, _, width, group = b.shape
+    whole = depth // group
+    for n in range(count):
+        panel, place = n // width, n % width
+        for step in range(whole):
+            for g in range(group):
+                b[panel, step, place, g] = rows[first + n, column + step * group + g]
+        for g in range(depth - whole * group):
+            b[panel, whole, place, g] = rows[first + n, column + whole * group + g]
+
+
+@njit(nogil=True, cache=True)
+def pack_columns(rows: Any, first: int, depth: int, column: int, count: int, b: Any) -> None:
+    """B[n, k] = rows[first + k, column + n] for n < `count`, k < `depth`; what lies behind them stays as it is."""
+    panels, steps, width, group = b.shape
+    for step in range(steps):
+        for g in range(min(group, depth - step * group)):
+            row = first + step * group + g
+            for panel in range(panels):
+                for place in range(min(width, count - panel * width)):
+                    b[panel, step, place, g] = rows[row, column + panel * width + place]
+
+
+def packed(columns: int, depth: int, a: str, b: str) -> npt.NDArray[Any]:
+    """Zeros for B of `columns` (N) and `depth` (K), to be filled; `a`, `b`: names of the types."""
+    steps = -(-depth // (_GROUP[a] * _UNROLL)) * _UNROLL
+    return aligned((-(-columns // PANEL[a]), steps, PANEL[a], _GROUP[a]), b)
+
+
+def sums(rows: int, columns: int, a: str) -> npt.NDArray[Any]:
+    """Memory for `rows` of C."""
+    return aligned((rows, -(-columns // PANEL[a]) * PANEL[a]), "float32" if a == "float32" else "int32")
+
+
+def aligned(shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
+    """Zeros that begin at a cache line, with room behind them: the inner loop may read past the last row."""
+    kind = np.dtype(dtype)
+    size = int(np.prod(shape)) * kind.itemsize
+    memory = np.zeros(size + 64 + 256, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(kind).reshape(shape)
