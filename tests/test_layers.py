@@ -13,7 +13,20 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "vitq_ray"
 
 # Lowest first: a file imports its own room and rooms that stand before it.
-ROOMS = ("base", "data", "quant", "calibration", "models", "measure", "qat", "run", "search", "cluster", "commands")
+ROOMS = (
+    "base",
+    "data",
+    "quant",
+    "calibration",
+    "models",
+    "measure",
+    "engines",
+    "qat",
+    "run",
+    "search",
+    "cluster",
+    "commands",
+)
 # What users import, run or name; everything may be behind it.
 DOOR = ("__init__", "__main__", "search_space", "search_spaces")
 MODULES = {

@@ -93,7 +93,8 @@ def entropy_divergences(counts: npt.NDArray[np.int64], levels: int) -> npt.NDArr
     """KL(reference ‖ candidate) in nats for i = 128 … bins; infinite where only the candidate is 0 in some bin."""
     smoothed = counts.astype(np.float64)
     smoothed[0] = smoothed[1]
-    return _divergence_kernel(smoothed, levels)
+    divergences: npt.NDArray[np.float64] = _divergence_kernel(smoothed, levels)
+    return divergences
 
 
 def noise_to_signal(histograms: Sequence[Histogram], amax: Amax, bits: int = 8) -> Amax:

@@ -15,7 +15,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,11 +32,12 @@ from vitq_ray.base.config import InputError
 from vitq_ray.cluster.images import StoredImages
 from vitq_ray.cluster.start import environment
 from vitq_ray.data.transforms import EvalTransform
+from vitq_ray.engines.execute import Engine, Execution
 from vitq_ray.measure.evaluation import Evaluation, evaluate
 from vitq_ray.measure.metrics import Results, pack, unpack
 from vitq_ray.measure.racing import RaceRules, chunks_left
 from vitq_ray.quant.plan import Plan
-from vitq_ray.quant.vit import apply_plan, frozen_weights
+from vitq_ray.quant.vit import apply_plan
 
 
 class Referee(Protocol):
@@ -125,6 +126,7 @@ class Shared:
     rules: RaceRules
     transform: EvalTransform
     batch_size: int
+    engine: Engine
     threads: int
     use_gpu: bool
 
@@ -140,6 +142,7 @@ def share(
     rules: RaceRules,
     transform: EvalTransform,
     batch_size: int,
+    engine: Engine,
     resources: Resources,
 ) -> Iterator[Shared]:
     """What trials read, for as long as the context lasts: the model goes into the object store, once.
@@ -156,6 +159,7 @@ def share(
         rules=rules,
         transform=transform,
         batch_size=batch_size,
+        engine=engine,
         threads=resources.threads,
         use_gpu=resources.gpus > 0,
     )
@@ -176,17 +180,20 @@ class Worker:
         # A copy: what comes from the object store is read-only memory.
         self.model = copy.deepcopy(ray.get(shared.model)).to(self.device).eval()
         self.images = shared.images.fetch()
-        self._frozen = ExitStack()
+        self.run: Execution | None = None
 
     def take_on(self, name: str) -> None:
         """Become a candidate."""
-        self._frozen.close()
         apply_plan(self.model, ray.get(self.shared.desk.get.remote(name)))
-        self._frozen.enter_context(frozen_weights(self.model))
+        if self.run is None:
+            self.run = Execution(self.model, self.shared.engine)
+        else:
+            self.run.follow()
 
     def evaluate(self, start: int, end: int) -> Evaluation:
         """The candidate on images `start` to `end`."""
-        return evaluate(self.model, self.images.batches(self.shared.batch_size, start, end), self._prepare)
+        assert self.run is not None
+        return evaluate(self.run, self.images.batches(self.shared.batch_size, start, end), self._prepare)
 
     def _prepare(self, images: Tensor) -> Tensor:
         return self.shared.transform.normalize(images.to(self.device))

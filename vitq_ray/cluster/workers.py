@@ -25,6 +25,7 @@ from vitq_ray.base.config import InputError
 from vitq_ray.calibration.statistics import CalibrationStatistics, collect_statistics
 from vitq_ray.data.loader import Batch
 from vitq_ray.data.transforms import EvalTransform
+from vitq_ray.engines.execute import Engine, Execution
 from vitq_ray.measure.calibration import Collect, Numbered, OnLogits, ToInput, collect_here
 from vitq_ray.measure.evaluation import Evaluation, evaluate
 
@@ -48,11 +49,14 @@ def torch_threads(count: int) -> Iterator[None]:
 class BatchWorker:
     """One process with a model of its own."""
 
-    def __init__(self, model: nn.Module, transform: EvalTransform, threads: int, use_gpu: bool) -> None:
+    def __init__(
+        self, model: nn.Module, transform: EvalTransform, threads: int, use_gpu: bool, engine: Engine | None
+    ) -> None:
         torch.set_num_threads(threads)
         self._device = torch.device("cuda" if use_gpu else "cpu")
         # A copy: what comes from the object store is read-only memory.
         self._model = copy.deepcopy(model).to(self._device).eval()
+        self._run = self._model if engine is None else Execution(self._model, engine)
         self._transform = transform
 
     def _input(self, images: Tensor) -> Tensor:
@@ -72,7 +76,7 @@ class BatchWorker:
         """Which images of a batch are classified correctly, and the logits (B, classes)."""
         logits: list[Tensor] = []
         ours = Batch(batch.images, batch.labels.clone(), batch.sample_ids.clone())
-        evaluation = evaluate(self._model, [ours], self._input, lambda _, y: logits.append(y.cpu()))
+        evaluation = evaluate(self._run, [ours], self._input, lambda _, y: logits.append(y.cpu()))
         return evaluation, logits[0]
 
 
@@ -80,9 +84,18 @@ class WorkerPool:
     """Several `BatchWorker`s; needs a running Ray. Close it, or the workers keep their CPUs."""
 
     def __init__(
-        self, model: nn.Module, transform: EvalTransform, count: int, threads: int = 1, num_gpus: float = 0.0
+        self,
+        model: nn.Module,
+        transform: EvalTransform,
+        count: int,
+        threads: int = 1,
+        num_gpus: float = 0.0,
+        engine: Engine | None = None,
     ) -> None:
-        """Raises InputError where the cluster cannot hold `count` workers at once."""
+        """`engine` runs a quantized model; None runs the model as it is.
+
+        Raises InputError where the cluster cannot hold `count` workers at once.
+        """
         cpus = ray.cluster_resources().get("CPU", 0.0)
         share = min(float(threads), cpus / count)
         _require_gpus(count * num_gpus)
@@ -97,7 +110,9 @@ class WorkerPool:
             max_task_retries=3,
         )(BatchWorker)
         shared = ray.put(copy.deepcopy(model).cpu())
-        self._workers: list[Any] = [actor.remote(shared, transform, threads, num_gpus > 0) for _ in range(count)]
+        self._workers: list[Any] = [
+            actor.remote(shared, transform, threads, num_gpus > 0, engine) for _ in range(count)
+        ]
 
     def map(self, method: str, items: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         """Results of `method(*item)` in the order of the items; no more than two items a worker are under way."""

@@ -36,12 +36,13 @@ from vitq_ray.data.loader import iter_batches
 from vitq_ray.data.samples import SampleIndex
 from vitq_ray.data.splits import calibration_ids, default_calib_split, require_images
 from vitq_ray.data.transforms import EvalTransform
+from vitq_ray.engines.execute import Engine, evaluation_batch, find_engine
 from vitq_ray.measure.calibration import CalibrationPass, calibration_pass
 from vitq_ray.measure.evaluation import Evaluation, sanity_problem
 from vitq_ray.models.checkpoint import Sidecar, save_calibrated
 from vitq_ray.models.load import LoadedModel, load_model
 from vitq_ray.quant.plan import Plan
-from vitq_ray.quant.vit import frozen_weights, quantize_vit, site_weights
+from vitq_ray.quant.vit import quantize_vit, site_weights
 from vitq_ray.run.results import CALIBRATION, Stopwatch, left_out_rows, result_of, versions, write_result
 
 
@@ -107,7 +108,8 @@ def calibrate(options: CalibrateOptions, screen: Screen = SILENT) -> CalibrateRe
         require_apart(options)
         job = prepare(options, options.calib_split, options.calib_order)
         warn_of_left_out(screen, job.splits)
-        require_batch_fits(options, job.loaded.geometry, min(options.batch_size, len(job.val)), sees_attention=True)
+        size = options.batch_size or evaluation_batch(job.model, job.device)
+        require_batch_fits(options, job.loaded.geometry, min(size, len(job.val)), sees_attention=True)
         workers = workers_of(options, options.use_gpu)
         folder = output_folder(options.calib_output_path, options.name_of("calib_output_path"))
     with ray_for(options):
@@ -117,7 +119,9 @@ def calibrate(options: CalibrateOptions, screen: Screen = SILENT) -> CalibrateRe
             plan = apply(job, seen, screen)
         screen.say(plan_summary(job.model, plan))
         with watch.stage("evaluate"):
-            evaluation = evaluate_all(job, options, screen)
+            engine = find_engine(options.engine, job.model, job.loaded.geometry.img_size, job.device)
+            screen.say(f"engine: {engine}")
+            evaluation = evaluate_all(job, options, engine, screen)
     overlap = images_also_evaluated(job, seen)
     calibration = {
         **calibration_of(job, options),
@@ -152,6 +156,7 @@ def calibrate(options: CalibrateOptions, screen: Screen = SILENT) -> CalibrateRe
         images_as=images_as(job.transform),
         name=options.name,
         seed=options.seed,
+        engine=engine.to_dict(),
         calibration={**calibration, "sample_ids": seen.sample_ids.tolist()},
         degenerate_sites=plan.degenerate_sites(),
     )
@@ -228,11 +233,10 @@ def apply(job: CalibrationJob, seen: CalibrationPass, screen: Screen) -> Plan:
     return plan
 
 
-def evaluate_all(job: CalibrationJob, options: CalibrateOptions, screen: Screen) -> Evaluation:
+def evaluate_all(job: CalibrationJob, options: CalibrateOptions, engine: Engine, screen: Screen) -> Evaluation:
     """All of val, by the quantized model."""
-    images = ValImages(job.val, range(len(job.val)), job.transform, job.to_input, job.bad_images)
-    with frozen_weights(job.model):
-        return evaluate_val(job.model, images, options, screen)
+    images = ValImages(job.val, range(len(job.val)), job.transform, job.device, job.to_input, job.bad_images)
+    return evaluate_val(job.model, images, options, screen, engine)
 
 
 def images_also_evaluated(job: CalibrationJob, seen: CalibrationPass) -> int:

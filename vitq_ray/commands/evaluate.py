@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitq_ray.base.config import InputError
 from vitq_ray.base.files import atomic_file, output_file, output_folder
@@ -33,10 +31,10 @@ from vitq_ray.commands.screen import SILENT, Screen, result_line, warn_of_bad_im
 from vitq_ray.data.loader import Batch
 from vitq_ray.data.samples import SampleIndex
 from vitq_ray.data.transforms import EvalTransform
+from vitq_ray.engines.execute import Engine, evaluation_batch, find_engine
 from vitq_ray.measure.evaluation import Evaluation, sanity_problem
 from vitq_ray.models.checkpoint import BY_HAND, CalibratedModel, Sidecar, open_checkpoint
 from vitq_ray.models.load import LoadedModel
-from vitq_ray.quant.vit import frozen_weights
 from vitq_ray.run.results import EVALUATION, Stopwatch, left_out_rows, result_of, write_result
 
 
@@ -75,14 +73,11 @@ class EvaluationJob:
         """uint8 (B, S, S, 3) -> float32 (B, 3, S, S) on the model's device."""
         return self.transform.normalize(images.to(self.device))
 
-    @contextmanager
-    def model(self) -> Iterator[nn.Module]:
-        """The model, with weights quantized once if it is a calibrated one."""
+    def engine(self, name: str) -> Engine | None:
+        """What runs the model if it is a calibrated one."""
         if self.sidecar is None:
-            yield self.loaded.model
-        else:
-            with frozen_weights(self.loaded.model):
-                yield self.loaded.model
+            return None
+        return find_engine(name, self.loaded.model, self.loaded.geometry.img_size, self.device)
 
 
 def evaluate(options: EvaluateOptions, screen: Screen = SILENT) -> EvaluateResult:
@@ -99,12 +94,15 @@ def evaluate(options: EvaluateOptions, screen: Screen = SILENT) -> EvaluateResul
         warn_of_left_out(screen, {"val": job.index})
     kept = KeptLogits()
     with ray_for(options), watch.stage("evaluate"):
-        evaluation = classify_all(job, options, kept, screen)
+        engine = job.engine(options.engine)
+        if engine is not None:
+            screen.say(f"engine: {engine}")
+        evaluation = classify_all(job, options, engine, kept, screen)
     if options.save_logits:
         kept.save(Path(options.save_logits))
     if problem := sanity_problem(evaluation, job.loaded.geometry.num_classes, what=job.what):
         screen.warn(problem)
-    result = describe(job, options, evaluation, watch)
+    result = describe(job, options, engine, evaluation, watch)
     write_result(Path(options.output), result)
     report(job, options, evaluation, screen)
     return EvaluateResult(job.what, evaluation, result)
@@ -117,7 +115,8 @@ def prepare(options: EvaluateOptions) -> EvaluationJob:
     loaded.model.to(device)
     index = open_images(options, "val", loaded.geometry.num_classes)
     ids = range(min(len(index), options.limit or len(index)))
-    require_batch_fits(options, loaded.geometry, min(options.batch_size, len(ids)), sees_attention=sidecar is not None)
+    size = min(options.batch_size or evaluation_batch(loaded.model, device), len(ids))
+    require_batch_fits(options, loaded.geometry, size, sees_attention=sidecar is not None)
     output_folder(options.output, options.name_of("output"))
     if options.save_logits:
         output_file(options.save_logits, options.name_of("save_logits"))
@@ -139,11 +138,13 @@ def load(options: EvaluateOptions) -> tuple[LoadedModel, Sidecar | None]:
     return opened, None
 
 
-def classify_all(job: EvaluationJob, options: EvaluateOptions, kept: KeptLogits, screen: Screen) -> Evaluation:
+def classify_all(
+    job: EvaluationJob, options: EvaluateOptions, engine: Engine | None, kept: KeptLogits, screen: Screen
+) -> Evaluation:
     """Every image, here or on workers; logits are kept where they are to be saved."""
-    images = ValImages(job.index, job.ids, job.transform, job.to_input, job.bad_images)
-    with job.model() as model:
-        return evaluate_val(model, images, options, screen, kept.add if options.save_logits else ignore)
+    images = ValImages(job.index, job.ids, job.transform, job.device, job.to_input, job.bad_images)
+    on_batch = kept.add if options.save_logits else ignore
+    return evaluate_val(job.loaded.model, images, options, screen, engine, on_batch)
 
 
 class KeptLogits:
@@ -162,7 +163,9 @@ class KeptLogits:
             np.savez(stream, logits=logits, labels=labels, sample_id=ids)
 
 
-def describe(job: EvaluationJob, options: EvaluateOptions, evaluation: Evaluation, watch: Stopwatch) -> dict[str, Any]:
+def describe(
+    job: EvaluationJob, options: EvaluateOptions, engine: Engine | None, evaluation: Evaluation, watch: Stopwatch
+) -> dict[str, Any]:
     """result.json"""
     sidecar = job.sidecar
     return result_of(
@@ -178,6 +181,7 @@ def describe(job: EvaluationJob, options: EvaluateOptions, evaluation: Evaluatio
         calibration=None if sidecar is None else sidecar.calibration,
         images_also_calibrated_on=images_also_calibrated_on(job),
         checkpoint=options.to_dict()["pretrained_dir"],
+        engine=None if engine is None else engine.to_dict(),
         model_type=job.loaded.geometry.model_type,
         img_size=job.loaded.geometry.img_size,
         images_as=images_as(job.transform),

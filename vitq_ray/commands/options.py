@@ -16,6 +16,8 @@ from vitq_ray.calibration.setting import Calibration, Setting
 from vitq_ray.commands.declare import Choice, Flag, Kind, Name, Number, Options, Place, Text, option, with_rows
 from vitq_ray.data.folders import CLASS_ORDERS
 from vitq_ray.data.loader import ON_BAD_IMAGE
+from vitq_ray.engines.execute import AUTO as AUTO_ENGINE
+from vitq_ray.engines.execute import ENGINES
 from vitq_ray.models.geometry import AUTO
 from vitq_ray.qat.recipe import MOST_SEED, RECIPE_OPTIONS, RecipeOption
 from vitq_ray.quant.plan import MAX_BITS, MIN_BITS
@@ -30,7 +32,12 @@ MOST_GIGABYTES = 100_000
 _INPUT = Place(uri=True)
 _SEED = Number(int, 0, MOST_SEED)
 _THREADS, _WORKERS = Number(int, 1, MOST_THREADS), Number(int, 1, MOST_WORKERS)
+_BATCH_HELP = "images per evaluation batch; default: as many as stay in the caches, at most 100"
 _MODE = Choice(tuple(MODES), {"1": "ft1", "2": "ft2"})  # the old toolkit's names
+
+
+def _engine() -> Any:
+    return option(Choice(ENGINES), AUTO_ENGINE, "what runs quantized models; auto: the faster one that is exact here")
 
 
 def _names(table: Iterable[str]) -> str:
@@ -166,7 +173,8 @@ class CalibrateOptions(OneSettingOptions, WorkerOptions):
 
     calib_split: str | None = option(Choice(("train", "val")), None, "images to calibrate on; default: train if there")
     calib_order: str = option(Choice(("shuffled", "map")), "shuffled", "which images of the split")
-    batch_size: int = option(Number(int, 1), 64, "images per evaluation batch")
+    batch_size: int | None = option(Number(int, 1), None, _BATCH_HELP)
+    engine: str = _engine()
     calib_output_path: str = option(Place(), "runs/calib", "folder for checkpoint and results")
     calib: bool = option(Flag(), False, "accepted for the old toolkit's command lines")
     name: str | None = option(Text(), None, "name of the experiment, kept in result.json")
@@ -184,7 +192,8 @@ class EvaluateOptions(ModelOptions, DecodeOptions, WorkerOptions):
     `--save-logits` the arrays `logits` (N, classes), `labels` and `sample_id`.
     """
 
-    batch_size: int = option(Number(int, 1), 64, "images per batch")
+    batch_size: int | None = option(Number(int, 1), None, _BATCH_HELP)
+    engine: str = _engine()
     quant_mode: str | None = option(_MODE, None, "mode of a calibrated checkpoint, if it has no sidecar")
     wprec: int | None = option(Number(int, MIN_BITS, MAX_BITS), None, "bits of its weights, if it has no sidecar")
     aprec: int | None = option(Number(int, MIN_BITS, MAX_BITS), None, "bits of its activations, if it has no sidecar")
@@ -224,7 +233,8 @@ class TuneOptions(ModelOptions, SettingOptions, RayOptions):
     select_images: int | None = option(
         Number(int, 1), None, f"images to compare settings on; default: half of val, at most {MOST_SELECTION_IMAGES}"
     )
-    batch_size: int = option(Number(int, 1), 100, "images per evaluation batch")
+    batch_size: int | None = option(Number(int, 1), None, _BATCH_HELP)
+    engine: str = _engine()
     chunk_images: int | None = option(Number(int, 1), None, "images between two looks; default: a 25th of all")
     alpha: float = option(Number(float, 1e-9, 0.999), 0.05, "chance of losing the best (racing.py)")
     tie_margin: float = option(Number(float, 0, 0.5), 0.005, "accuracy not worth telling apart, a fraction")

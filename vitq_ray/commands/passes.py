@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
@@ -17,6 +18,7 @@ from vitq_ray.commands.screen import Screen
 from vitq_ray.data.loader import Batch, iter_batches
 from vitq_ray.data.samples import SampleIndex
 from vitq_ray.data.transforms import EvalTransform
+from vitq_ray.engines.execute import Engine, evaluation_batch, executed
 from vitq_ray.measure.calibration import Collect, ToInput, collect_here
 from vitq_ray.measure.evaluation import Evaluation, evaluate
 
@@ -29,10 +31,10 @@ class Workers:
     threads: int = 1
     gpus: float = 0.0
 
-    def pool(self, model: nn.Module, transform: EvalTransform) -> WorkerPool:
+    def pool(self, model: nn.Module, transform: EvalTransform, engine: Engine | None = None) -> WorkerPool:
         """The workers, with the model as it is now. Ray is running."""
         assert self.count is not None
-        return WorkerPool(model, transform, self.count, self.threads, self.gpus)
+        return WorkerPool(model, transform, self.count, self.threads, self.gpus, engine)
 
 
 IN_THIS_PROCESS = Workers(None)
@@ -67,12 +69,14 @@ def evaluation_pass(
     to_input: ToInput,
     transform: EvalTransform,
     workers: Workers,
+    engine: Engine | None = None,
     on_batch: OnBatch = ignore,
 ) -> Evaluation:
-    """Classify every image; the same counts, however many workers there are."""
+    """Classify every image, a quantized model by an engine; the same counts, however many workers there are."""
     if workers.count is None:
-        return evaluate(model, batches, to_input, on_batch)
-    with workers.pool(model, transform) as pool:
+        with nullcontext(model) if engine is None else executed(model, engine) as run:
+            return evaluate(run, batches, to_input, on_batch)
+    with workers.pool(model, transform, engine) as pool:
         return evaluate_on(pool, batches, on_batch)
 
 
@@ -89,6 +93,7 @@ class ValImages:
     index: SampleIndex
     ids: range
     transform: EvalTransform
+    device: torch.device
     to_input: ToInput
     bad_images: list[tuple[str, str]]
 
@@ -98,16 +103,17 @@ def evaluate_val(
     images: ValImages,
     options: CalibrateOptions | EvaluateOptions,
     screen: Screen,
+    engine: Engine | None = None,
     on_batch: OnBatch = ignore,
 ) -> Evaluation:
     """Classify images of val, here or on workers, with progress shown. InputError where none can be read."""
-    size, transform = options.batch_size, images.transform
+    size, transform = options.batch_size or evaluation_batch(model, images.device), images.transform
     batches = iter_batches(
         images.index, images.ids, transform, size, options.decode_threads, options.on_bad_image, images.bad_images
     )
     shown = screen.track(batches, -(-len(images.ids) // size), "evaluate")
     workers = workers_of(options, options.use_gpu)
-    evaluation = evaluation_pass(model, shown, images.to_input, transform, workers, on_batch)
+    evaluation = evaluation_pass(model, shown, images.to_input, transform, workers, engine, on_batch)
     if evaluation.images == 0:
         raise InputError(f"{options.data_path}: no readable image in val")
     return evaluation

@@ -48,12 +48,13 @@ from vitq_ray.commands.tune_job import (
 )
 from vitq_ray.commands.tune_outcome import Outcome, outcome_text, search_result
 from vitq_ray.commands.tune_qat import escalate, misses_target
+from vitq_ray.engines.execute import executed
 from vitq_ray.measure.calibration import calibration_pass
 from vitq_ray.measure.evaluation import Evaluation, evaluate, evaluate_variants, sanity_problem
 from vitq_ray.measure.metrics import pack_text, unpack_text
 from vitq_ray.measure.racing import Decision, Race, Verdict
 from vitq_ray.models.checkpoint import save_calibrated
-from vitq_ray.quant.vit import apply_plan, frozen_weights, quantizers_off, tensor_keys
+from vitq_ray.quant.vit import apply_plan, quantizers_off, tensor_keys
 from vitq_ray.run.folder import RunFolder, record_bad_images
 from vitq_ray.run.log import Log
 from vitq_ray.run.results import SEARCH
@@ -148,6 +149,7 @@ def run(job: TuneJob, folder: RunFolder, screen: Screen) -> dict[str, Any]:
     if problem := sanity_problem(baseline, job.loaded.geometry.num_classes, job.options.min_float_top1):
         raise InputError(f"{job.options.pretrained_dir}: {problem}; nothing was searched")
     screen.say(f"float: {accuracy_of(baseline)} on the {baseline.images} selection images")
+    screen.say(f"engine: {job.engine}")
     contest = race(job, folder, statistics, images, baseline, metrics, screen)
     results = {"float": baseline} | contest.evaluations(images.labels, images.sample_ids)
     folder.write_correct(results)
@@ -214,7 +216,7 @@ def evaluate_float(job: TuneJob, folder: RunFolder, screen: Screen) -> tuple[Sto
 
     Images go to the object store as they come; this process keeps none.
     """
-    ids, size = job.splits.selection, job.options.batch_size
+    ids, size = job.splits.selection, job.batch_size
     store = ImageStore()
     batches = screen.track(store.passing(job.stream(job.val, ids, size)), -(-len(ids) // size), "float model")
     logged = [event for event in folder.events() if event["event"] == "float"]
@@ -250,10 +252,10 @@ def race(
 ) -> Contest:
     """Race the settings of the space on the selection images."""
     options = job.options
-    rules = race_rules(len(images), options.chunk_images, options.batch_size, options.alpha, options.tie_margin)
+    rules = race_rules(len(images), options.chunk_images, job.batch_size, options.alpha, options.tie_margin)
     field_of_race = Race(rules)
     with (
-        share(job.model, images, rules, job.transform, options.batch_size, job.resources) as shared,
+        share(job.model, images, rules, job.transform, job.batch_size, job.engine, job.resources) as shared,
         LiveRace(field_of_race, baseline, screen) as table,
     ):
 
@@ -293,7 +295,7 @@ def _count_states(race: Race, metrics: Metrics) -> None:
 
 def evaluate_report(job: TuneJob, winner: Candidate, screen: Screen) -> tuple[Evaluation, Evaluation]:
     """(winner, float model) on the report images; the model has the winner's scales afterwards."""
-    ids, size = job.splits.report, job.options.batch_size
+    ids, size = job.splits.report, job.batch_size
     batches = screen.track(job.stream(job.val, ids, size), -(-len(ids) // size), "report")
     apply_plan(job.model, winner.plan)
 
@@ -301,8 +303,8 @@ def evaluate_report(job: TuneJob, winner: Candidate, screen: Screen) -> tuple[Ev
         with quantizers_off(job.model):
             return cast(Tensor, job.model(x))
 
-    with frozen_weights(job.model):
-        results = evaluate_variants({"winner": job.model, "float": float_logits}, batches, job.to_input)
+    with executed(job.model, job.engine) as quantized:
+        results = evaluate_variants({"winner": quantized, "float": float_logits}, batches, job.to_input)
     if not results["winner"].images:
         raise InputError("report: no readable image")
     return results["winner"], results["float"]

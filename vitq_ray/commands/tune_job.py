@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from vitq_ray.calibration.scales import NOISE_NEEDS, kinds_of, require_all_possi
 from vitq_ray.calibration.setting import Setting, read_setting, require_sites
 from vitq_ray.cluster.stream import stream_batches
 from vitq_ray.cluster.trials import Resources, nodes_for
+from vitq_ray.cluster.workers import torch_threads
 from vitq_ray.commands import combinations
 from vitq_ray.commands.inputs import (
     device_of,
@@ -37,11 +38,12 @@ from vitq_ray.data.loader import Batch
 from vitq_ray.data.samples import Ids, SampleIndex
 from vitq_ray.data.splits import Splits, default_calib_split, make_splits, race_order
 from vitq_ray.data.transforms import EvalTransform
+from vitq_ray.engines.execute import Engine, evaluation_batch, find_engine, unit_plan
 from vitq_ray.models.checkpoint import Sidecar
 from vitq_ray.models.load import LoadedModel, load_model
 from vitq_ray.qat.ranks import steps_per_epoch
 from vitq_ray.quant.plan import Plan
-from vitq_ray.quant.vit import quantize_vit
+from vitq_ray.quant.vit import apply_plan, quantize_vit
 from vitq_ray.run.folder import RUN, RunFolder
 from vitq_ray.run.results import Stopwatch, versions
 from vitq_ray.search.asha import training_runs
@@ -62,6 +64,7 @@ FREE_OPTIONS = frozenset(
         "max_trials_in_flight",
         "num_workers",
         "object_store_memory",
+        "engine",
     }
     | {"decode_threads"}  # of runs that an earlier version began
 )
@@ -95,6 +98,18 @@ class TuneJob:
     def to_input(self, images: Tensor) -> Tensor:
         """uint8 (B, S, S, 3) -> float32 (B, 3, S, S) on the driver's device."""
         return self.transform.normalize(images.to(self.device))
+
+    @property
+    def batch_size(self) -> int:
+        """Images per evaluation batch."""
+        return self.options.batch_size or evaluation_batch(self.model, self.device)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """What runs the candidates, measured with the threads that a trial has. Leaves the model with unit scales."""
+        apply_plan(self.model, unit_plan(self.model, self.defaults.mode))
+        with torch_threads(self.resources.threads):
+            return find_engine(self.options.engine, self.model, self.loaded.geometry.img_size, self.device)
 
     def proposals(self) -> Proposals:
         """Where the settings come from."""
@@ -163,7 +178,7 @@ def prepare(options: TuneOptions, screen: Screen, space: SearchSpace | None = No
         resources=Resources(options.threads_per_trial, gpus_per_trial(options), options.max_trials_in_flight),
     )
     require_rules(job)
-    images = max(options.calib_batchsz, min(options.batch_size, len(job.splits.selection)))
+    images = max(options.calib_batchsz, min(job.batch_size, len(job.splits.selection)))
     require_batch_fits(options, loaded.geometry, images, sees_attention=True)
     require_memory(job)
     if options.from_run is not None:

@@ -61,6 +61,7 @@ def search_result(job: TuneJob, folder: RunFolder, outcome: Outcome) -> dict[str
         winner={"name": outcome.winner.name, "setting": outcome.winner.setting.to_dict()},
         degenerate_sites=outcome.winner.plan.degenerate_sites(),
         float=outcome.of_float.summary(),
+        engine=job.engine.to_dict(),
         selection={name: evaluation.summary() for name, evaluation in outcome.results.items()},
         candidates=candidates,
         race={

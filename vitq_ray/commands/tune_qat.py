@@ -17,13 +17,14 @@ from vitq_ray.cluster.qat_trials import run_training
 from vitq_ray.commands.inputs import checkpoint_name, training_ids
 from vitq_ray.commands.screen import Screen, accuracy
 from vitq_ray.commands.tune_job import TuneJob, sidecar_of_search
+from vitq_ray.engines.execute import executed
 from vitq_ray.measure.evaluation import Evaluation, evaluate
 from vitq_ray.models.checkpoint import load_calibrated, save_calibrated
 from vitq_ray.models.weights import weights_fingerprint
 from vitq_ray.qat.ranks import QatData
 from vitq_ray.qat.state import read_outcome
 from vitq_ray.qat.teacher import TEACHER_LOGITS
-from vitq_ray.quant.vit import apply_plan, float_copy, frozen_weights, scales_of
+from vitq_ray.quant.vit import apply_plan, float_copy, scales_of
 from vitq_ray.run.folder import RunFolder, read_bad_images
 from vitq_ray.search.asha import Epoch, QatContest, TrainingRun, training_runs
 from vitq_ray.search.contest import Contest
@@ -126,9 +127,9 @@ def report_trained(job: TuneJob, folder: RunFolder, training: QatContest, starts
     start = load_calibrated(starts[run.start])
     model = start.loaded.model.to(job.device)
     model.load_state_dict(outcome.best_state)
-    size, ids = job.options.batch_size, job.splits.report
-    with job.watch.stage("report"), frozen_weights(model):
-        evaluation = evaluate(model, job.stream(job.val, ids, size), job.to_input)
+    size, ids = job.batch_size, job.splits.report
+    with job.watch.stage("report"), executed(model, job.engine) as run_model:
+        evaluation = evaluate(run_model, job.stream(job.val, ids, size), job.to_input)
     recipe = {"config": run.config.to_dict(), "best_epoch": best.epoch, "run": run.name}
     weights = {k: v for k, v in model.state_dict().items() if not k.endswith("._amax")}
     sidecar = replace(

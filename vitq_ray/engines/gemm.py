@@ -18,27 +18,34 @@ saturate at 16 bits (255 · 127 · 2 > 2¹⁵).
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
-import llvmlite.binding as llvm
 import llvmlite.ir as ir
 import numpy as np
 import numpy.typing as npt
 from numba import njit, types
-from numba.core import cgutils
+from numba.core import cgutils, config
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
+FLOAT = "float32"
+INTEGERS = {"uint8": "uint8 × int8, vpdpbusd", "int16": "int16 × int8, vpmaddwd"}  # operands, fastest first
 _I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 
-def _cpu_features() -> dict[str, bool]:
-    return dict(llvm.get_host_cpu_features())
+def _cpu_features() -> set[str]:
+    """What numba compiles for: this CPU's instruction sets, or those that NUMBA_CPU_NAME, NUMBA_CPU_FEATURES allow."""
+    text = config.CPU_FEATURES
+    if text is None:
+        text = "" if config.CPU_NAME == "generic" else get_host_cpu_features()
+    return {feature[1:] for feature in text.split(",") if feature.startswith("+")}
 
 
 _FEATURES = _cpu_features()
-HAS_AVX2 = _FEATURES.get("avx2", False)
-HAS_AVX512_VNNI = _FEATURES.get("avx512vnni", False) and _FEATURES.get("avx512bw", False)
-HAS_AVX_VNNI = _FEATURES.get("avxvnni", False)
+HAS_AVX2 = "avx2" in _FEATURES
+HAS_AVX512_VNNI = {"avx512vnni", "avx512bw"} <= _FEATURES
+HAS_AVX_VNNI = "avxvnni" in _FEATURES
 HAS_VNNI = HAS_AVX512_VNNI or HAS_AVX_VNNI
 
 PANEL = {"int16": 16, "float32": 16, "uint8": 32 if HAS_AVX512_VNNI else 16}  # columns, by the type of A
@@ -50,7 +57,7 @@ ROW_BLOCK = 48  # rows of A that are multiplied with all of B before the next: t
 
 
 class _Arithmetic:
-    """One row of the table above as LLVM instructions: how a vector of B is read, a value of A spread, both multiplied."""
+    """One row of the table above as LLVM instructions: reading B, spreading A, multiplying both."""
 
     def __init__(self, a: str, b: str) -> None:
         self.a, self.b = a, b
@@ -159,7 +166,7 @@ def _tile_code(arithmetic: _Arithmetic, rows: int) -> Any:
 
 
 def _tile(rows: int, rows_512: int) -> Any:
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def tile(typing: Any, a: Any, b: Any, a0: Any, a_stride: Any, b0: Any, c0: Any, c_stride: Any, steps: Any) -> Any:
         arithmetic = _Arithmetic(a.dtype.name, b.dtype.name)
         height = rows_512 if arithmetic.lanes == 16 else rows
@@ -242,3 +249,47 @@ def aligned(shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
     memory = np.zeros(size + 64 + 256, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start : start + size].view(kind).reshape(shape)
+
+
+# Which integers are exact here ---------------------------------------------------------------------------------------
+
+
+@cache
+def integers() -> str | None:
+    """Type of the integer operands on this CPU: the fastest whose products are exact and made by instructions for
+    them; None where there are none."""
+    native = {"uint8": HAS_VNNI, "int16": HAS_AVX2}
+    return next((kind for kind in INTEGERS if native[kind] and is_exact(kind)), None)
+
+
+def is_exact(
+    kind: str, shapes: tuple[tuple[int, int, int], ...] = ((50, 1536, 64), (257, 64, 257), (13, 77, 33))
+) -> bool:
+    """Whether products of operands of a type equal those in int64, at values that break what is not exact.
+
+    Args:
+        shapes: (rows of A, K, columns) each.
+    """
+    low, high = {"uint8": (0, 255), "int16": (-255, 255)}[kind]
+    random = np.random.default_rng(0)
+    for rows, depth, columns in shapes:
+        for extreme in ((high, 127), (high, -128), (low, -128), (low, 127), None):
+            if extreme is None:
+                a, b = random.integers(low, high + 1, (rows, depth)), random.integers(-128, 128, (columns, depth))
+            else:
+                a, b = np.full((rows, depth), extreme[0]), np.full((columns, depth), extreme[1])
+            if not np.array_equal(product(a, b, kind), a @ b.T):
+                return False
+    return True
+
+
+def product(a: Any, b: Any, kind: str) -> Any:
+    """A · Bᵀ of integer arrays (M, K) and (N, K), computed as an engine computes it: (M, N)."""
+    rows, depth = a.shape
+    left = aligned((rows, -(-depth // 16) * 16), kind)
+    left[:, :depth] = a
+    right = packed(len(b), depth, kind, FLOAT if kind == FLOAT else "int8")
+    pack_rows(np.ascontiguousarray(b.astype(right.dtype)), 0, len(b), 0, depth, right)
+    out = aligned((rows, right.shape[0] * right.shape[2]), FLOAT if kind == FLOAT else "int32")
+    multiply(left, 0, rows, 0, right, out)
+    return out[:, : len(b)]

@@ -1,6 +1,6 @@
 """Quantized blocks executed as a plan says, in integers or in integer-valued float32, in few passes.
 
-    levels of x ──► product ──► sums ──► · scale, quantize, + bias ──► GELU, residual, softmax ──► levels of what reads it
+    levels of x ──► product ──► sums ──► · scale, quantize, + bias ──► GELU, residual, softmax ──► levels of the next
 
 One dataflow for both arithmetics: an operand whose quantizers are on is int16 (or uint8 where the CPU has VNNI), else
 float32. A plan changes numbers only, so nothing is compiled again; weights are quantized and packed when they, or their
@@ -18,17 +18,28 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from vitq_ray.engines import passes
-from vitq_ray.engines.gemm import ROW_BLOCK, aligned, pack_rows, packed, sums
+from vitq_ray.engines.gemm import FLOAT, PANEL, ROW_BLOCK, aligned, pack_rows, packed, sums
+from vitq_ray.measure.evaluation import NonFiniteLogitsError
 from vitq_ray.quant.fake_quant import step_of
 from vitq_ray.quant.quantizer import State, TensorQuantizer
 from vitq_ray.quant.vit import GemmQuantizers, QuantBlock, quant_blocks
 
 Array = npt.NDArray[Any]
-FLOAT = "float32"
 _OFF = np.array([1, 1, 0, 0, 0], np.float32)
+_ROWS_AT_ONCE = (
+    1024  # tokens that go through a block together: few enough for the caches, many enough for calls to be free
+)
+
+
+def _floats(tensor: Tensor, what: str) -> Array:
+    """A parameter as float32 numbers; NonFiniteLogitsError where one is none."""
+    if not torch.isfinite(tensor).all():
+        raise NonFiniteLogitsError(f"{what} has NaN or infinite values")
+    return tensor.detach().float().cpu().contiguous().numpy()
 
 
 def quantizer_row(quantizer: TensorQuantizer) -> Array:
@@ -44,25 +55,30 @@ def _is_on(quantizer: TensorQuantizer) -> bool:
     return quantizer.state is State.QUANTIZE
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Operand:
-    """What a product takes on its left: the type, the quantizer that makes it, and what is added to its levels."""
+    """One side of a product: the type of its elements, and the quantizer that makes them, as `passes` reads it."""
 
     kind: str
-    row: Array
+    quantizer: Array
 
     @property
-    def shift(self) -> np.float32:
-        return np.float32(-self.row[passes.LOW] if self.kind == "uint8" else 0)
+    def target(self) -> passes.Target:
+        low = self.quantizer[passes.LOW]
+        return passes.Target(self.quantizer, np.float32(-low if self.kind == "uint8" else 0))
 
     @property
     def low(self) -> Any:
-        """What the shift took away, in the type of the sums."""
-        return np.float32(0) if self.kind == FLOAT else np.int32(-self.shift)
+        """What a shift took away, in the type of the sums."""
+        return np.float32(0) if self.kind == FLOAT else np.int32(-self.target.shift)
 
     @property
-    def step(self) -> np.float32:
-        return np.float32(self.row[passes.STEP])
+    def sums_kind(self) -> str:
+        return FLOAT if self.kind == FLOAT else "int32"
+
+    @property
+    def step(self) -> Any:
+        return self.quantizer[passes.STEP]
 
 
 class _Linear:
@@ -82,10 +98,15 @@ class _Linear:
         self.operand = _Operand(integers if on else FLOAT, quantizer_row(quantizers._input_quantizer))
         self.after = quantizer_row(quantizers._aftergemm_quantizer)
         step = self._pack()
-        self.scale = np.ascontiguousarray(self.operand.step * step)
-        self.bias = np.zeros(self.rows, np.float32) if self._bias is None else self._bias.detach().float().cpu().numpy()
-        self.offset = np.zeros(self.b.shape[0] * self.b.shape[2], FLOAT if self.operand.kind == FLOAT else np.int32)
+        self.scale = np.ascontiguousarray(np.float32(self.operand.step) * step)
+        self.bias = np.zeros(self.rows, np.float32) if self._bias is None else _floats(self._bias, "a bias")
+        self.offset = np.zeros(self.b.shape[0] * self.b.shape[2], self.operand.sums_kind)
         passes.column_sums(self.b, self.operand.low, self.offset)
+
+    def layer(self, memory: _Memory) -> passes.Layer:
+        """What `passes` reads."""
+        buffer = memory.sums(self.rows, self.operand.kind)
+        return passes.Layer(self.b, buffer, self.offset, self.scale, self.after, self.bias)
 
     def _pack(self) -> Array:
         """Quantize and pack the weight unless that is done already; returns its steps, (rows,)."""
@@ -94,6 +115,7 @@ class _Linear:
         step = step_of(quantizer.amax.detach(), rule.levels[1]).reshape(-1) if on else torch.ones(1)
         made = (self.operand.kind, on, rule, step.tolist(), self._weight._version, self._weight.data_ptr())
         if made != self._made:
+            _floats(weight, "a weight")
             levels = (weight * step.reciprocal().reshape(-1, 1)).round_().clamp_(*rule.levels) if on else weight
             kind = FLOAT if self.operand.kind == FLOAT else "int8"
             self.b = packed(self.rows, self.depth, self.operand.kind, kind)
@@ -107,10 +129,10 @@ class _Memory:
     """Arrays that one thread computes in, made when first asked for."""
 
     def __init__(self) -> None:
-        self._arrays: dict[tuple[str, int], Array] = {}
+        self._arrays: dict[tuple[str, tuple[int | str, ...]], Array] = {}
 
     def _get(self, name: str, make: Callable[[], Array], *shape: int | str) -> Array:
-        key = (name, hash(shape))
+        key = (name, shape)
         if key not in self._arrays:
             self._arrays[key] = make()
         return self._arrays[key]
@@ -139,27 +161,27 @@ class _Norm:
     def follow(self) -> None:
         self.before = quantizer_row(self._before)
         self.fused = isinstance(self._norm, nn.LayerNorm)
-        if self.fused:
+        if isinstance(self._norm, nn.LayerNorm):
             (width,) = self._norm.normalized_shape
             gain, bias = self._norm.weight, self._norm.bias
-            self.gain = np.ones(width, np.float32) if gain is None else gain.detach().float().numpy()
-            self.bias = np.zeros(width, np.float32) if bias is None else bias.detach().float().numpy()
+            self.gain = np.ones(width, np.float32) if gain is None else _floats(gain, "a gain")
+            self.bias = np.zeros(width, np.float32) if bias is None else _floats(bias, "a bias")
             self.eps = np.float32(self._norm.eps)
 
     def __call__(self, x: Array, to: _Operand, row: Array, out: Array) -> None:
         """x (M, C) -> out (M, ≥ C) levels"""
         if self.fused:
-            passes.normalize(x, self.before, self.eps, self.gain, self.bias, to.row, to.shift, row, out)
+            passes.normalize(x, self.before, self.eps, self.gain, self.bias, to.target, row, out)
             return
         seen = x.copy()
         passes.quantize(seen, self.before)
-        passes.to_levels(self._norm(torch.from_numpy(seen)).contiguous().numpy(), to.row, to.shift, out)
+        passes.to_levels(self._norm(torch.from_numpy(seen)).contiguous().numpy(), to.target, out)
 
 
 def _gamma(scale: nn.Module, width: int) -> Array:
     """LayerScale's factors, ones where there is none."""
     gamma = getattr(scale, "gamma", None)
-    return np.ones(width, np.float32) if gamma is None else gamma.detach().float().cpu().numpy()
+    return np.ones(width, np.float32) if gamma is None else _floats(gamma, "a LayerScale")
 
 
 class FusedBlock:
@@ -187,9 +209,7 @@ class FusedBlock:
             part.follow(integers)
         self._norm1.follow()
         self._norm2.follow()
-        of_q, of_k, of_v, of_p = (
-            getattr(attention, f"matmul_{name}_input_quantizer") for name in ("q", "k", "v", "a")
-        )
+        of_q, of_k, of_v, of_p = (getattr(attention, f"matmul_{name}_input_quantizer") for name in ("q", "k", "v", "a"))
         self._q, self._k = self._pair(of_q, of_k, integers)
         self._p, self._v = self._pair(of_p, of_v, integers)
         self._scores = quantizer_row(attention.softmax_input_quantizer)
@@ -208,9 +228,8 @@ class FusedBlock:
         low, high = right.rule.levels
         narrow = low >= -128 and high <= 127
         if integers == FLOAT:
-            kinds = (FLOAT, FLOAT)
-        else:
-            kinds = (integers, "int8") if narrow else ("int16", "int16")
+            return _Operand(FLOAT, quantizer_row(left)), _Operand(FLOAT, quantizer_row(right))
+        kinds = (integers, "int8") if narrow else ("int16", "int16")
         return _Operand(kinds[0], quantizer_row(left)), _Operand(kinds[1], quantizer_row(right))
 
     def run(self, x: Array, tokens: int, memory: _Memory) -> None:
@@ -235,130 +254,168 @@ class FusedBlock:
                 a_here = a
             self._project(layer, a_here, norm, to, memory, row, out)
             parts.append(out)
-        to = self._out.operand
-        mixed = memory.operand("mixed", count, width, to.kind)
+        mixed = memory.operand("mixed", count, width, self._out.operand.kind)
         passes.attention(
             *parts,
             tokens,
             self._heads,
             self._dim,
-            memory.packed("k", tokens, self._dim, self._q.kind, self._k.kind),
-            memory.packed("v", self._dim, tokens, self._p.kind, self._v.kind),
-            memory.sums(tokens, self._q.kind),
-            memory.operand("p", ROW_BLOCK, tokens, self._p.kind),
-            memory.sums(self._dim, self._p.kind),
-            self._offset(memory, "k", tokens, self._q),
-            self._offset(memory, "v", self._dim, self._p),
-            self._q.low,
-            self._p.low,
-            self._q.step * self._k.step,
+            self._product("k", tokens, self._dim, self._q, self._k, memory),
             self._scores,
             self._root,
-            self._p.row,
-            self._p.shift,
-            self._p.step * self._v.step,
-            to.row,
-            to.shift,
+            memory.operand("p", ROW_BLOCK, tokens, self._p.kind),
+            self._p.target,
+            self._product("v", self._dim, tokens, self._p, self._v, memory),
+            self._out.operand.target,
             row,
             mixed,
         )
         self._add(self._out, mixed, 0, memory, row, x)
 
     @staticmethod
-    def _offset(memory: _Memory, name: str, columns: int, operand: _Operand) -> Array:
-        kind = FLOAT if operand.kind == FLOAT else "int32"
-        return memory.operand(f"offset of {name}", 1, columns + 32, kind)[0]
+    def _product(
+        name: str, columns: int, depth: int, left: _Operand, right: _Operand, memory: _Memory
+    ) -> passes.Product:
+        """A product of activations, whose right side is packed head by head."""
+        b = memory.packed(name, columns, depth, left.kind, right.kind)
+        offset = memory.operand(f"offset of {name}", 1, b.shape[0] * b.shape[2], left.sums_kind)[0]
+        scale = np.float32(left.step * right.step)
+        return passes.Product(b, memory.sums(columns, left.kind), offset, left.low, scale)
 
     def _project(
         self, layer: _Linear, a: Array, norm: nn.Module | None, to: _Operand, memory: _Memory, row: Array, out: Array
     ) -> None:
         """q, k or v: -> out (M, C) levels."""
-        buffer = memory.sums(layer.rows, layer.operand.kind)
         if norm is None or isinstance(norm, nn.Identity):
-            passes.linear_to_levels(
-                a, layer.b, buffer, layer.offset, layer.scale, layer.after, layer.bias, False, to.row, to.shift, row, out
-            )
+            passes.linear_to_levels(a, layer.layer(memory), False, to.target, row, out)
             return
         y = memory.values("projected", len(a), layer.rows)
-        passes.linear(a, layer.b, buffer, layer.offset, layer.scale, layer.after, layer.bias, y)
+        passes.linear(a, layer.layer(memory), y)
         heads = norm(torch.from_numpy(y).unflatten(1, (self._heads, self._dim)))
-        passes.to_levels(heads.flatten(1).contiguous().numpy(), to.row, to.shift, out)
+        passes.to_levels(heads.flatten(1).contiguous().numpy(), to.target, out)
 
     def _feed_forward(self, x: Array, memory: _Memory, row: Array) -> None:
         fc1, to = self._fc1, self._fc2.operand
         a = memory.operand("input", len(x), x.shape[1], fc1.operand.kind)
         self._norm2(x, fc1.operand, row, a)
         hidden = memory.operand("hidden", len(x), fc1.rows, to.kind)
-        buffer = memory.sums(fc1.rows, fc1.operand.kind)
         if self._gelu:
-            passes.linear_to_levels(
-                a, fc1.b, buffer, fc1.offset, fc1.scale, fc1.after, fc1.bias, True, to.row, to.shift, row, hidden
-            )
+            passes.linear_to_levels(a, fc1.layer(memory), True, to.target, row, hidden)
         else:
             y = memory.values("hidden values", len(x), fc1.rows)
-            passes.linear(a, fc1.b, buffer, fc1.offset, fc1.scale, fc1.after, fc1.bias, y)
-            active = self._block.mlp.act(torch.from_numpy(y))
-            passes.to_levels(active.contiguous().numpy(), to.row, to.shift, hidden)
+            passes.linear(a, fc1.layer(memory), y)
+            passes.to_levels(self._block.mlp.act(torch.from_numpy(y)).contiguous().numpy(), to.target, hidden)
         self._add(self._fc2, hidden, 1, memory, row, x)
 
     def _add(self, layer: _Linear, a: Array, branch: int, memory: _Memory, row: Array, x: Array) -> None:
         """The last layer of a branch, added to x."""
-        passes.linear_to_residual(
-            a,
-            layer.b,
-            memory.sums(layer.rows, layer.operand.kind),
-            layer.offset,
-            layer.scale,
-            layer.after,
-            layer.bias,
-            self._scales[branch],
-            self._local[branch],
-            self._residual[branch],
-            row,
-            x,
-        )
+        local, residual = self._local[branch], self._residual[branch]
+        passes.linear_to_residual(a, layer.layer(memory), self._scales[branch], local, residual, row, x)
 
 
 class FusedBlocks(nn.Module):
     """All blocks of a model in place of `model.blocks`; follows the plan that the model followed when made."""
 
     def __init__(self, model: nn.Module, integers: str) -> None:
+        """`integers`: type of operands that are levels, `uint8` or `int16`; `float32` for none."""
         super().__init__()
         self._blocks = [FusedBlock(block) for block in quant_blocks(model)]
         self._integers = integers
         self._memories: list[_Memory] = []
-        self._pool: ThreadPoolExecutor | None = None
         self.follow()
 
     def follow(self) -> None:
-        """Take over scales, rules and weights as the model has them now."""
+        """Take over scales, rules and weights as the model has them now.
+
+        Raises NonFiniteLogitsError where one of them is NaN or infinite: as a level it would be a number.
+        """
         for block in self._blocks:
             block.follow(self._integers)
 
-    @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:  # (B, N, C) -> (B, N, C)
+        """With as many threads as PyTorch has, each with images of its own."""
+        if not torch.isfinite(x).all():
+            raise NonFiniteLogitsError("what the blocks are given has NaN or infinite values")
         count, tokens, width = x.shape
         values = x.detach().float().contiguous().clone().numpy()
+        images = max(1, _ROWS_AT_ONCE // tokens)
         threads = min(torch.get_num_threads(), count)
-        bounds = np.linspace(0, count, threads + 1).astype(int)
-        while len(self._memories) < threads:
-            self._memories.append(_Memory())
+        self._memories += [_Memory() for _ in range(threads - len(self._memories))]
 
-        def run(part: int) -> None:
-            rows = values[bounds[part] : bounds[part + 1]].reshape(-1, width)
-            for block in self._blocks:
-                block.run(rows, tokens, self._memories[part])
+        @torch.no_grad()  # each thread has a mode of its own
+        def run(part: Array, memory: _Memory) -> None:
+            for start in range(0, len(part), images):
+                rows = part[start : start + images].reshape(-1, width)
+                for block in self._blocks:
+                    block.run(rows, tokens, memory)
 
+        parts = np.array_split(values, threads)
         if threads == 1:
-            run(0)
+            run(values, self._memories[0])
         else:
             with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(run, range(threads)))
+                list(pool.map(run, parts, self._memories))
         return torch.from_numpy(values)
 
 
+class RowLinear(nn.Module):
+    """A linear layer in float32, or a convolution of patches, whose rows do not depend on the rows beside them.
+
+    A library's product may sum up in another order for another number of rows; a rounding that then falls to the other
+    side is a step of a quantizer, and changes an image for good.
+    """
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
+        super().__init__()
+        self._layer = [layer]  # not a submodule: it is the caller's
+        self._packed_of: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:  # (…, K) -> (…, N), or (B, C, H, W) -> (B, N, H / patch, W / patch)
+        layer = self._layer[0]
+        if isinstance(layer, nn.Linear):
+            y = torch.from_numpy(self._rows(x.flatten(0, -2).float().numpy()))
+            return y.reshape(*x.shape[:-1], -1)
+        high, wide = layer.kernel_size
+        patches = x.float().unflatten(3, (-1, wide)).unflatten(2, (-1, high)).permute(0, 2, 4, 1, 3, 5)
+        y = torch.from_numpy(self._rows(patches.flatten(3).flatten(0, 2).numpy()))
+        return y.reshape(*patches.shape[:3], -1).permute(0, 3, 1, 2)
+
+    def _rows(self, rows: Array) -> Array:
+        """(M, K) -> (M, N)"""
+        a = aligned((len(rows), -(-rows.shape[1] // 16) * 16), FLOAT)
+        a[:, : rows.shape[1]] = rows
+        layer = self._made()
+        out = np.empty((len(rows), len(layer.bias)), np.float32)
+        passes.linear(a, layer, out)
+        return out
+
+    def _made(self) -> passes.Layer:
+        weight, bias = self._layer[0].weight, self._layer[0].bias
+        now = (weight._version, weight.data_ptr())
+        if now != self._packed_of:
+            values = weight.detach().float().flatten(1).contiguous().numpy()
+            count, depth = values.shape
+            self._b = packed(count, depth, FLOAT, FLOAT)
+            pack_rows(values, 0, count, 0, depth, self._b)
+            self._zeros, self._ones = np.zeros(self._b.shape[0] * PANEL[FLOAT], np.float32), np.ones(count, np.float32)
+            self._packed_of = now
+        added = self._zeros[: len(self._ones)] if bias is None else bias.detach().float().numpy()
+        return passes.Layer(self._b, sums(ROW_BLOCK, len(self._ones), FLOAT), self._zeros, self._ones, _OFF, added)
+
+
 def with_blocks(model: nn.Module, blocks: nn.Module) -> nn.Module:
-    """A model that shares all parts of `model` but its blocks."""
-    twin = copy.copy(model)
-    twin._modules = {**model._modules, "blocks": blocks}
+    """A model that shares all parts of `model` but its blocks, and computes row by row before and after them, too."""
+    parts: dict[str, Any] = {"blocks": blocks}
+    if type(model.head) is nn.Linear:
+        parts["head"] = RowLinear(model.head)
+    embed = model.patch_embed
+    if type(embed) is PatchEmbed and embed.proj.kernel_size == embed.proj.stride and embed.proj.groups == 1:
+        parts["patch_embed"] = _with(embed, proj=RowLinear(embed.proj))
+    return _with(model, **parts)
+
+
+def _with(module: nn.Module, **parts: nn.Module) -> nn.Module:
+    """The module with other submodules; all else is shared."""
+    twin = copy.copy(module)
+    twin._modules = {**module._modules, **parts}
     return twin

@@ -8,7 +8,7 @@ values themselves. The arithmetic is that of `quant.fake_quant`, operation for o
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite.ir as ir
 import numpy as np
@@ -18,6 +18,36 @@ from numba.extending import intrinsic
 from vitq_ray.engines.gemm import ROW_BLOCK, multiply, pack_columns, pack_rows
 
 INVERSE, STEP, LOW, HIGH, ON = range(5)
+
+
+class Target(NamedTuple):
+    """What a product takes on one side: the quantizer that makes it, and what is added to its levels."""
+
+    quantizer: Any
+    shift: Any
+
+
+class Layer(NamedTuple):
+    """A linear layer: packed weight, memory for sums, what `shift` left out of them, scale and bias per column."""
+
+    weight: Any
+    sums: Any
+    offset: Any
+    scale: Any
+    quantizer: Any  # aftergemm
+    bias: Any
+
+
+class Product(NamedTuple):
+    """A product of two activations: memory for the right side packed, for sums and for what a shift left out of them;
+    minus that shift; the scale of the sums."""
+
+    packed: Any
+    sums: Any
+    offset: Any
+    low: Any
+    scale: Any
+
 
 # A product may be fused into a sum; where a row is summed up, in any order.
 _EACH, _SUMS = {"contract"}, {"contract", "reassoc", "nsz"}
@@ -46,7 +76,7 @@ _ERF_BOTTOM = tuple(
 _T0, _T1, _T2, _T3, _T4, _T5, _T6 = _ERF_TOP
 _B0, _B1, _B2, _B3, _B4 = _ERF_BOTTOM
 _HALF, _ONE, _TWO = np.float32(0.5), np.float32(1), np.float32(2)
-_FOUR = np.float32(4)
+_LEAST, _MOST = np.float32(-4), np.float32(4)
 _ROOT_HALF = np.float32(0.5**0.5)
 _LOG2E, _LN2_HIGH, _LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
 _SMALLEST_EXPONENT = np.float32(-87)
@@ -55,7 +85,7 @@ _E5, _E4, _E3, _E2, _E1, _E0 = (
 )
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _power_of_two(typing: Any, exponent: Any) -> Any:
     """2^n as float32, of an int32 n in [-126, 127]: its bits."""
 
@@ -80,14 +110,14 @@ def _exp(x: Any) -> Any:
 @njit(inline="always")
 def _erf(x: Any) -> Any:
     """The error function within 3e-7: the rational function that Eigen and XLA use in float32."""
-    x = min(max(x, -_FOUR), _FOUR)
+    x = min(max(x, _LEAST), _MOST)
     s = x * x
     top = (((((_T0 * s + _T1) * s + _T2) * s + _T3) * s + _T4) * s + _T5) * s + _T6
     bottom = (((_B0 * s + _B1) * s + _B2) * s + _B3) * s + _B4
     return x * top / bottom
 
 
-@njit(nogil=True, cache=True, fastmath=_EACH)
+@njit(nogil=True, cache=True, fastmath=_EACH, error_model="numpy")
 def _quantize(row: Any, q: Any) -> None:
     """Round a row to its grid and come back, in place."""
     if q[ON] == 0:
@@ -97,7 +127,7 @@ def _quantize(row: Any, q: Any) -> None:
         row[j] = min(max(np.rint(row[j] * inverse), low), high) * step
 
 
-@njit(nogil=True, cache=True, fastmath=_EACH)
+@njit(nogil=True, cache=True, fastmath=_EACH, error_model="numpy")
 def _to_levels(row: Any, q: Any, shift: Any, out: Any) -> None:
     """A row as what its matrix product takes: levels + shift, or the values themselves where the quantizer is off."""
     if q[ON] == 0:
@@ -109,45 +139,50 @@ def _to_levels(row: Any, q: Any, shift: Any, out: Any) -> None:
         out[j] = min(max(np.rint(row[j] * inverse), low), high) + shift
 
 
-@njit(nogil=True, cache=True, fastmath=_EACH)
+@njit(nogil=True, cache=True, fastmath=_EACH, error_model="numpy")
 def _finish(sums: Any, offset: Any, scale: Any, q: Any, bias: Any, row: Any) -> None:
     """row = quantize((sums + offset) · scale) + bias: what a linear layer gives, with its aftergemm quantizer."""
     if q[ON] == 0:
         for j in range(row.shape[0]):
-            row[j] = float32(sums[j] + offset[j]) * scale[j] + bias[j]
+            row[j] = float32(sums.dtype.type(sums[j] + offset[j])) * scale[j] + bias[j]
         return
     inverse, step, low, high = q[INVERSE], q[STEP], q[LOW], q[HIGH]
     for j in range(row.shape[0]):
-        y = float32(sums[j] + offset[j]) * scale[j]
+        y = float32(sums.dtype.type(sums[j] + offset[j])) * scale[j]
         row[j] = min(max(np.rint(y * inverse), low), high) * step + bias[j]
 
 
-@njit(nogil=True, cache=True, fastmath=_EACH)
+@njit(nogil=True, cache=True, fastmath=_EACH, error_model="numpy")
 def _gelu(row: Any) -> None:
     for j in range(row.shape[0]):
         x = row[j]
         row[j] = _HALF * x * (_ONE + _erf(x * _ROOT_HALF))
 
 
-@njit(nogil=True, cache=True, fastmath=_EACH)
+@njit(nogil=True, cache=True, fastmath=_EACH, error_model="numpy")
 def _scaled(sums: Any, offset: Any, scale: Any, row: Any) -> None:
     for j in range(row.shape[0]):
-        row[j] = float32(sums[j] + offset[j]) * scale
+        row[j] = float32(sums.dtype.type(sums[j] + offset[j])) * scale
 
 
-@njit(nogil=True, cache=True, fastmath=_EACH)
+@njit(nogil=True, cache=True, fastmath=_EACH, error_model="numpy")
 def _exponentials(row: Any, factor: Any, largest: Any) -> None:
     for j in range(row.shape[0]):
         row[j] = _exp(row[j] * factor - largest)
 
 
-@njit(nogil=True, cache=True, fastmath=_SUMS)
-def _softmax(row: Any, factor: Any) -> None:
-    """softmax(row · factor) in place; factor > 0."""
+@njit(nogil=True, cache=True, fastmath={*_SUMS, "nnan"})
+def _largest(row: Any) -> Any:
     largest = row[0]
     for j in range(row.shape[0]):
         largest = max(largest, row[j])
-    _exponentials(row, factor, largest * factor)
+    return largest
+
+
+@njit(nogil=True, cache=True, fastmath=_SUMS, error_model="numpy")
+def _softmax(row: Any, factor: Any) -> None:
+    """softmax(row · factor) in place; factor > 0."""
+    _exponentials(row, factor, _largest(row) * factor)
     total = float32(0)
     for j in range(row.shape[0]):
         total += row[j]
@@ -156,7 +191,7 @@ def _softmax(row: Any, factor: Any) -> None:
         row[j] *= inverse
 
 
-@njit(nogil=True, cache=True, fastmath=_SUMS)
+@njit(nogil=True, cache=True, fastmath=_SUMS, error_model="numpy")
 def _normalize(row: Any, eps: Any, gain: Any, bias: Any) -> None:
     """LayerNorm of a row, in place."""
     width = row.shape[0]
@@ -173,14 +208,14 @@ def _normalize(row: Any, eps: Any, gain: Any, bias: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
-def normalize(x: Any, q_before: Any, eps: Any, gain: Any, bias: Any, q: Any, shift: Any, row: Any, out: Any) -> None:
+def normalize(x: Any, q_before: Any, eps: Any, gain: Any, bias: Any, to: Any, row: Any, out: Any) -> None:
     """LayerNorm with the quantizers before and behind it: x (M, C) float32 -> out (M, ≥ C) levels."""
     width = x.shape[1]
     for i in range(x.shape[0]):
         row[:width] = x[i]
         _quantize(row[:width], q_before)
         _normalize(row[:width], eps, gain, bias)
-        _to_levels(row[:width], q, shift, out[i, :width])
+        _to_levels(row[:width], to.quantizer, to.shift, out[i, :width])
 
 
 @njit(nogil=True, cache=True)
@@ -191,49 +226,45 @@ def quantize(x: Any, q: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
-def to_levels(x: Any, q: Any, shift: Any, out: Any) -> None:
+def to_levels(x: Any, to: Any, out: Any) -> None:
     """x (M, C) float32 -> out (M, ≥ C) levels."""
     for i in range(x.shape[0]):
-        _to_levels(x[i], q, shift, out[i, : x.shape[1]])
+        _to_levels(x[i], to.quantizer, to.shift, out[i, : x.shape[1]])
 
 
 @njit(nogil=True, cache=True)
-def linear(a: Any, b: Any, sums: Any, offset: Any, scale: Any, q: Any, bias: Any, out: Any) -> None:
+def linear(a: Any, layer: Any, out: Any) -> None:
     """A linear layer: a (M, ≥ K) levels -> out (M, N) float32, with its aftergemm quantizer and bias."""
     for first in range(0, out.shape[0], ROW_BLOCK):
         rows = min(ROW_BLOCK, out.shape[0] - first)
-        multiply(a, first, rows, 0, b, sums)
+        multiply(a, first, rows, 0, layer.weight, layer.sums)
         for i in range(rows):
-            _finish(sums[i], offset, scale, q, bias, out[first + i])
+            _finish(layer.sums[i], layer.offset, layer.scale, layer.quantizer, layer.bias, out[first + i])
 
 
 @njit(nogil=True, cache=True)
-def linear_to_levels(
-    a: Any, b: Any, sums: Any, offset: Any, scale: Any, q: Any, bias: Any, gelu: bool, q_out: Any, shift: Any, row: Any, out: Any
-) -> None:
+def linear_to_levels(a: Any, layer: Any, gelu: bool, to: Any, row: Any, out: Any) -> None:
     """As `linear`, then GELU where asked for, then the quantizer of what reads it: -> out (M, ≥ N) levels."""
-    width = scale.shape[0]
+    width = layer.scale.shape[0]
     for first in range(0, out.shape[0], ROW_BLOCK):
         rows = min(ROW_BLOCK, out.shape[0] - first)
-        multiply(a, first, rows, 0, b, sums)
+        multiply(a, first, rows, 0, layer.weight, layer.sums)
         for i in range(rows):
-            _finish(sums[i], offset, scale, q, bias, row[:width])
+            _finish(layer.sums[i], layer.offset, layer.scale, layer.quantizer, layer.bias, row[:width])
             if gelu:
                 _gelu(row[:width])
-            _to_levels(row[:width], q_out, shift, out[first + i, :width])
+            _to_levels(row[:width], to.quantizer, to.shift, out[first + i, :width])
 
 
 @njit(nogil=True, cache=True)
-def linear_to_residual(
-    a: Any, b: Any, sums: Any, offset: Any, scale: Any, q: Any, bias: Any, gamma: Any, q_local: Any, q_residual: Any, row: Any, x: Any
-) -> None:
+def linear_to_residual(a: Any, layer: Any, gamma: Any, q_local: Any, q_residual: Any, row: Any, x: Any) -> None:
     """As `linear`, then LayerScale and the residual addition: x (M, N) = quantize(x) + quantize(gamma · y)."""
-    width = scale.shape[0]
+    width = layer.scale.shape[0]
     for first in range(0, x.shape[0], ROW_BLOCK):
         rows = min(ROW_BLOCK, x.shape[0] - first)
-        multiply(a, first, rows, 0, b, sums)
+        multiply(a, first, rows, 0, layer.weight, layer.sums)
         for i in range(rows):
-            _finish(sums[i], offset, scale, q, bias, row[:width])
+            _finish(layer.sums[i], layer.offset, layer.scale, layer.quantizer, layer.bias, row[:width])
             for j in range(width):
                 row[j] *= gamma[j]
             _quantize(row[:width], q_local)
@@ -258,29 +289,47 @@ def column_sums(b: Any, factor: Any, out: Any) -> None:
 
 @njit(nogil=True, cache=True)
 def attention(
-    q: Any, k: Any, v: Any, tokens: int, heads: int, dim: int, bk: Any, bv: Any, scores: Any, p: Any, mixed: Any, k_offset: Any, v_offset: Any, low_q: Any, low_p: Any, score_scale: Any, q_scores: Any, root: Any, q_p: Any, shift_p: Any, mixed_scale: Any, q_out: Any, shift: Any, row: Any, out: Any
+    q: Any,
+    k: Any,
+    v: Any,
+    tokens: int,
+    heads: int,
+    dim: int,
+    scores: Any,
+    q_scores: Any,
+    root: Any,
+    p: Any,
+    to_p: Any,
+    mixed: Any,
+    to: Any,
+    row: Any,
+    out: Any,
 ) -> None:
-    """softmax(q·kᵀ/√d)·v of every image and head, with the quantizers around it.
+    """softmax(q·kᵀ · root)·v of every image and head, with the quantizers around it.
 
-    q, k, v: (images · tokens, C) levels; bk, bv: memory for a head's k and v packed; scores, mixed: memory for sums;
-    p: (ROW_BLOCK, ≥ tokens), for levels of probabilities. -> out (images · tokens, ≥ C) levels.
+    Args:
+        q, k, v: (images · tokens, heads · dim) levels.
+        scores, mixed: the two `Product`s, of q and kᵀ, and of probabilities and v.
+        p: memory for the levels of probabilities, (ROW_BLOCK, ≥ tokens); `to_p` makes them.
+        out: (images · tokens, ≥ heads · dim) levels, made by `to`.
     """
     for base in range(0, q.shape[0], tokens):
         for head in range(heads):
             column = head * dim
-            pack_rows(k, base, tokens, column, dim, bk)
-            pack_columns(v, base, tokens, column, dim, bv)
-            column_sums(bk, low_q, k_offset)
-            column_sums(bv, low_p, v_offset)
+            pack_rows(k, base, tokens, column, dim, scores.packed)
+            pack_columns(v, base, tokens, column, dim, mixed.packed)
+            column_sums(scores.packed, scores.low, scores.offset)
+            column_sums(mixed.packed, mixed.low, mixed.offset)
             for first in range(0, tokens, ROW_BLOCK):
                 rows = min(ROW_BLOCK, tokens - first)
-                multiply(q, base + first, rows, column, bk, scores)
+                multiply(q, base + first, rows, column, scores.packed, scores.sums)
                 for i in range(rows):
-                    _scaled(scores[i], k_offset, score_scale, row[:tokens])
+                    _scaled(scores.sums[i], scores.offset, scores.scale, row[:tokens])
                     _quantize(row[:tokens], q_scores)
                     _softmax(row[:tokens], root)
-                    _to_levels(row[:tokens], q_p, shift_p, p[i, :tokens])
-                multiply(p, 0, rows, 0, bv, mixed)
+                    _to_levels(row[:tokens], to_p.quantizer, to_p.shift, p[i, :tokens])
+                multiply(p, 0, rows, 0, mixed.packed, mixed.sums)
                 for i in range(rows):
-                    _scaled(mixed[i], v_offset, mixed_scale, row[:dim])
-                    _to_levels(row[:dim], q_out, shift, out[base + first + i, column : column + dim])
+                    _scaled(mixed.sums[i], mixed.offset, mixed.scale, row[:dim])
+                    there = out[base + first + i, column : column + dim]
+                    _to_levels(row[:dim], to.quantizer, to.shift, there)

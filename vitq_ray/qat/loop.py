@@ -31,6 +31,7 @@ from vitq_ray.base.config import InputError
 from vitq_ray.base.records import checked
 from vitq_ray.data.loader import Batch
 from vitq_ray.data.transforms import TrainTransform, Transform
+from vitq_ray.engines.execute import default_engine, executed
 from vitq_ray.measure.evaluation import Counts, NonFiniteLogitsError
 from vitq_ray.models.checkpoint import CalibratedModel
 from vitq_ray.models.weights import weights_fingerprint
@@ -61,7 +62,7 @@ from vitq_ray.qat.state import (
 )
 from vitq_ray.qat.student import add_dropout, make_optimizer, seed_of, set_lr
 from vitq_ray.qat.teacher import Teacher, make_teacher
-from vitq_ray.quant.vit import frozen_weights, learn_amax
+from vitq_ray.quant.vit import learn_amax
 
 _AMAX_FLOOR = 1e-3  # learned amax stays above this fraction of what calibration found
 
@@ -298,10 +299,8 @@ def _losses(run: _Run, batch: Batch) -> Tensor:
 def _selection_counts(run: _Run, epoch: int) -> Counts:
     data = run.data
     try:
-        with frozen_weights(run.student):
-            evaluation = sharded_evaluation(
-                run.student, data.val, data.selection_ids, data.transform, run.read, run.ranks
-            )
+        with executed(run.student, default_engine()) as model:
+            evaluation = sharded_evaluation(model, data.val, data.selection_ids, data.transform, run.read, run.ranks)
     except NonFiniteLogitsError as error:
         if epoch == 0:  # nothing was trained yet: it is the start that is broken
             raise

@@ -21,6 +21,7 @@ from vitq_ray.base.files import append_whole
 from vitq_ray.base.formats import require_format, stamp
 from vitq_ray.base.records import Schema, read_sealed, require_whole, write_sealed
 from vitq_ray.data.samples import Ids
+from vitq_ray.engines.execute import Split, default_engine, executed
 from vitq_ray.measure.evaluation import Counts, Evaluation
 from vitq_ray.models.checkpoint import CalibratedModel
 from vitq_ray.qat.loop import OnEpoch, OnStep, identity_of, train_qat
@@ -35,7 +36,7 @@ from vitq_ray.qat.state import (
     load_state,
     read_outcome,
 )
-from vitq_ray.quant.vit import float_copy, frozen_weights
+from vitq_ray.quant.vit import float_copy
 
 JUDGEMENT = "judgement.json"
 _COUNTS: Schema = {"images": int, "top1_correct": int}
@@ -106,9 +107,9 @@ def judge(task: QatTask, outcome: QatOutcome, read: Reader, ranks: Ranks) -> Jud
     teacher = float_copy(model) if task.teacher is None else task.teacher.to(ranks.device)
     trained = copy.deepcopy(model)
     trained.load_state_dict(outcome.best_state)
-    variants = {"float": teacher, "ptq": model, "qat": trained}
-    ids = np.arange(len(data.val))
-    with frozen_weights(model), frozen_weights(trained):
+    ids, engine = np.arange(len(data.val)), default_engine()
+    with executed(model, engine) as ptq, executed(trained, engine) as qat:
+        variants = {"float": Split(teacher), "ptq": ptq, "qat": qat}
         results = sharded_variants(variants, data.val, ids, data.transform, read, ranks)
     return {name: _parts(task, evaluation) for name, evaluation in results.items()}
 

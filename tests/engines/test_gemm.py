@@ -1,0 +1,79 @@
+"""Matrix products of integers: exact at the values where common kernels are not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import ROOT
+from vitq_ray.engines import gemm
+
+SHAPES = ((1, 1, 1), (5, 3, 2), (6, 4, 16), (7, 77, 33), (49, 1536, 40), (257, 64, 257))
+RANGES = {"uint8": (0, 255), "int16": (-255, 255), "float32": (-63, 63)}  # float32: no sum passes 2²⁴
+
+
+@pytest.mark.parametrize("kind", RANGES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_equal_int64(kind: str, shape: tuple[int, int, int]) -> None:
+    rows, depth, columns = shape
+    low, high = RANGES[kind]
+    random = np.random.default_rng(0)
+    a, b = random.integers(low, high + 1, (rows, depth)), random.integers(-128, 128, (columns, depth))
+    a[0], b[0] = high, 127
+    a[-1], b[-1] = low or high, -128
+    np.testing.assert_array_equal(gemm.product(a, b, kind), a @ b.T)
+
+
+def test_wide_right_sides_are_exact() -> None:
+    """Levels with a zero point may have nine bits: those of k and v, which are packed while a model runs."""
+    random = np.random.default_rng(0)
+    a, b = random.integers(-255, 256, (17, 66)), random.integers(-255, 256, (33, 66))
+    a[0], b[0] = 255, -255
+    left = gemm.aligned((17, 80), "int16")
+    left[:, :66] = a
+    by_rows, by_columns = gemm.packed(33, 66, "int16", "int16"), gemm.packed(33, 66, "int16", "int16")
+    gemm.pack_rows(b.astype(np.int16), 0, 33, 0, 66, by_rows)
+    gemm.pack_columns(np.ascontiguousarray(b.T).astype(np.int16), 0, 66, 0, 33, by_columns)
+    np.testing.assert_array_equal(by_rows, by_columns)
+    sums = gemm.sums(17, 33, "int16")
+    gemm.multiply(left, 0, 17, 0, by_rows, sums)
+    np.testing.assert_array_equal(sums[:17, :33], a @ b.T)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int16"])
+def test_kernels_are_exact_here(kind: str) -> None:
+    assert gemm.is_exact(kind)
+
+
+def test_saturating_products_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What vpmaddubsw does: sums of two products saturate at 16 bits."""
+
+    def saturating(a: Any, b: Any, kind: str) -> Any:
+        pairs = a[:, None, :] * b[None, :, :]
+        pairs = np.pad(pairs, ((0, 0), (0, 0), (0, pairs.shape[2] % 2))).reshape(*pairs.shape[:2], -1, 2).sum(3)
+        return pairs.clip(-(2**15), 2**15 - 1).sum(2)
+
+    assert gemm.is_exact("uint8", ((6, 8, 16),))
+    monkeypatch.setattr(gemm, "product", saturating)
+    assert not gemm.is_exact("uint8", ((6, 8, 16),))
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"NUMBA_CPU_FEATURES": "+sse2,+sse4.1,+avx,+avx2,+fma"}, "int16"),  # also where the CPU has VNNI
+        ({"NUMBA_CPU_NAME": "generic"}, "None"),
+    ],
+)
+def test_other_cpus_are_exact_too(environment: dict[str, str], expected: str, tmp_path: Any) -> None:
+    code = "from vitq_ray.engines.gemm import *; print(integers(), is_exact('int16'), is_exact('uint8'))"
+    environment = {**os.environ, **environment, "NUMBA_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.split() == [expected, "True", "True"]

@@ -1,0 +1,216 @@
+"""Fused blocks: they compute what the quantized model computes, in every arithmetic the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.conftest import plan_by_hand, tiny_vit
+from vitq_ray.base.config import InputError
+from vitq_ray.engines import passes
+from vitq_ray.engines.execute import Engine, Execution, Split, evaluation_batch, executed, find_engine, unit_plan
+from vitq_ray.engines.int8 import FusedBlocks, with_blocks
+from vitq_ray.measure.evaluation import NonFiniteLogitsError
+from vitq_ray.quant.plan import Plan, SitePlan
+from vitq_ray.quant.sites import FAMILIES, MODES, WEIGHT, sites_of_blocks
+from vitq_ray.quant.vit import apply_plan, frozen_weights, quant_blocks, quantize_vit, quantizers_off
+
+ARITHMETICS = ("int16", "uint8", "float32")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "qk-norm": {"qk_norm": True},
+    "LayerScale": {"init_values": 0.3},
+    "registers": {"reg_tokens": 3, "no_embed_class": True},
+    "no qkv bias": {"qkv_bias": False},
+    "pooling": {"class_token": False, "global_pool": "avg"},
+    "tanh GELU": {"act_layer": lambda: nn.GELU(approximate="tanh")},
+    "odd widths": {"embed_dim": 42, "num_heads": 6, "mlp_ratio": 2.5},
+}
+
+
+def eager(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.inference_mode(), frozen_weights(model):
+        return model(images)
+
+
+def fused(model: nn.Module, images: Tensor, arithmetic: str) -> Tensor:
+    with torch.inference_mode():
+        return with_blocks(model, FusedBlocks(model, arithmetic))(images)
+
+
+def assert_same_model(model: nn.Module, images: Tensor) -> None:
+    """All arithmetics agree bit for bit; and with the eager model but for roundings that fell to the other side, which
+    change an image by a step here and there."""
+    expected = eager(model, images)
+    found = [fused(model, images, arithmetic) for arithmetic in ARITHMETICS]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    off = (found[0] - expected).abs().amax(1) / expected.std()
+    assert (off < 1e-4).float().mean() >= 0.9
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("mode", "bits"), [("ft1", 8), ("ft2", 8), ("ft3", 4), ("trt", 6)])
+def test_every_kind_of_vit_in_every_mode(variant: str, mode: str, bits: int, images: Tensor) -> None:
+    model = quantize_vit(tiny_vit(**VARIANTS[variant])).eval()
+    apply_plan(model, plan_by_hand(model, images, mode, bits))
+    assert_same_model(model, images)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_quantizers_off_is_the_float_model(variant: str, images: Tensor) -> None:
+    model = quantize_vit(tiny_vit(**VARIANTS[variant])).eval()
+    with torch.inference_mode(), quantizers_off(model):
+        expected = model(images)
+        found = with_blocks(model, FusedBlocks(model, "int16"))(images)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def changed(plan: Plan, chosen: Callable[[str], bool], **rule: Any) -> Plan:
+    """The plan with another rule at some sites."""
+    families = sites_of_blocks(2)
+    sites = {
+        key: SitePlan(site.amax, dataclasses.replace(site.rule, **rule)) if chosen(families[key].family) else site
+        for key, site in plan.sites.items()
+    }
+    return dataclasses.replace(plan, sites=sites)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_families_left_out(family: str, quant_vit: nn.Module, images: Tensor) -> None:
+    """A product with an operand in float is computed in float."""
+    quant_vit.eval()
+    plan = plan_by_hand(quant_vit, images, "ft3")
+    apply_plan(quant_vit, changed(plan, lambda f: f == family, on=False))
+    assert_same_model(quant_vit, images)
+
+
+def test_one_of_three_in_float(quant_vit: nn.Module, images: Tensor) -> None:
+    """Query and value take levels, key what the levels stand for."""
+    quant_vit.eval()
+    plan = plan_by_hand(quant_vit, images, "ft2")
+    sites = {
+        key: dataclasses.replace(site, rule=dataclasses.replace(site.rule, on=False))
+        if key.endswith("key._weight_quantizer")
+        else site
+        for key, site in plan.sites.items()
+    }
+    apply_plan(quant_vit, dataclasses.replace(plan, sites=sites))
+    assert_same_model(quant_vit, images)
+
+
+@pytest.mark.parametrize("rule", [{"signed": False}, {"signed": False, "zero_point": 100}, {"zero_point": -30}])
+def test_unsigned_and_shifted_grids(rule: dict[str, Any], quant_vit: nn.Module, images: Tensor) -> None:
+    quant_vit.eval()
+    plan = plan_by_hand(quant_vit, images, "ft2")
+    apply_plan(quant_vit, changed(plan, lambda family: family != WEIGHT, **rule))
+    assert_same_model(quant_vit, images)
+
+
+def test_the_images_beside_it_and_the_threads_do_not_matter(quant_vit: nn.Module, images: Tensor) -> None:
+    quant_vit.eval()
+    apply_plan(quant_vit, plan_by_hand(quant_vit, images, "ft2"))
+    with executed(quant_vit, Engine("int8")) as run, torch.inference_mode():
+        whole = run(images)
+        for size in (1, 5, 23):
+            assert torch.equal(torch.cat([run(part) for part in images.split(size)]), whole)
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(3)
+            assert torch.equal(run(images), whole)
+        finally:
+            torch.set_num_threads(threads)
+
+
+def compilations() -> int:
+    functions = (passes.normalize, passes.linear_to_levels, passes.linear_to_residual, passes.attention)
+    return sum(len(function.signatures) for function in functions)
+
+
+def test_candidates_compile_nothing(quant_vit: nn.Module, images: Tensor) -> None:
+    """Twenty candidates, of all modes, bits and scales: compiled is what the first of each mode needs."""
+    quant_vit.eval()
+    run, seen, counts = Execution(quant_vit, Engine("int8")), set(), []
+    for candidate in range(20):
+        mode, bits = tuple(MODES)[candidate % 4], (8, 6, 4, 3, 2)[candidate % 5]
+        plan = plan_by_hand(quant_vit, images * (1 + candidate / 20), mode, bits)
+        apply_plan(quant_vit, plan)
+        run.follow()
+        with torch.inference_mode():
+            seen.add(run(images[:2]).sum().item())
+        counts.append(compilations())
+    assert len(seen) == 20
+    assert counts[3] == counts[-1]  # after one of each mode
+
+
+def test_a_plan_with_other_weights_is_followed(quant_vit: nn.Module, images: Tensor) -> None:
+    quant_vit.eval()
+    plan = plan_by_hand(quant_vit, images, "ft2")
+    apply_plan(quant_vit, plan)
+    run = Execution(quant_vit, Engine("int8"))
+    name = "blocks.0.mlp.fc1.weight"
+    weight = dict(quant_vit.named_parameters())[name].detach()
+    other = dataclasses.replace(plan, weights={name: weight * 0.5, "blocks.1.norm1.bias": torch.ones(32)})
+    with torch.inference_mode():
+        before = run(images)
+    for plan_now in (other, plan):
+        apply_plan(quant_vit, plan_now)
+        run.follow()
+        with torch.inference_mode():
+            assert torch.equal(run(images), fused(quant_vit, images, "int16"))
+            assert torch.equal(run(images), before) == (plan_now is plan)
+
+
+@pytest.mark.parametrize("part", ["mlp.fc1.weight", "mlp.fc2.bias", "norm1.weight", "attn.qkv.weight"])
+def test_what_is_no_number_is_an_error(part: str, quant_vit: nn.Module, images: Tensor) -> None:
+    """As a level, NaN would be some integer."""
+    quant_vit.eval()
+    apply_plan(quant_vit, plan_by_hand(quant_vit, images, "ft2"))
+    with torch.no_grad():
+        quant_blocks(quant_vit)[1].get_parameter(part).view(-1)[0] = float("nan")
+    with pytest.raises(NonFiniteLogitsError, match="NaN"):
+        fused(quant_vit, images, "int16")
+
+
+def test_images_that_are_no_numbers_are_an_error(quant_vit: nn.Module, images: Tensor) -> None:
+    quant_vit.eval()
+    apply_plan(quant_vit, plan_by_hand(quant_vit, images, "ft2"))
+    images[3, 0, 0, 0] = float("inf")
+    with pytest.raises(NonFiniteLogitsError), executed(quant_vit, Engine("int8")) as run:
+        run(images)
+
+
+def test_engines_are_found(quant_vit: nn.Module) -> None:
+    quant_vit.eval()
+    apply_plan(quant_vit, unit_plan(quant_vit, "ft1"))
+    cpu = torch.device("cpu")
+    found = find_engine("auto", quant_vit, 16, cpu)
+    assert set(found.images_per_second) == {"int8", "fake"}
+    assert found.name == max(found.images_per_second, key=lambda name: found.images_per_second[name])
+    assert find_engine("fake", quant_vit, 16, cpu) == Engine("fake")
+    with pytest.raises(InputError, match="engine: 'onednn' is not one of auto, int8, fake"):
+        find_engine("onednn", quant_vit, 16, cpu)
+    with pytest.raises(InputError, match="int8 has no exact integer products on this GPU"):
+        find_engine("int8", quant_vit, 16, torch.device("cuda"))
+
+
+def test_a_cpu_without_exact_products_gets_fake(quant_vit: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitq_ray.engines.execute.integers", lambda: None)
+    assert find_engine("auto", quant_vit, 16, torch.device("cpu")) == Engine("fake")
+    with pytest.raises(InputError, match="int8 has no exact integer products on this CPU"):
+        find_engine("int8", quant_vit, 16, torch.device("cpu"))
+
+
+def test_batches_follow_the_activations(float_vit: nn.Module, images: Tensor) -> None:
+    cpu = torch.device("cpu")
+    wide = tiny_vit(img_size=224, patch_size=14, embed_dim=384, num_heads=6, depth=1)
+    assert evaluation_batch(wide, cpu) == 7  # 12 MiB / (257 tokens · 1536 · 4 bytes)
+    assert evaluation_batch(float_vit, cpu) == 100
+    assert evaluation_batch(wide, torch.device("cuda")) == 100
+    with torch.inference_mode():
+        torch.testing.assert_close(Split(float_vit)(images), float_vit(images))
