@@ -38,12 +38,14 @@ from vitq_ray.commands.tune_job import TuneJob, prepare
 from vitq_ray.data.loader import Batch
 from vitq_ray.data.splits import Splits
 from vitq_ray.data.transforms import EvalTransform
+from vitq_ray.engines.execute import Engine, executed
 from vitq_ray.measure.evaluation import Evaluation, evaluate
 from vitq_ray.measure.metrics import METRICS, Results, pack
 from vitq_ray.measure.racing import RaceRules
 from vitq_ray.quant.vit import quantize_vit
 
 tune_calib = load_script("tune_calib")
+INT8 = Engine("int8")
 SETTINGS = {
     "a": make_setting("ft1", "max", 2),
     "b": make_setting("ft2", "percentile 99", 2, 4),
@@ -147,7 +149,8 @@ class Recorder:
 def evaluate_here(setting: Setting, statistics: CalibrationStatistics, images: ImageSet) -> Evaluation:
     model = quantize_vit(tiny_vit())
     apply_setting(model, statistics, setting)
-    return evaluate(model, list(images.batches(10)), EvalTransform(16).normalize)
+    with executed(model, INT8) as run:
+        return evaluate(run, list(images.batches(10)), EvalTransform(16).normalize)
 
 
 def test_trials_give_what_the_driver_gives_also_where_a_worker_is_killed(
@@ -168,7 +171,7 @@ def test_trials_give_what_the_driver_gives_also_where_a_worker_is_killed(
     referee.on_take = kill_once
     model = quantize_vit(tiny_vit())
     scales = Scales(model, statistics)
-    with share(model, stored(images), RaceRules(303, 10), EvalTransform(16), 10, Resources()) as shared:
+    with share(model, stored(images), RaceRules(303, 10), EvalTransform(16), 10, INT8, Resources()) as shared:
         for name, setting in SETTINGS.items():
             shared.add(name, scales.plan(setting))
         run_trials(shared, referee, Resources(), tmp_path / "tune")
@@ -229,7 +232,7 @@ def test_a_trial_that_fails_is_an_error(ray_cluster: None, statistics: Calibrati
     plan = Scales(model, statistics).plan(SETTINGS["a"])
     sites = {key: site for key, site in plan.sites.items() if not key.endswith("0.ffn.fc1._input_quantizer")}
     message = r"(?s)1 of 1 trials failed; .*has 57 sites, which are not those of"
-    with share(model, stored(images), RaceRules(33, 10), EvalTransform(16), 10, Resources()) as shared:
+    with share(model, stored(images), RaceRules(33, 10), EvalTransform(16), 10, INT8, Resources()) as shared:
         shared.add("a", dataclasses.replace(plan, sites=sites))
         with pytest.raises(RuntimeError, match=message):
             run_trials(shared, Recorder(["a"], 33), Resources(in_flight=1), tmp_path / "tune", max_failures=0)
@@ -238,7 +241,7 @@ def test_a_trial_that_fails_is_an_error(ray_cluster: None, statistics: Calibrati
 def test_no_process_of_a_race_stays(ray_cluster: None, statistics: CalibrationStatistics) -> None:
     """The desk is an actor: without its end, every search of one session would leave a process behind."""
     model = quantize_vit(tiny_vit())
-    with share(model, stored(image_set()), RaceRules(33, 10), EvalTransform(16), 10, Resources()) as shared:
+    with share(model, stored(image_set()), RaceRules(33, 10), EvalTransform(16), 10, INT8, Resources()) as shared:
         plan = Scales(model, statistics).plan(SETTINGS["a"])
         shared.add("a", plan)
         assert ray.get(shared.desk.get.remote("a")).key == plan.key

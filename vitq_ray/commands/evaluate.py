@@ -76,7 +76,7 @@ class EvaluationJob:
     def engine(self, name: str) -> Engine | None:
         """What runs the model if it is a calibrated one."""
         if self.sidecar is None:
-            return None
+            return None  # a float model runs in PyTorch
         return find_engine(name, self.loaded.model, self.loaded.geometry.img_size, self.device)
 
 
@@ -131,7 +131,7 @@ def load(options: EvaluateOptions) -> tuple[LoadedModel, Sidecar | None]:
     if isinstance(opened, CalibratedModel):
         require_as_calibrated(options, opened.sidecar)
         return opened.loaded, opened.sidecar
-    for name, value in options.only(("quant_mode", "wprec", "aprec")).items():
+    for name, value in options.only(("quant_mode", "wprec", "aprec", "engine")).items():
         raise InputError(
             f"{options.name_of(name)}: {value} given, but {checkpoint} is a float checkpoint; calibrate it first"
         )

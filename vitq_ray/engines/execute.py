@@ -5,7 +5,7 @@
 
 On a CPU both engines are the fused blocks of `int8`: the engine `int8` multiplies integers, `fake` integer-valued
 float32. Their numbers are the same, bit for bit, as long as no sum of products passes 2²⁴. On a GPU `fake` is
-PyTorch's eager fake quantization; there are no integers yet.
+PyTorch's eager fake quantization, and with `int8` the linear layers of that multiply integers (`gpu`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
 from vitq_ray.engines.gemm import FLOAT, INTEGERS, integers
+from vitq_ray.engines.gpu import integer_products
 from vitq_ray.engines.int8 import FusedBlocks, with_blocks
 from vitq_ray.quant.plan import Plan, SitePlan, rules_of_mode
 from vitq_ray.quant.sites import MODES
@@ -40,10 +41,12 @@ class Engine:
     Attributes:
         name: `int8` or `fake`.
         images_per_second: {engine: its speed} where it was measured to choose.
+        device: type of the device it was chosen for.
     """
 
     name: str
     images_per_second: dict[str, float] = field(default_factory=dict)
+    device: str = "cpu"
 
     def to_dict(self) -> dict[str, Any]:
         """For result files: name, arithmetic on this machine, measured speeds."""
@@ -51,7 +54,9 @@ class Engine:
 
     @property
     def arithmetic(self) -> str:
-        return INTEGERS[integers() or "int16"] if self.name == INT8 else FLOAT
+        if self.name == FAKE:
+            return FLOAT
+        return INTEGERS[integers() or "int16"] if self.device == "cpu" else "int8 × int8, _int_mm"
 
     def __str__(self) -> str:
         speeds = ", ".join(f"{name} {speed:.3g}" for name, speed in self.images_per_second.items())
@@ -71,15 +76,17 @@ def find_engine(name: str, model: nn.Module, img_size: int, device: torch.device
     if name not in ENGINES:
         raise InputError(f"engine: {name!r} is not one of {', '.join(ENGINES)}")
     on_cpu = device.type == "cpu"
-    if name == INT8 and (integers() is None or not on_cpu):
+    exact = integers() is not None if on_cpu else hasattr(torch, "_int_mm")
+    if name == INT8 and not exact:
         raise InputError(f"engine: int8 has no exact integer products on this {'CPU' if on_cpu else 'GPU'}; use fake")
     if name != AUTO:
-        return Engine(name)
-    if not on_cpu or integers() is None:
-        return Engine(FAKE)
-    images = torch.randn(evaluation_batch(model, device), 3, img_size, img_size)
+        return Engine(name, device=device.type)
+    if not exact:
+        return Engine(FAKE, device=device.type)
+    images = torch.randn(evaluation_batch(model, device), 3, img_size, img_size, device=device)
     speeds = {name: _speed(model, Engine(name), images) for name in (INT8, FAKE)}
-    return Engine(max(speeds, key=lambda name: speeds[name]), {n: float(f"{s:.4g}") for n, s in speeds.items()})
+    fastest = max(speeds, key=lambda name: speeds[name])
+    return Engine(fastest, {n: float(f"{s:.4g}") for n, s in speeds.items()}, device.type)
 
 
 def unit_plan(model: nn.Module, mode: str) -> Plan:
@@ -98,7 +105,7 @@ def _speed(model: nn.Module, engine: Engine, images: Tensor) -> float:
         best, begin = float("inf"), time.perf_counter()
         while time.perf_counter() - begin < _PROBE_SECONDS or best == float("inf"):
             start = time.perf_counter()
-            run(images)
+            run(images).cpu()  # waits for a GPU
             best = min(best, time.perf_counter() - start)
     return len(images) / best
 
@@ -110,7 +117,7 @@ class Execution(nn.Module):
         super().__init__()
         self._of = [model]  # not a submodule: it is the caller's
         self._fused: FusedBlocks | None = None
-        self._frozen = ExitStack()
+        self._frozen, self._integers = ExitStack(), engine.name == INT8
         if next(model.parameters()).device.type == "cpu":
             kind = integers() if engine.name == INT8 else FLOAT
             self._fused = FusedBlocks(model, kind or FLOAT)
@@ -125,7 +132,8 @@ class Execution(nn.Module):
             self._fused.follow()
         else:
             self._frozen.close()
-            self._frozen.enter_context(frozen_weights(self._of[0]))
+            quantized_once = integer_products if self._integers else frozen_weights
+            self._frozen.enter_context(quantized_once(self._of[0]))
 
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, S, S) -> (B, classes)
         logits: Tensor = self._run[0](images)

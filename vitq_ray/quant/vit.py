@@ -10,7 +10,7 @@ Legend: B batch, N tokens, C width, H heads, D head width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -34,9 +34,13 @@ class GemmQuantizers(nn.Module):
         self._input_quantizer = TensorQuantizer()
         self._weight_quantizer = TensorQuantizer()
         self._aftergemm_quantizer = TensorQuantizer()
+        self.product: Callable[[Tensor], Tensor] | None = None  # in place of x·Wᵀ, where an engine computes it
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x·Wᵀ + b with W and x·Wᵀ quantized; the input has been quantized by the caller. (…, in) -> (…, out)"""
+        if self.product is not None:
+            y = self._aftergemm_quantizer(self.product(x))
+            return y if bias is None else y + bias
         weight = self._weight_quantizer(weight)
         if self._aftergemm_quantizer.state is State.OFF:
             return F.linear(x, weight, bias)
@@ -159,6 +163,13 @@ class QuantBlock(nn.Module):
         x = fc2.linear(fc2._input_quantizer(x), mlp.fc2.weight, mlp.fc2.bias)
         dropped: Tensor = mlp.drop2(x)
         return dropped
+
+    def gemms(self) -> Iterator[tuple[GemmQuantizers, Tensor]]:
+        """The linear layers: their quantizers and the weight rows they multiply with."""
+        attention, ffn = self.attn, self.ffn
+        yield from zip((attention.query, attention.key, attention.value), attention.qkv.weight.chunk(3), strict=True)
+        yield attention.out, attention.proj.weight
+        yield from ((ffn.fc1, self.mlp.fc1.weight), (ffn.fc2, self.mlp.fc2.weight))
 
     def quantizer(self, site: str) -> TensorQuantizer:
         """The quantizer of a site, by its name within a block."""

@@ -1,0 +1,259 @@
+"""How fast quantized models run: the engines of this program, PyTorch's float, and other runtimes, in one run.
+
+    python benchmarks/engine.py                                        # ViT-S/16, ViT-B/16 and the bundled sample
+    python benchmarks/engine.py --models vit_small_patch16_224 --batches 16 --threads 1
+    python benchmarks/engine.py --models ../shared/data/vits14/vits14.npz --data-path ../shared/data/clothing-zip
+
+Every row is measured in turn, round after round, and the best round counts; ratios are to PyTorch's compiled float
+model. Models of a timm name have random weights: speed does not depend on them. `fake, eager` is PyTorch's own
+arithmetic, also in batches of 100 as earlier versions ran it. Peers need `pip install -e '.[bench]'`: ONNX Runtime
+(float, and its static INT8 in Q/DQ form) and OpenVINO (float, and NNCF's `quantize`). On CPUs without VNNI the integer
+kernels of ONNX Runtime saturate, so its speed there is not that of a right answer. Compilation, which the first call
+pays, is measured on its own: `--compile-time` starts two fresh processes with an empty and with a full cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor, nn
+
+from vitq_ray.calibration.calibrators import Calibration
+from vitq_ray.calibration.scales import Scales, kinds_needed
+from vitq_ray.calibration.setting import Setting
+from vitq_ray.calibration.statistics import collect_statistics
+from vitq_ray.engines import gemm
+from vitq_ray.engines.execute import Engine, Execution
+from vitq_ray.models.load import load_model
+from vitq_ray.quant.vit import apply_plan, frozen_weights, quantize_vit
+
+SAMPLE = str(Path(__file__).resolve().parents[1] / "vitq_ray" / "sample" / "vit.npz")
+COMPILED = "float, compiled"
+Run = Callable[[], Any]
+
+
+def machine() -> str:
+    """CPU, instruction sets and threads, as far as they decide speed."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    facts = dict(line.split(":", 1) for line in lines if ":" in line)
+    name = {key.strip(): value.strip() for key, value in facts.items()}.get("model name", "unknown CPU")
+    has = {"AVX2": gemm.HAS_AVX2, "AVX-512 VNNI": gemm.HAS_AVX512_VNNI, "AVX-VNNI": gemm.HAS_AVX_VNNI}
+    sets = ", ".join(name for name, there in has.items() if there) or "no AVX2"
+    return f"{name}, {sets}; {os.cpu_count()} CPUs, {torch.get_num_threads()} threads; PyTorch {torch.__version__}"
+
+
+def float_model(name: str) -> nn.Module:
+    if name.endswith((".npz", ".pth", ".safetensors")):
+        return load_model("auto", name, None).model.eval()
+    torch.manual_seed(0)
+    return timm.create_model(name).eval()
+
+
+def quantized(name: str, mode: str, bits: int, images: Tensor) -> nn.Module:
+    model = quantize_vit(float_model(name)).eval()
+    setting = Setting(mode, Calibration.parse("max"), 1, weight_bits=bits, act_bits=bits)
+    statistics = collect_statistics(model, [(0, images[:8])], (1,), kinds=kinds_needed([setting]))
+    apply_plan(model, Scales(model, statistics).plan(setting))
+    return model
+
+
+def eager(name: str, mode: str, bits: int, images: Tensor) -> Run:
+    model = quantized(name, mode, bits, images)
+    frozen = frozen_weights(model)
+    frozen.__enter__()
+    return lambda: (model(images), frozen)
+
+
+def rows(name: str, images: Tensor, mode: str, bits: int) -> dict[str, Run]:
+    """{row: what it runs once over the images}."""
+    model = float_model(name)
+    compiled = torch.compile(model)
+    found: dict[str, Run] = {"float, eager": lambda: model(images), COMPILED: lambda: compiled(images)}
+    if "avx512bf16" in gemm._FEATURES or "amx-bf16" in gemm._FEATURES:
+        half = torch.compile(float_model(name).bfloat16())
+        found["bfloat16, compiled"] = lambda: half(images.bfloat16())
+    found["fake, eager"] = eager(name, mode, bits, images)
+    for engine in ("fake", "int8"):
+        run = Execution(quantized(name, mode, bits, images), Engine(engine))
+        found[f"{engine}, {'fused' if engine == 'fake' else run_name()}"] = lambda run=run: run(images)
+    return found
+
+
+def run_name() -> str:
+    return gemm.INTEGERS[gemm.integers() or "int16"].split(",")[0]
+
+
+# Peers ---------------------------------------------------------------------------------------------------------------
+
+
+def peers(name: str, images: Tensor, threads: int, folder: Path) -> dict[str, Run]:
+    """ONNX Runtime and OpenVINO, where they are installed."""
+    needed = ("onnx", "onnxruntime", "openvino", "nncf")
+    if any(importlib.util.find_spec(package) is None for package in needed):
+        print(f"  peers left out: {', '.join(needed)} are not all installed")
+        return {}
+    path = folder / "float.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(float_model(name), (images,), str(path), dynamo=False, opset_version=17, input_names=["x"])
+    return {**onnx_runtime(path, images, threads), **openvino(path, images, threads)}
+
+
+def onnx_runtime(path: Path, images: Tensor, threads: int) -> dict[str, Run]:
+    import onnxruntime as ort
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._left = [{"x": images.numpy()}]
+
+        def get_next(self) -> Any:
+            return self._left.pop() if self._left else None
+
+    prepared, quantized_path = path.with_name("prepared.onnx"), path.with_name("int8.onnx")
+    quant_pre_process(str(path), str(prepared))
+    quantize_static(str(prepared), str(quantized_path), Reader(), quant_format=QuantFormat.QDQ)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    found = {}
+    for label, file in (("float", path), ("INT8", quantized_path)):
+        session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        found[f"ONNX Runtime, {label}"] = lambda session=session: session.run(None, {"x": images.numpy()})
+    return found
+
+
+def openvino(path: Path, images: Tensor, threads: int) -> dict[str, Run]:
+    import nncf
+    import openvino as ov
+
+    core = ov.Core()
+    model = core.read_model(str(path))
+    int8 = nncf.quantize(
+        core.read_model(str(path)), nncf.Dataset([images.numpy()]), subset_size=1, model_type=nncf.ModelType.TRANSFORMER
+    )
+    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    found = {}
+    for label, graph in (("float", model), ("INT8", int8)):
+        request = core.compile_model(graph, "CPU", settings).create_infer_request()
+        found[f"OpenVINO, {label}"] = lambda request=request: request.infer({0: images.numpy()})
+    return found
+
+
+# Measuring -----------------------------------------------------------------------------------------------------------
+
+
+def measure(found: dict[str, Run], rounds: int) -> dict[str, float]:
+    """{row: seconds of its best round}; rows take turns."""
+    best = dict.fromkeys(found, float("inf"))
+    with torch.inference_mode():
+        for run in found.values():
+            run()
+        for _ in range(rounds):
+            for row, run in found.items():
+                start = time.perf_counter()
+                run()
+                best[row] = min(best[row], time.perf_counter() - start)
+    return best
+
+
+def show(title: str, best: dict[str, float], images: int) -> None:
+    print(f"\n{title}\n  {'':<24} {'ms/image':>9} {'images/s':>9} {'× compiled float':>17}")
+    for row, seconds in best.items():
+        print(f"  {row:<24} {1e3 * seconds / images:>9.2f} {images / seconds:>9.1f} {best[COMPILED] / seconds:>17.2f}")
+
+
+def peak(rounds: int) -> None:
+    """The products alone: what an engine could reach at most."""
+    print("\nproducts alone, one thread, (2056, K) · (K, N): GOPS")
+    random = np.random.default_rng(0)
+    for depth, columns in ((384, 1152), (384, 1536), (1536, 384), (768, 3072)):
+        speeds = []
+        for kind in ("float32", gemm.integers() or "int16"):
+            a = gemm.aligned((2056, depth), kind)
+            a[:] = random.integers(0, 127, a.shape)
+            b = gemm.packed(columns, depth, kind, "float32" if kind == "float32" else "int8")
+            c = gemm.sums(gemm.ROW_BLOCK, columns, kind)
+
+            def run(a: Any = a, b: Any = b, c: Any = c) -> None:
+                for first in range(0, 2056 - 7, gemm.ROW_BLOCK):
+                    gemm.multiply(a, first, gemm.ROW_BLOCK, 0, b, c)
+
+            best = measure({"": run}, 4 * rounds)[""]
+            speeds.append(f"{kind} {2e-9 * 2016 * depth * columns / best:.0f}")
+        x, w, out = torch.randn(2056, depth), torch.randn(columns, depth), torch.empty(2056, columns)
+        best = measure({"": lambda x=x, w=w, out=out: torch.mm(x, w.t(), out=out)}, 4 * rounds)[""]
+        print(
+            f"  K {depth}, N {columns}: {', '.join(speeds)}, PyTorch float32 {2e-9 * 2056 * depth * columns / best:.0f}"
+        )
+
+
+def compile_time() -> None:
+    """Seconds of the first images, with an empty cache of compiled kernels and with a full one."""
+    code = (
+        "import time, torch; from vitq_ray.models.load import load_model; from vitq_ray.engines.execute import *;"
+        "from vitq_ray.quant.vit import *; import sys;"
+        f"m = quantize_vit(load_model('auto', {SAMPLE!r}, None).model).eval(); apply_plan(m, unit_plan(m, 'ft2'));"
+        "s = time.perf_counter(); integers(); Execution(m, Engine('int8'))(torch.randn(2, 3, *m.patch_embed.img_size));"
+        "print(f'{time.perf_counter() - s:.1f}')"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "NUMBA_CACHE_DIR": folder}
+        seconds = [
+            subprocess.run(
+                [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+            ).stdout.split()[-1]
+            for _ in range(2)
+        ]
+    print(f"\nfirst images of the int8 engine: {seconds[0]} s with an empty cache, {seconds[1]} s with a full one")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["vit_small_patch16_224", "vit_base_patch16_224", SAMPLE])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 16])
+    parser.add_argument("--mode", default="ft2")
+    parser.add_argument("--bits", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch-100", action="store_true", help="also eager fake quantization in batches of 100")
+    parser.add_argument("--compile-time", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(machine())
+    peak(options.rounds)
+    for name in options.models:
+        for batch in options.batches:
+            size = float_model(name).patch_embed.img_size
+            images = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0))
+            with tempfile.TemporaryDirectory() as folder:
+                found = rows(name, images, options.mode, options.bits)
+                found |= peers(name, images, options.threads, Path(folder))
+                show(
+                    f"{Path(name).name}, {options.mode}, {options.bits} bits, batch {batch}",
+                    measure(found, options.rounds),
+                    batch,
+                )
+        if options.batch_100:
+            hundred = torch.randn(100, 3, *size)
+            seconds = measure({"": eager(name, options.mode, options.bits, hundred)}, 1)[""]
+            print(f"  fake, eager, in batches of 100: {10 * seconds:.2f} ms/image")
+    if options.compile_time:
+        compile_time()
+
+
+if __name__ == "__main__":
+    main()
