@@ -377,7 +377,7 @@ def test_broken_images_are_skipped_and_listed(ray_cluster: None, project: Projec
             members = {name: archive.read(name) for name in archive.namelist()}
         with zipfile.ZipFile(project.folder / f"{split}.zip", "w") as archive:
             for i, (name, data) in enumerate(members.items()):
-                archive.writestr(name, b"not an image" if i % step == 0 else data)
+                archive.writestr(name, f"not an image {i}" if i % step == 0 else data)
     assert run_tune(project, tmp_path) == 2
     assert run_tune(project, tmp_path, "--on-bad-image", "skip", "--output", tmp_path / "skip") == 0
     result = json.loads((tmp_path / "skip" / "result.json").read_text())
