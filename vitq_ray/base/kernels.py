@@ -12,11 +12,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def compiled(function: F) -> F:
     """A kernel that releases the GIL, cached on disk; where no folder can be written to, compiled in every process."""
-    try:
-        return _njit(function, cache=True)
-    except RuntimeError:  # numba: "cannot cache function"
-        return _njit(function, cache=False)
+    return compiled_with()(function)
 
 
-def _njit(function: F, cache: bool) -> F:
-    return cast(F, numba.njit(nogil=True, cache=cache)(function))
+def compiled_with(**options: Any) -> Callable[[F], F]:
+    """As `compiled`, with options of `numba.njit`."""
+
+    def compile_(function: F) -> F:
+        try:
+            return cast(F, numba.njit(nogil=True, cache=True, **options)(function))
+        except RuntimeError:  # numba: "cannot cache function"
+            return cast(F, numba.njit(nogil=True, **options)(function))
+
+    return compile_

@@ -24,10 +24,12 @@ from typing import Any
 import llvmlite.ir as ir
 import numpy as np
 import numpy.typing as npt
-from numba import njit, types
+from numba import types
 from numba.core import cgutils, config
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
+
+from vitq_ray.base.kernels import compiled
 
 FLOAT = "float32"
 INTEGERS = {"uint8": "uint8 × int8, vpdpbusd", "int16": "int16 × int8, vpmaddwd"}  # operands, fastest first
@@ -179,7 +181,7 @@ _tall, _flat = _tile(_ROWS, _ROWS_512), _tile(1, 1)
 _TALL_ROWS_512 = _ROWS_512 if HAS_AVX512_VNNI else _ROWS
 
 
-@njit(nogil=True, cache=True, inline="never")
+@compiled
 def multiply(a: Any, first: int, rows: int, column: int, b: Any, c: Any) -> None:
     """c[:rows] = a[first : first + rows, column:] · B.
 
@@ -205,7 +207,7 @@ def multiply(a: Any, first: int, rows: int, column: int, b: Any, c: Any) -> None
                 _tall(a, b, a0 + row * a_stride, a_stride, here, there + row * c_stride, c_stride, steps)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def pack_rows(rows: Any, first: int, count: int, column: int, depth: int, b: Any) -> None:
     """B[n, k] = rows[first + n, column + k] for n < `count`, k < `depth`; what lies behind them stays as it is."""
     _, _, width, group = b.shape
@@ -219,7 +221,7 @@ def pack_rows(rows: Any, first: int, count: int, column: int, depth: int, b: Any
             b[panel, whole, place, g] = rows[first + n, column + whole * group + g]
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def pack_columns(rows: Any, first: int, depth: int, column: int, count: int, b: Any) -> None:
     """B[n, k] = rows[first + k, column + n] for n < `count`, k < `depth`; what lies behind them stays as it is."""
     panels, steps, width, group = b.shape

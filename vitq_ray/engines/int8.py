@@ -255,8 +255,11 @@ class FusedBlock:
             self._project(layer, a_here, norm, to, memory, row, out)
             parts.append(out)
         mixed = memory.operand("mixed", count, width, self._out.operand.kind)
+        q, k, v = parts
         passes.attention(
-            *parts,
+            q,
+            k,
+            v,
             tokens,
             self._heads,
             self._dim,

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import llvmlite.ir as ir
 import numpy as np
-from numba import float32, njit, types
+from numba import float32, types
 from numba.extending import intrinsic
 
+from vitq_ray.base.kernels import compiled, compiled_with
 from vitq_ray.engines.gemm import ROW_BLOCK, multiply, pack_columns, pack_rows
 
 INVERSE, STEP, LOW, HIGH, ON = range(5)
@@ -97,7 +98,7 @@ def _power_of_two(typing: Any, exponent: Any) -> Any:
     return float32(types.int32), generate
 
 
-@njit(inline="always")
+@compiled_with(inline="always")
 def _exp(x: Any) -> Any:
     """e^x for x ≤ 0, within two units in the last place (Cephes' expf); 0 takes the place of what is below 1e-37."""
     x = max(x, _SMALLEST_EXPONENT)
@@ -107,7 +108,7 @@ def _exp(x: Any) -> Any:
     return (p * (r * r) + r + _ONE) * _power_of_two(np.int32(n))
 
 
-@njit(inline="always")
+@compiled_with(inline="always")
 def _erf(x: Any) -> Any:
     """The error function within 3e-7: the rational function that Eigen and XLA use in float32."""
     x = min(max(x, _LEAST), _MOST)
@@ -117,7 +118,7 @@ def _erf(x: Any) -> Any:
     return x * top / bottom
 
 
-@njit(nogil=True, cache=True, fastmath=_EACH, error_model="numpy")
+@compiled_with(fastmath=_EACH, error_model="numpy")
 def _quantize(row: Any, q: Any) -> None:
     """Round a row to its grid and come back, in place."""
     if q[ON] == 0:
@@ -127,7 +128,7 @@ def _quantize(row: Any, q: Any) -> None:
         row[j] = min(max(np.rint(row[j] * inverse), low), high) * step
 
 
-@njit(nogil=True, cache=True, fastmath=_EACH, error_model="numpy")
+@compiled_with(fastmath=_EACH, error_model="numpy")
 def _to_levels(row: Any, q: Any, shift: Any, out: Any) -> None:
     """A row as what its matrix product takes: levels + shift, or the values themselves where the quantizer is off."""
     if q[ON] == 0:
@@ -139,7 +140,7 @@ def _to_levels(row: Any, q: Any, shift: Any, out: Any) -> None:
         out[j] = min(max(np.rint(row[j] * inverse), low), high) + shift
 
 
-@njit(nogil=True, cache=True, fastmath=_EACH, error_model="numpy")
+@compiled_with(fastmath=_EACH, error_model="numpy")
 def _finish(sums: Any, offset: Any, scale: Any, q: Any, bias: Any, row: Any) -> None:
     """row = quantize((sums + offset) · scale) + bias: what a linear layer gives, with its aftergemm quantizer."""
     if q[ON] == 0:
@@ -152,26 +153,26 @@ def _finish(sums: Any, offset: Any, scale: Any, q: Any, bias: Any, row: Any) -> 
         row[j] = min(max(np.rint(y * inverse), low), high) * step + bias[j]
 
 
-@njit(nogil=True, cache=True, fastmath=_EACH, error_model="numpy")
+@compiled_with(fastmath=_EACH, error_model="numpy")
 def _gelu(row: Any) -> None:
     for j in range(row.shape[0]):
         x = row[j]
         row[j] = _HALF * x * (_ONE + _erf(x * _ROOT_HALF))
 
 
-@njit(nogil=True, cache=True, fastmath=_EACH, error_model="numpy")
+@compiled_with(fastmath=_EACH, error_model="numpy")
 def _scaled(sums: Any, offset: Any, scale: Any, row: Any) -> None:
     for j in range(row.shape[0]):
         row[j] = float32(sums.dtype.type(sums[j] + offset[j])) * scale
 
 
-@njit(nogil=True, cache=True, fastmath=_EACH, error_model="numpy")
+@compiled_with(fastmath=_EACH, error_model="numpy")
 def _exponentials(row: Any, factor: Any, largest: Any) -> None:
     for j in range(row.shape[0]):
         row[j] = _exp(row[j] * factor - largest)
 
 
-@njit(nogil=True, cache=True, fastmath={*_SUMS, "nnan"})
+@compiled_with(fastmath={*_SUMS, "nnan"})
 def _largest(row: Any) -> Any:
     largest = row[0]
     for j in range(row.shape[0]):
@@ -179,7 +180,7 @@ def _largest(row: Any) -> Any:
     return largest
 
 
-@njit(nogil=True, cache=True, fastmath=_SUMS, error_model="numpy")
+@compiled_with(fastmath=_SUMS, error_model="numpy")
 def _softmax(row: Any, factor: Any) -> None:
     """softmax(row · factor) in place; factor > 0."""
     _exponentials(row, factor, _largest(row) * factor)
@@ -191,7 +192,7 @@ def _softmax(row: Any, factor: Any) -> None:
         row[j] *= inverse
 
 
-@njit(nogil=True, cache=True, fastmath=_SUMS, error_model="numpy")
+@compiled_with(fastmath=_SUMS, error_model="numpy")
 def _normalize(row: Any, eps: Any, gain: Any, bias: Any) -> None:
     """LayerNorm of a row, in place."""
     width = row.shape[0]
@@ -207,7 +208,7 @@ def _normalize(row: Any, eps: Any, gain: Any, bias: Any) -> None:
         row[j] = (row[j] - mean) * inverse * gain[j] + bias[j]
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def normalize(x: Any, q_before: Any, eps: Any, gain: Any, bias: Any, to: Any, row: Any, out: Any) -> None:
     """LayerNorm with the quantizers before and behind it: x (M, C) float32 -> out (M, ≥ C) levels."""
     width = x.shape[1]
@@ -218,21 +219,21 @@ def normalize(x: Any, q_before: Any, eps: Any, gain: Any, bias: Any, to: Any, ro
         _to_levels(row[:width], to.quantizer, to.shift, out[i, :width])
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def quantize(x: Any, q: Any) -> None:
     """x (M, C) float32, in place."""
     for i in range(x.shape[0]):
         _quantize(x[i], q)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def to_levels(x: Any, to: Any, out: Any) -> None:
     """x (M, C) float32 -> out (M, ≥ C) levels."""
     for i in range(x.shape[0]):
         _to_levels(x[i], to.quantizer, to.shift, out[i, : x.shape[1]])
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def linear(a: Any, layer: Any, out: Any) -> None:
     """A linear layer: a (M, ≥ K) levels -> out (M, N) float32, with its aftergemm quantizer and bias."""
     for first in range(0, out.shape[0], ROW_BLOCK):
@@ -242,7 +243,7 @@ def linear(a: Any, layer: Any, out: Any) -> None:
             _finish(layer.sums[i], layer.offset, layer.scale, layer.quantizer, layer.bias, out[first + i])
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def linear_to_levels(a: Any, layer: Any, gelu: bool, to: Any, row: Any, out: Any) -> None:
     """As `linear`, then GELU where asked for, then the quantizer of what reads it: -> out (M, ≥ N) levels."""
     width = layer.scale.shape[0]
@@ -256,7 +257,7 @@ def linear_to_levels(a: Any, layer: Any, gelu: bool, to: Any, row: Any, out: Any
             _to_levels(row[:width], to.quantizer, to.shift, out[first + i, :width])
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def linear_to_residual(a: Any, layer: Any, gamma: Any, q_local: Any, q_residual: Any, row: Any, x: Any) -> None:
     """As `linear`, then LayerScale and the residual addition: x (M, N) = quantize(x) + quantize(gamma · y)."""
     width = layer.scale.shape[0]
@@ -273,7 +274,7 @@ def linear_to_residual(a: Any, layer: Any, gamma: Any, q_local: Any, q_residual:
                 x[first + i, j] += row[j]
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def column_sums(b: Any, factor: Any, out: Any) -> None:
     """out[n] = factor · Σ_k B[n, k]: what a shift of A by `-factor` has left out of the sums."""
     panels, steps, width, group = b.shape
@@ -287,7 +288,7 @@ def column_sums(b: Any, factor: Any, out: Any) -> None:
                     out[panel * width + place] += out.dtype.type(b[panel, step, place, k]) * factor
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def attention(
     q: Any,
     k: Any,
