@@ -135,6 +135,7 @@ class Execution(nn.Module):
             quantized_once = integer_products if self._integers else frozen_weights
             self._frozen.enter_context(quantized_once(self._of[0]))
 
+    @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, S, S) -> (B, classes)
         logits: Tensor = self._run[0](images)
         return logits
