@@ -63,9 +63,9 @@ class Engine:
         return f"{self.name} ({self.arithmetic})" + (f"; images/s: {speeds}" if speeds else "")
 
 
-def default_engine() -> Engine:
-    """The engine without a measurement: integers where they are exact and the CPU has instructions for them."""
-    return Engine(INT8 if integers() is not None else FAKE)
+def default_engine(device: torch.device) -> Engine:
+    """The engine without a measurement: on a CPU integers, where it has exact instructions for them."""
+    return Engine(INT8 if device.type == "cpu" and integers() is not None else FAKE, device=device.type)
 
 
 def find_engine(name: str, model: nn.Module, img_size: int, device: torch.device) -> Engine:

@@ -299,7 +299,7 @@ def _losses(run: _Run, batch: Batch) -> Tensor:
 def _selection_counts(run: _Run, epoch: int) -> Counts:
     data = run.data
     try:
-        with executed(run.student, default_engine()) as model:
+        with executed(run.student, default_engine(run.ranks.device)) as model:
             evaluation = sharded_evaluation(model, data.val, data.selection_ids, data.transform, run.read, run.ranks)
     except NonFiniteLogitsError as error:
         if epoch == 0:  # nothing was trained yet: it is the start that is broken

@@ -107,7 +107,7 @@ def judge(task: QatTask, outcome: QatOutcome, read: Reader, ranks: Ranks) -> Jud
     teacher = float_copy(model) if task.teacher is None else task.teacher.to(ranks.device)
     trained = copy.deepcopy(model)
     trained.load_state_dict(outcome.best_state)
-    ids, engine = np.arange(len(data.val)), default_engine()
+    ids, engine = np.arange(len(data.val)), default_engine(ranks.device)
     with executed(model, engine) as ptq, executed(trained, engine) as qat:
         variants = {"float": Split(teacher), "ptq": ptq, "qat": qat}
         results = sharded_variants(variants, data.val, ids, data.transform, read, ranks)
