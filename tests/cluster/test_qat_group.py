@@ -25,6 +25,7 @@ from torch import nn
 from tests.conftest import make_project, scrape
 from tests.qat.test_qat_loop import CONFIG, TRANSFORM, Setup, calibrated
 from vitq_ray.base.config import InputError
+from vitq_ray.base.formats import FORMATS
 from vitq_ray.cluster.qat_group import (
     QatMetrics,
     RankResources,
@@ -340,10 +341,14 @@ def test_a_trained_run_needs_no_table_of_its_teacher(setup: Setup, tmp_path: Pat
 
 def test_a_judgement_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     counts = {"images": 4, "top1_correct": 2, "top5_correct": 3}
-    (tmp_path / "judgement.json").write_text(json.dumps({"qat": {"val": counts}}))  # format 1
-    assert read_judgement(tmp_path) == {"qat": {"val": Counts(4, {"top1_correct": 2, "top5_correct": 3})}}
+    parts = ("selection", "report", "val")
+    whole = {model: dict.fromkeys(parts, counts) for model in ("float", "ptq", "qat")}
+    (tmp_path / "judgement.json").write_text(json.dumps(whole))  # format 1
+    expected = dict.fromkeys(parts, Counts(4, {"top1_correct": 2, "top5_correct": 3}))
+    assert read_judgement(tmp_path) == dict.fromkeys(whole, expected)
     (tmp_path / "judgement.json").write_text(json.dumps({"format": 9, "vitq_ray": "7.0"}))
-    with pytest.raises(InputError, match=r"judgement.json: written by vitq_ray 7.0 in format 9; .* up to 2"):
+    newest = FORMATS["judgement"]
+    with pytest.raises(InputError, match=rf"judgement.json: written by vitq_ray 7.0 in format 9; .* up to {newest}"):
         read_judgement(tmp_path)
 
 
