@@ -2,7 +2,7 @@
 
     python benchmarks/engine.py                                        # ViT-S/16, ViT-B/16 and the bundled sample
     python benchmarks/engine.py --models vit_small_patch16_224 --batches 16 --threads 1
-    python benchmarks/engine.py --models ../shared/data/vits14/vits14.npz --data-path ../shared/data/clothing-zip
+    python benchmarks/engine.py --models ../shared/data/vits14/vits14.npz
 
 Every row is measured in turn, round after round, and the best round counts; ratios are to PyTorch's compiled float
 model. Models of a timm name have random weights: speed does not depend on them. `fake, eager` is PyTorch's own

@@ -51,10 +51,16 @@ def search(options: argparse.Namespace, folder: Path) -> tuple[float, dict[str, 
     return time.perf_counter() - start, json.loads((folder / "run" / "result.json").read_text())
 
 
+def rows_of(result: dict[str, object]) -> list[dict[str, object]]:
+    """The candidates of a search."""
+    candidates = result["candidates"]
+    assert isinstance(candidates, dict)
+    return list(candidates.values())
+
+
 def one_by_one(options: argparse.Namespace, result: dict[str, object], images: int) -> list[float]:
     """Seconds of each of some settings, on their own."""
-    candidates = result["candidates"]
-    assert isinstance(candidates, list)
+    candidates = rows_of(result)
     chosen = candidates[:: max(1, len(candidates) // options.settings)][: options.settings]
     seconds = []
     for row in chosen:
@@ -90,14 +96,11 @@ def main() -> None:
     print(machine())
     with tempfile.TemporaryDirectory() as folder:
         wall, result = search(options, Path(folder))
-    candidates, images = result["candidates"], result["float"]
-    assert isinstance(candidates, list)
-    assert isinstance(images, dict)
+    candidates = rows_of(result)
     selection = result["selection"]["float"]["images"]  # type: ignore[index]
-    evaluated = sum(row["images"] for row in candidates)
     print(
-        f"search: {wall:.0f} s for {len(candidates)} settings, {selection} selection images, "
-        f"{evaluated / len(candidates) / selection:.0%} of the images evaluated; stages {result['seconds']}"
+        f"search: {wall:.0f} s for {len(candidates)} settings, {selection} selection images; race {result['race']}; "
+        f"winner {result['winner']}; stages {result['seconds']}; engine {result['engine']}"
     )
     alone = one_by_one(options, result, selection)
     total = sum(alone) / len(alone) * len(candidates)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tests.conftest import plan_by_hand
 from vitq_ray.engines.execute import Engine, executed, find_engine
 from vitq_ray.engines.gpu import IntegerProduct, integer_products
-from vitq_ray.quant.vit import apply_plan, frozen_weights, quant_blocks
+from vitq_ray.quant.vit import apply_plan, frozen_weights, quant_blocks, quantizers_off
 
 
 @pytest.mark.parametrize(("mode", "bits"), [("ft1", 8), ("ft2", 8), ("ft3", 4)])
@@ -27,6 +27,17 @@ def test_integer_products_are_the_quantized_model(mode: str, bits: int, quant_vi
     assert all(gemm.product is None for block in quant_blocks(quant_vit) for gemm, _ in block.gemms())
     off = (found - expected).abs().amax(1) / expected.std()
     assert (off < 1e-4).float().mean() >= 0.9
+
+
+def test_quantizers_off_is_float_in_an_engine_too(quant_vit: nn.Module, images: Tensor) -> None:
+    quant_vit.eval()
+    apply_plan(quant_vit, plan_by_hand(quant_vit, images[:2], "ft2"))
+    with torch.inference_mode(), quantizers_off(quant_vit):
+        expected = quant_vit(images)
+        with integer_products(quant_vit):
+            assert torch.equal(quant_vit(images), expected)
+    with torch.inference_mode(), integer_products(quant_vit), quantizers_off(quant_vit):
+        assert torch.equal(quant_vit(images), expected)
 
 
 def test_sums_are_exact(quant_vit: nn.Module, images: Tensor) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import plan_by_hand, tiny_vit
+from tests.conftest import ROOT, plan_by_hand, tiny_vit
 from vitq_ray.base.config import InputError
-from vitq_ray.engines import passes
 from vitq_ray.engines.execute import Engine, Execution, Split, evaluation_batch, executed, find_engine, unit_plan
 from vitq_ray.engines.int8 import FusedBlocks, with_blocks
 from vitq_ray.measure.evaluation import NonFiniteLogitsError
@@ -110,6 +111,32 @@ def test_unsigned_and_shifted_grids(rule: dict[str, Any], quant_vit: nn.Module, 
     plan = plan_by_hand(quant_vit, images, "ft2")
     apply_plan(quant_vit, changed(plan, lambda family: family != WEIGHT, **rule))
     assert_same_model(quant_vit, images)
+    apply_plan(quant_vit, changed(plan, lambda family: family == WEIGHT, **rule))
+    assert_same_model(quant_vit, images)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_dead_branches(mode: str, quant_vit: nn.Module, images: Tensor) -> None:
+    """A pruned MLP: amax is 0 on both sides of its products, and all of their levels."""
+    quant_vit.eval()
+    with torch.no_grad():
+        for parameter in quant_blocks(quant_vit)[1].mlp.parameters():
+            parameter.zero_()
+    plan = plan_by_hand(quant_vit, images, mode)
+    assert len(plan.degenerate_sites()) >= 4
+    apply_plan(quant_vit, plan)
+    assert_same_model(quant_vit, images)
+
+
+def test_an_amax_that_is_no_number_is_an_error(quant_vit: nn.Module, images: Tensor) -> None:
+    quant_vit.eval()
+    plan = plan_by_hand(quant_vit, images, "ft2")
+    for site in ("0.ffn.fc1._input_quantizer", "1.attn.out._weight_quantizer"):
+        key = f"transformer.encoder.layer.{site}"
+        bad = dataclasses.replace(plan.sites[key], amax=torch.tensor(float("inf")))
+        apply_plan(quant_vit, dataclasses.replace(plan, sites={**plan.sites, key: bad}))
+        with pytest.raises(NonFiniteLogitsError, match="amax"):
+            fused(quant_vit, images, "int16")
 
 
 def test_the_images_beside_it_and_the_threads_do_not_matter(quant_vit: nn.Module, images: Tensor) -> None:
@@ -127,25 +154,44 @@ def test_the_images_beside_it_and_the_threads_do_not_matter(quant_vit: nn.Module
             torch.set_num_threads(threads)
 
 
-def compilations() -> int:
-    functions = (passes.normalize, passes.linear_to_levels, passes.linear_to_residual, passes.attention)
-    return sum(len(function.signatures) for function in functions)
+CANDIDATES = """
+import torch
+from tests.conftest import plan_by_hand, tiny_vit
+from vitq_ray.engines import passes
+from vitq_ray.engines.execute import Engine, Execution
+from vitq_ray.quant.sites import MODES
+from vitq_ray.quant.vit import apply_plan, quantize_vit
+
+model = quantize_vit(tiny_vit()).eval()
+images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+run, functions = Execution(model, Engine("int8")), [f for f in vars(passes).values() if hasattr(f, "signatures")]
+for candidate in range(20):
+    mode, bits = tuple(MODES)[candidate % 4], (8, 6, 4, 3, 2)[candidate % 5]
+    apply_plan(model, plan_by_hand(model, images * (1 + candidate / 20), mode, bits))
+    run.follow()
+    signatures = sum(len(f.signatures) for f in functions)
+    logits = run(images).sum().item()
+    print(mode, sum(len(f.signatures) for f in functions) - signatures, logits)
+print("compiled", sum(sum(f.stats.cache_misses.values()) for f in functions))
+"""
 
 
-def test_candidates_compile_nothing(quant_vit: nn.Module, images: Tensor) -> None:
-    """Twenty candidates, of all modes, bits and scales: compiled is what the first of each mode needs."""
-    quant_vit.eval()
-    run, seen, counts = Execution(quant_vit, Engine("int8")), set(), []
-    for candidate in range(20):
-        mode, bits = tuple(MODES)[candidate % 4], (8, 6, 4, 3, 2)[candidate % 5]
-        plan = plan_by_hand(quant_vit, images * (1 + candidate / 20), mode, bits)
-        apply_plan(quant_vit, plan)
+def test_candidates_compile_nothing() -> None:
+    """Twenty candidates, of all modes, bits and scales, in a new process: the first loads kernels, the others none; and
+    where they are in the cache on disk, nothing is compiled at all."""
+    model = quantize_vit(tiny_vit()).eval()
+    run = Execution(model, Engine("int8"))
+    for mode in ("ft1", "ft3"):  # fills the cache
+        apply_plan(model, unit_plan(model, mode))
         run.follow()
-        with torch.inference_mode():
-            seen.add(run(images[:2]).sum().item())
-        counts.append(compilations())
-    assert len(seen) == 20
-    assert counts[3] == counts[-1]  # after one of each mode
+        run(torch.zeros(1, 3, 16, 16))
+    found = subprocess.run([sys.executable, "-c", CANDIDATES], cwd=ROOT, capture_output=True, text=True, check=True)
+    *rows, last = found.stdout.strip().splitlines()
+    new = [int(row.split()[1]) for row in rows]
+    assert len({row.split()[2] for row in rows}) == 20
+    assert new[0] > 0
+    assert new[1:] == [0] * 19
+    assert last == "compiled 0"
 
 
 def test_a_plan_with_other_weights_is_followed(quant_vit: nn.Module, images: Tensor) -> None:

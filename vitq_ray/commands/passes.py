@@ -107,7 +107,9 @@ def evaluate_val(
     on_batch: OnBatch = ignore,
 ) -> Evaluation:
     """Classify images of val, here or on workers, with progress shown. InputError where none can be read."""
-    size, transform = options.batch_size or evaluation_batch(model, images.device), images.transform
+    # As many images for every thread: an engine's threads take images of their own.
+    many = evaluation_batch(model, images.device) * torch.get_num_threads()
+    size, transform = options.batch_size or min(many, 100), images.transform
     batches = iter_batches(
         images.index, images.ids, transform, size, options.decode_threads, options.on_bad_image, images.bad_images
     )

@@ -51,6 +51,7 @@ from vitq_ray.commands.screen import (
 from vitq_ray.commands.training_progress import TrainingProgress
 from vitq_ray.data.samples import SampleIndex
 from vitq_ray.data.splits import Splits, make_splits
+from vitq_ray.engines.execute import default_engine
 from vitq_ray.measure.evaluation import Counts
 from vitq_ray.models.checkpoint import CalibratedModel, Sidecar, load_calibrated, open_checkpoint, save_calibrated
 from vitq_ray.models.load import LoadedModel
@@ -450,6 +451,7 @@ def trained_result(
         seconds=watch.seconds,
         **{name: {part: c.summary() for part, c in parts.items()} for name, parts in judgement.items()},
         best_epoch=outcome.best_epoch,
+        engine=default_engine(job.device).to_dict(),
         epochs=[epoch_row(report) for report in outcome.epochs],
         config=job.task.config.to_dict(),
         name=job.options.name,

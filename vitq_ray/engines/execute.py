@@ -56,7 +56,10 @@ class Engine:
     def arithmetic(self) -> str:
         if self.name == FAKE:
             return FLOAT
-        return INTEGERS[integers() or "int16"] if self.device == "cpu" else "int8 × int8, _int_mm"
+        if self.device != "cpu":
+            return "int8 × int8, _int_mm"
+        kind = integers()
+        return FLOAT if kind is None else INTEGERS[kind]
 
     def __str__(self) -> str:
         speeds = ", ".join(f"{name} {speed:.3g}" for name, speed in self.images_per_second.items())
@@ -99,8 +102,7 @@ def unit_plan(model: nn.Module, mode: str) -> Plan:
 
 def _speed(model: nn.Module, engine: Engine, images: Tensor) -> float:
     """Images per second, the best of several passes."""
-    run = Execution(model, engine)
-    with torch.inference_mode():
+    with executed(model, engine) as run, torch.inference_mode():
         run(images)
         best, begin = float("inf"), time.perf_counter()
         while time.perf_counter() - begin < _PROBE_SECONDS or best == float("inf"):

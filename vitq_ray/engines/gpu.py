@@ -14,7 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from vitq_ray.quant.fake_quant import step_of
+from vitq_ray.measure.evaluation import NonFiniteLogitsError
+from vitq_ray.quant.fake_quant import finite_scale, step_of
 from vitq_ray.quant.quantizer import State, TensorQuantizer
 from vitq_ray.quant.vit import GemmQuantizers, quant_blocks
 
@@ -26,12 +27,14 @@ class IntegerProduct:
     """x·Wᵀ of a linear layer whose input and weight are quantized; exact but for the last multiplication."""
 
     def __init__(self, weight: Tensor, of_input: TensorQuantizer, of_weight: TensorQuantizer) -> None:
+        if not (torch.isfinite(weight).all() and torch.isfinite(of_input.amax).all()):
+            raise NonFiniteLogitsError("a weight or an amax has NaN or infinite values")
         low, high = of_weight.rule.levels
         step = step_of(of_weight.amax.detach(), high).reshape(-1, 1)
         levels = (weight.detach() * step.reciprocal()).round_().clamp_(low, high)
         self._weight = levels.to(torch.int8).contiguous().t()  # (in, out)
         of_x = step_of(of_input.amax.detach(), of_input.rule.levels[1])
-        self._inverse, self._scale = of_x.reciprocal(), (of_x * step).flatten()
+        self._inverse, self._scale = of_x.reciprocal(), (finite_scale(of_x) * finite_scale(step)).flatten()
 
     def __call__(self, x: Tensor) -> Tensor:  # (…, in) -> (…, out)
         levels = (x * self._inverse).round_().to(torch.int8).flatten(0, -2)

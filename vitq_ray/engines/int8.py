@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from vitq_ray.engines import passes
 from vitq_ray.engines.gemm import FLOAT, PANEL, ROW_BLOCK, aligned, pack_rows, packed, sums
 from vitq_ray.measure.evaluation import NonFiniteLogitsError
-from vitq_ray.quant.fake_quant import step_of
+from vitq_ray.quant.fake_quant import finite_scale, step_of
 from vitq_ray.quant.quantizer import State, TensorQuantizer
 from vitq_ray.quant.vit import GemmQuantizers, QuantBlock, quant_blocks
 
@@ -47,8 +47,17 @@ def quantizer_row(quantizer: TensorQuantizer) -> Array:
     if quantizer.state is not State.QUANTIZE:
         return _OFF
     low, high = quantizer.rule.levels
+    _floats(quantizer.amax, "an amax")
     step = step_of(quantizer.amax.detach().cpu(), high)
     return np.array([step.reciprocal(), step, low, high, 1], np.float32)
+
+
+def _kinds(right: TensorQuantizer, integers: str) -> tuple[str, str]:
+    """Types of both sides of a product whose quantizers are on: int8 on the right where its levels fit."""
+    if integers == FLOAT:
+        return FLOAT, FLOAT
+    low, high = right.rule.levels
+    return (integers, "int8") if low >= -128 and high <= 127 else ("int16", "int16")
 
 
 def _is_on(quantizer: TensorQuantizer) -> bool:
@@ -77,8 +86,9 @@ class _Operand:
         return FLOAT if self.kind == FLOAT else "int32"
 
     @property
-    def step(self) -> Any:
-        return self.quantizer[passes.STEP]
+    def scale(self) -> Any:
+        """What a level stands for; 0 where all levels are 0."""
+        return np.float32(finite_scale(torch.tensor(self.quantizer[passes.STEP])))
 
 
 class _Linear:
@@ -95,10 +105,11 @@ class _Linear:
         """Take over the quantizers as they are now."""
         quantizers = self._quantizers
         on = _is_on(quantizers._input_quantizer) and _is_on(quantizers._weight_quantizer)
-        self.operand = _Operand(integers if on else FLOAT, quantizer_row(quantizers._input_quantizer))
+        kinds = _kinds(quantizers._weight_quantizer, integers) if on else (FLOAT, FLOAT)
+        self.operand, self._kind = _Operand(kinds[0], quantizer_row(quantizers._input_quantizer)), kinds[1]
         self.after = quantizer_row(quantizers._aftergemm_quantizer)
         step = self._pack()
-        self.scale = np.ascontiguousarray(np.float32(self.operand.step) * step)
+        self.scale = np.ascontiguousarray(self.operand.scale * step)
         self.bias = np.zeros(self.rows, np.float32) if self._bias is None else _floats(self._bias, "a bias")
         self.offset = np.zeros(self.b.shape[0] * self.b.shape[2], self.operand.sums_kind)
         passes.column_sums(self.b, self.operand.low, self.offset)
@@ -112,44 +123,47 @@ class _Linear:
         """Quantize and pack the weight unless that is done already; returns its steps, (rows,)."""
         quantizer, weight = self._quantizers._weight_quantizer, self._weight.detach()
         on, rule = _is_on(quantizer), quantizer.rule
+        if on:
+            _floats(quantizer.amax, "an amax")
         step = step_of(quantizer.amax.detach(), rule.levels[1]).reshape(-1) if on else torch.ones(1)
-        made = (self.operand.kind, on, rule, step.tolist(), self._weight._version, self._weight.data_ptr())
+        made = (self.operand.kind, self._kind, on, rule, step.tolist(), self._weight._version, self._weight.data_ptr())
         if made != self._made:
             _floats(weight, "a weight")
             levels = (weight * step.reciprocal().reshape(-1, 1)).round_().clamp_(*rule.levels) if on else weight
-            kind = FLOAT if self.operand.kind == FLOAT else "int8"
-            self.b = packed(self.rows, self.depth, self.operand.kind, kind)
-            source = levels.to(torch.float32 if kind == FLOAT else torch.int8).contiguous().numpy()
+            self.b = packed(self.rows, self.depth, self.operand.kind, self._kind)
+            source = levels.to(getattr(torch, self._kind)).contiguous().numpy()
             pack_rows(source, 0, self.rows, 0, self.depth, self.b)
             self._made = made
-        return np.broadcast_to(step.numpy(), (self.rows,))
+        return np.broadcast_to(finite_scale(step).numpy(), (self.rows,))
 
 
 class _Memory:
-    """Arrays that one thread computes in, made when first asked for."""
+    """Arrays that one thread computes in, made when first asked for, or when more rows are."""
 
     def __init__(self) -> None:
-        self._arrays: dict[tuple[str, tuple[int | str, ...]], Array] = {}
+        self._arrays: dict[tuple[Any, ...], Array] = {}
 
-    def _get(self, name: str, make: Callable[[], Array], *shape: int | str) -> Array:
-        key = (name, shape)
+    def _get(self, key: tuple[Any, ...], make: Callable[[], Array]) -> Array:
         if key not in self._arrays:
             self._arrays[key] = make()
         return self._arrays[key]
 
     def operand(self, name: str, rows: int, depth: int, kind: str) -> Array:
         """(rows, ≥ depth)"""
-        wide = -(-depth // 16) * 16
-        return self._get(name, lambda: aligned((rows, wide), kind), rows, wide, kind)
+        key, wide = (name, depth, kind), -(-depth // 16) * 16
+        if key not in self._arrays or len(self._arrays[key]) < rows:
+            self._arrays[key] = aligned((rows, wide), kind)
+        return self._arrays[key][:rows]
 
     def sums(self, columns: int, kind: str) -> Array:
-        return self._get("sums", lambda: sums(ROW_BLOCK, columns, kind), columns, kind)
+        return self._get(("sums", columns, kind), lambda: sums(ROW_BLOCK, columns, kind))
 
     def packed(self, name: str, columns: int, depth: int, a: str, b: str) -> Array:
-        return self._get(name, lambda: packed(columns, depth, a, b), columns, depth, a, b)
+        return self._get((name, columns, depth, a, b), lambda: packed(columns, depth, a, b))
 
     def values(self, name: str, rows: int, columns: int) -> Array:
-        return self._get(name, lambda: aligned((rows, columns), FLOAT), rows, columns)
+        """(rows, columns)"""
+        return self._get((name, rows, columns), lambda: aligned((rows, columns), FLOAT))
 
 
 class _Norm:
@@ -225,11 +239,7 @@ class FusedBlock:
         """Both operands of a product of activations; int8 on the right where its levels fit."""
         if not (_is_on(left) and _is_on(right)):
             return _Operand(FLOAT, quantizer_row(left)), _Operand(FLOAT, quantizer_row(right))
-        low, high = right.rule.levels
-        narrow = low >= -128 and high <= 127
-        if integers == FLOAT:
-            return _Operand(FLOAT, quantizer_row(left)), _Operand(FLOAT, quantizer_row(right))
-        kinds = (integers, "int8") if narrow else ("int16", "int16")
+        kinds = _kinds(right, integers)
         return _Operand(kinds[0], quantizer_row(left)), _Operand(kinds[1], quantizer_row(right))
 
     def run(self, x: Array, tokens: int, memory: _Memory) -> None:
@@ -282,7 +292,7 @@ class FusedBlock:
         """A product of activations, whose right side is packed head by head."""
         b = memory.packed(name, columns, depth, left.kind, right.kind)
         offset = memory.operand(f"offset of {name}", 1, b.shape[0] * b.shape[2], left.sums_kind)[0]
-        scale = np.float32(left.step * right.step)
+        scale = np.float32(left.scale * right.scale)
         return passes.Product(b, memory.sums(columns, left.kind), offset, left.low, scale)
 
     def _project(
@@ -292,7 +302,7 @@ class FusedBlock:
         if norm is None or isinstance(norm, nn.Identity):
             passes.linear_to_levels(a, layer.layer(memory), False, to.target, row, out)
             return
-        y = memory.values("projected", len(a), layer.rows)
+        y = np.empty((len(a), layer.rows), np.float32)
         passes.linear(a, layer.layer(memory), y)
         heads = norm(torch.from_numpy(y).unflatten(1, (self._heads, self._dim)))
         passes.to_levels(heads.flatten(1).contiguous().numpy(), to.target, out)
@@ -305,7 +315,7 @@ class FusedBlock:
         if self._gelu:
             passes.linear_to_levels(a, fc1.layer(memory), True, to.target, row, hidden)
         else:
-            y = memory.values("hidden values", len(x), fc1.rows)
+            y = np.empty((len(x), fc1.rows), np.float32)
             passes.linear(a, fc1.layer(memory), y)
             passes.to_levels(self._block.mlp.act(torch.from_numpy(y)).contiguous().numpy(), to.target, hidden)
         self._add(self._fc2, hidden, 1, memory, row, x)

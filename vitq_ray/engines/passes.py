@@ -100,7 +100,7 @@ def _power_of_two(typing: Any, exponent: Any) -> Any:
 
 @compiled_with(inline="always")
 def _exp(x: Any) -> Any:
-    """e^x for x ≤ 0, within two units in the last place (Cephes' expf); 0 takes the place of what is below 1e-37."""
+    """e^x for x ≤ 0, within two units in the last place (Cephes' expf); below -87, e^-87, which is 2e-38."""
     x = max(x, _SMALLEST_EXPONENT)
     n = np.rint(x * _LOG2E)
     r = (x - n * _LN2_HIGH) - n * _LN2_LOW

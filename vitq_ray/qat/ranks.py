@@ -25,7 +25,7 @@ from vitq_ray.measure.evaluation import Evaluation, evaluate_variants
 from vitq_ray.measure.metrics import METRICS
 from vitq_ray.qat.recipe import QatConfig
 
-EVAL_BATCH = 64  # images of an evaluation micro-batch: that of evaluate.py, whatever the number of workers
+EVAL_BATCH = 64  # images of an evaluation micro-batch, whatever the number of workers
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,11 @@ def step_of(amax: Tensor, largest: int) -> Tensor:
     return torch.where(amax > 0, step, torch.full_like(step, _SCALE_OF_ZERO_AMAX))
 
 
+def finite_scale(step: Tensor) -> Tensor:
+    """What a product of levels is multiplied with, of a step that may be that of a zero amax: its levels are all 0."""
+    return torch.where(step >= _SCALE_OF_ZERO_AMAX, torch.zeros_like(step), step)
+
+
 def fake_quantize(
     x: Tensor,
     amax: Tensor,

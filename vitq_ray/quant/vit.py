@@ -38,7 +38,8 @@ class GemmQuantizers(nn.Module):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x·Wᵀ + b with W and x·Wᵀ quantized; the input has been quantized by the caller. (…, in) -> (…, out)"""
-        if self.product is not None:
+        both = (self._input_quantizer.state, self._weight_quantizer.state)
+        if self.product is not None and both == (State.QUANTIZE, State.QUANTIZE):
             y = self._aftergemm_quantizer(self.product(x))
             return y if bias is None else y + bias
         weight = self._weight_quantizer(weight)
