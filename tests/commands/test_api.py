@@ -147,8 +147,7 @@ def test_console_command(project: Project, tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().out == f"vitq_ray {vitq_ray.__version__}\n"
     assert main(["calibrate"]) == 2
     assert capsys.readouterr().err == "error: calibrate: no such command; the commands are calib, evaluate, tune, qat\n"
-    with pytest.raises(SystemExit):
-        main(["tune", "--help"])
+    assert main(["tune", "--help"]) == 0
     assert "vitq-ray tune --resume runs/vit" in capsys.readouterr().out
 
 

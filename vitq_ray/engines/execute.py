@@ -161,12 +161,12 @@ def executed(model: nn.Module, engine: Engine) -> Iterator[Execution]:
 class Split(nn.Module):
     """A float model that takes its images a few at a time, so that its activations stay in the caches."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, images: int) -> None:
         super().__init__()
-        self._model = model
+        self._model, self._images = model, images
 
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, S, S) -> (B, classes)
-        return torch.cat([self._model(part) for part in images.split(evaluation_batch(self._model, images.device))])
+        return torch.cat([self._model(part) for part in images.split(self._images)])
 
 
 def evaluation_batch(model: nn.Module, device: torch.device) -> int:

@@ -21,7 +21,7 @@ from vitq_ray.base.files import append_whole
 from vitq_ray.base.formats import require_format, stamp
 from vitq_ray.base.records import Schema, read_sealed, require_whole, write_sealed
 from vitq_ray.data.samples import Ids
-from vitq_ray.engines.execute import Split, default_engine, executed
+from vitq_ray.engines.execute import Split, default_engine, evaluation_batch, executed
 from vitq_ray.measure.evaluation import Counts, Evaluation
 from vitq_ray.models.checkpoint import CalibratedModel
 from vitq_ray.qat.loop import OnEpoch, OnStep, identity_of, train_qat
@@ -109,7 +109,7 @@ def judge(task: QatTask, outcome: QatOutcome, read: Reader, ranks: Ranks) -> Jud
     trained.load_state_dict(outcome.best_state)
     ids, engine = np.arange(len(data.val)), default_engine(ranks.device)
     with executed(model, engine) as ptq, executed(trained, engine) as qat:
-        variants = {"float": Split(teacher), "ptq": ptq, "qat": qat}
+        variants = {"float": Split(teacher, evaluation_batch(model, ranks.device)), "ptq": ptq, "qat": qat}
         results = sharded_variants(variants, data.val, ids, data.transform, read, ranks)
     return {name: _parts(task, evaluation) for name, evaluation in results.items()}
 
