@@ -210,7 +210,7 @@ def test_a_diverging_run_says_so_in_one_line(
         ),
         (("--qat-lr", "0"), "learning rate: expected a number > 0"),
         (("--augment", "heavy"), "invalid choice: 'heavy'"),
-        (("--num-workers", "0"), "expected an integer from 1 to 10000, got '0'"),
+        (("--num-workers", "0"), "expected an integer from 1 to 10000, or a range such as 2-8, got '0'"),
     ],
 )
 def test_impossible_options(
