@@ -148,7 +148,7 @@ def test_console_command(project: Project, tmp_path: Path, capsys: pytest.Captur
     assert main(["calibrate"]) == 2
     assert capsys.readouterr().err == "error: calibrate: no such command; the commands are calib, evaluate, tune, qat\n"
     assert main(["tune", "--help"]) == 0
-    assert "vitq-ray tune --resume runs/vit" in capsys.readouterr().out
+    assert "vitq-ray tune --resume runs/search" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
