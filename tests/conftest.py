@@ -84,7 +84,11 @@ BY_HAND: dict[str, tuple[tuple[str, ...], bool, bool]] = {
     "ft2": ((*_INNER, "residual_input"), False, True),
     "ft3": (_INNER, False, True),
     "trt": (("layernorm_input", "softmax_input", "_aftergemm"), False, True),
+    "ort": ((*_INNER, "residual_input", "softmax_input", "_aftergemm"), True, False),
+    "openvino": ((*_INNER, "residual_input", "softmax_input", "_aftergemm"), True, False),
+    "tensorrt": ((*_INNER, "softmax_input", "_aftergemm"), True, False),
 }
+FT_MODES = ("ft1", "ft2", "ft3", "trt")  # FasterTransformer's: every grid is signed
 _FUSED = ("attn.{}._weight_quantizer", "attn.{}._aftergemm_quantizer", "attn.matmul_{}_input_quantizer")
 
 
@@ -92,13 +96,23 @@ def plan_by_hand(model: nn.Module, images: Tensor, mode: str, bits: int = 8, act
     """The plan of max |x| on these images, for a model of two blocks, spelled out without the package's tables."""
     left_out, per_row, fused = BY_HAND[mode]
     tensors, weights = observed(model, images), site_weights(model)
-    amax = {}
+    amax: dict[str, Tensor] = {}
+    grids: dict[str, dict[str, Any]] = {}
     for key, site, _ in sites_of(model):
         if key in weights:
             magnitude = weights[key].detach().abs()
             amax[key] = magnitude.amax(1, keepdim=True) if per_row else magnitude.max()
         else:
-            amax[key] = tensors[key.removesuffix(site.name) + site.tensor].abs().max()
+            x = tensors[key.removesuffix(site.name) + site.tensor]
+            amax[key] = x.abs().max()
+            if mode in ("ort", "openvino") and "matmul_a" in key:
+                grids[key] = {"signed": False}
+            elif mode in ("ort", "openvino") and key.endswith("._input_quantizer"):
+                largest, low, high = 2 ** (act_bits or bits) - 1, min(x.min().item(), 0), max(x.max().item(), 0)
+                step = (high - low) / largest
+                zero_point = round(-low / step) if step > 0 else 0
+                grids[key] = {"signed": False, "zero_point": zero_point}
+                amax[key] = torch.tensor(step * (largest - zero_point))
     for block, pattern in ((i, pattern) for i in (0, 1) for pattern in _FUSED if fused):
         names = "qkv" if "matmul" in pattern else ("query", "key", "value")
         keys = [f"transformer.encoder.layer.{block}.{pattern.format(name)}" for name in names]
@@ -108,7 +122,8 @@ def plan_by_hand(model: nn.Module, images: Tensor, mode: str, bits: int = 8, act
         is_weight = "_weight_" in key
         own_bits = bits if is_weight else act_bits or bits
         on = not any(part in key for part in left_out)
-        sites[key] = SitePlan(value, SiteRule(own_bits, 0 if is_weight and per_row else None, on))
+        rule = SiteRule(own_bits, 0 if is_weight and per_row else None, on, **grids.get(key, {}))
+        sites[key] = SitePlan(value, rule)
     return Plan(mode, sites)
 
 

@@ -10,14 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import REFERENCE, make_setting
+from tests.conftest import FT_MODES, REFERENCE, make_setting
 from vitq_ray.calibration.scales import apply_setting, plan_of
 from vitq_ray.calibration.statistics import CalibrationStatistics, collect_statistics
 from vitq_ray.data.loader import iter_batches
 from vitq_ray.data.samples import open_split
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.models.load import load_model
-from vitq_ray.quant.sites import MODES
 from vitq_ray.quant.vit import quantize_vit
 
 CALIBRATORS = {
@@ -86,7 +85,7 @@ def test_amax_of_every_calibrator(name: str, batches: int, ref: Reference) -> No
     assert assert_amax(amax, ref.expected, f"amax/{name}/{batches}/", others) == 1413
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", FT_MODES)
 def test_amax_of_every_mode(mode: str, ref: Reference) -> None:
     setting = make_setting(mode, "percentile 99.99", ref.meta["num_batches"][-1])
     amax = plan_of(ref.model, ref.statistics, setting).amax
@@ -97,7 +96,8 @@ def test_every_amax_of_the_reference_is_compared(ref: Reference) -> None:
     values = [value for name, value in ref.expected.items() if name.startswith("amax")]
     assert sum(value.size for value in values) == 27_108
     prefixes = {name[: name.index("transformer.")] for name in ref.expected if name.startswith("amax")}
-    assert prefixes == {f"amax/{name}/{n}/" for name in CALIBRATORS for n in (1, 2, 4)} | {f"amax_{m}/" for m in MODES}
+    modes = {f"amax_{mode}/" for mode in FT_MODES}
+    assert prefixes == {f"amax/{name}/{n}/" for name in CALIBRATORS for n in (1, 2, 4)} | modes
 
 
 def test_float_logits(ref: Reference) -> None:
@@ -105,7 +105,7 @@ def test_float_logits(ref: Reference) -> None:
 
 
 @pytest.mark.parametrize("calibrator", ["max", "percentile"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", FT_MODES)
 def test_logits_of_every_mode(mode: str, calibrator: str, ref: Reference) -> None:
     text = "percentile 99.99" if calibrator == "percentile" else calibrator
     apply_setting(ref.model, ref.statistics, make_setting(mode, text, 4))

@@ -32,7 +32,7 @@ from vitq_ray.calibration.statistics import CalibrationStatistics, collect_stati
 from vitq_ray.commands.calibrate import quantized_weight_share
 from vitq_ray.quant.plan import Plan, SitePlan, SiteRule
 from vitq_ray.quant.quantizer import State
-from vitq_ray.quant.sites import MODES, Mode
+from vitq_ray.quant.sites import FAMILIES, MODES, Mode
 from vitq_ray.quant.vit import apply_plan, float_copy, quantizers_off, site_weights, sites_of
 
 LAYER = "transformer.encoder.layer."
@@ -256,6 +256,126 @@ def test_grids_are_those_of_pytorch(signed: bool, low: int, zero_point: int) -> 
     assert torch.equal(x.grad.bool(), (x <= 2.0) & (x >= lowest))
 
 
+# Unsigned and asymmetric grids ---------------------------------------------------------------------------------------
+
+
+PROBABILITIES, GELU = f"{LAYER}0.attn.matmul_a_input_quantizer", f"{LAYER}1.ffn.fc2._input_quantizer"
+
+
+@pytest.mark.parametrize("calibrator", ["max", "percentile 99", "mse", "entropy"])
+def test_unsigned_probabilities_in_any_mode(calibrator: str, scales: Scales, statistics: CalibrationStatistics) -> None:
+    """Twice as many levels up to amax; calibrators that count levels know."""
+    signed = scales.plan(make_setting("ft2", calibrator, 1))
+    plan = scales.plan(with_rules("attention_probabilities -> unsigned", base=make_setting("ft2", calibrator, 1)))
+    changed_sites = [key for key, site in plan.sites.items() if site.rule != signed.sites[key].rule]
+    assert changed_sites == [key for key in plan.sites if "matmul_a" in key]
+    assert plan.sites[PROBABILITIES].rule == SiteRule(signed=False)
+    amax = plan.amax[PROBABILITIES]
+    assert plan.sites[PROBABILITIES].scale == pytest.approx(float(amax) / 255)
+    histogram = dict(zip(statistics.keys, statistics.after(1), strict=True))[PROBABILITIES]
+    if calibrator == "mse":  # brute force over bin centres, the way of the definition
+        centres = (np.arange(len(histogram.counts)) + 0.5) * histogram.width
+        errors = []
+        for candidate in centres[128:]:
+            levels = np.minimum(np.rint(centres * 255 / candidate), 255)
+            errors.append((histogram.counts * (centres - levels * candidate / 255) ** 2).sum())
+        assert float(amax) == pytest.approx(centres[128 + int(np.argmin(errors))])
+    if calibrator in ("max", "percentile 99"):
+        assert torch.equal(amax, signed.amax[PROBABILITIES])
+
+
+@pytest.mark.parametrize("calibrator", ["max", "percentile 90"])
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_asymmetric_grids_cover_the_range(
+    calibrator: str, factor: float, scales: Scales, quant_vit: VisionTransformer, images: Tensor
+) -> None:
+    x = observed(quant_vit, images)[GELU]
+    base = make_setting("ft1", calibrator, 1)
+    rules = ("gelu_output -> asymmetric", f"gelu_output -> x {factor}")
+    limit = float(scales.plan(base).amax[GELU]) * factor
+    site = scales.plan(with_rules(*rules, base=base)).sites[GELU]
+    low, high = max(x.min().item() * factor, -limit), min(x.max().item() * factor, limit)
+    step = (high - low) / 255
+    assert low < -5 * step, "a tensor with two sides"
+    assert site.rule == SiteRule(signed=False, zero_point=round(-low / step))
+    assert float(site.scale) == pytest.approx(step)
+    assert site.rule.levels == (-site.rule.zero_point, 255 - site.rule.zero_point)
+
+
+def test_a_later_grid_replaces_an_earlier_one(scales: Scales) -> None:
+    rules = ("*.fc2.* -> asymmetric", "1.ffn.* -> signed")
+    plan = scales.plan(with_rules(*rules, base=make_setting("ft1", "max", 1)))
+    assert plan.sites[GELU].rule == SiteRule()
+    assert not plan.sites[GELU.replace("1.ffn", "0.ffn")].rule.signed
+    assert plan.sites[f"{LAYER}0.ffn.fc2._weight_quantizer"].rule == SiteRule(axis=0)
+    assert scales.plan(with_rules("* -> signed", base=make_setting("ort", "max", 1))).rules == {
+        key: replace(rule, axis=0 if "weight" in key else None)
+        for key, rule in scales.plan(make_setting("ft1", "max", 1)).rules.items()
+    }
+
+
+@pytest.mark.parametrize(("x", "expected"), [((0.0, 0.0), (0, 0.0)), ((-3.0, 0.0), (254, 3 / 255)), ((0, 2), (0, 2))])
+def test_ranges_of_one_side(x: tuple[float, float], expected: tuple[int, float]) -> None:
+    from vitq_ray.calibration.histogram import Range
+    from vitq_ray.calibration.scales import _site_between
+
+    site = _site_between(Range(*x), SiteRule(signed=False))
+    assert (site.rule.zero_point, float(site.amax)) == (expected[0], pytest.approx(expected[1]))
+
+
+def test_fused_sites_share_an_asymmetric_grid(scales: Scales, quant_vit: VisionTransformer, images: Tensor) -> None:
+    names = [f"{LAYER}0.attn.matmul_{name}_input_quantizer" for name in "qkv"]
+    seen = [observed(quant_vit, images)[name] for name in names]
+    low, high = min(x.min().item() for x in seen), max(x.max().item() for x in seen)
+    plan = scales.plan(with_rules("*.attn.matmul_[qkv]* -> asymmetric"))
+    assert len({plan.sites[name].rule for name in names}) == 1
+    for name in names:
+        assert plan.sites[name].rule.zero_point == round(-low * 255 / (high - low))
+        assert float(plan.sites[name].scale) == pytest.approx((high - low) / 255)
+    with pytest.raises(InputError, match=r"matmul_q_input_quantizer and the two sites .* differ in their grids"):
+        scales.plan(with_rules("*.attn.matmul_v* -> asymmetric"))
+
+
+def test_grids_that_cannot_be(scales: Scales) -> None:
+    with pytest.raises(InputError, match=r"0\.attn\.out\._input_quantizer: has values down to -.*unsigned"):
+        scales.plan(with_rules("0.attn.out._input* -> unsigned"))
+    scales.plan(with_rules("0.attn.out._input* -> unsigned", "0.attn.out._input* -> off"))
+    with pytest.raises(InputError, match="asymmetric cannot be the grid of the weights it matches"):
+        scales.plan(with_rules("*._weight_quantizer -> asymmetric"))
+
+
+def test_statistics_without_signs_have_no_asymmetric_grids(
+    quant_vit: VisionTransformer, statistics: CalibrationStatistics
+) -> None:
+    old = {"histogram": [[replace(h, negative=None, range=None) for h in row] for row in statistics.kinds["histogram"]]}
+    scales = Scales(quant_vit, replace(statistics, kinds=old))  # type: ignore[arg-type]
+    scales.plan(with_rules("attention_probabilities -> unsigned"))
+    with pytest.raises(StatisticsError, match="has no signs"):
+        scales.plan(make_setting("ort", "mse", 1))
+
+
+def test_grids_need_ranges() -> None:
+    assert kinds_needed([make_setting("ort", "mse")]) == ("histogram",)  # which knows its range
+    assert kinds_needed([make_setting("ort", "max")]) == ("range",)
+
+
+@pytest.mark.parametrize("mode", ["ft2", "ort"])
+def test_noise_of_any_grid_is_that_of_the_tensors(
+    mode: str, quant_vit: VisionTransformer, statistics: CalibrationStatistics, scales: Scales, images: Tensor
+) -> None:
+    """At 5 bits, where the bins of histograms are small beside a step."""
+    from vitq_ray.quant.fake_quant import fake_quantize
+
+    plan = scales.plan(make_setting(mode, "percentile 99", 1, 5))
+    noise, tensors = noise_per_site(quant_vit, statistics, 1, plan), observed(quant_vit, images)
+    compared = [key for key in noise if key in tensors]
+    assert len(compared) >= 14
+    for key in compared:
+        x, site = tensors[key], plan.sites[key]
+        error = fake_quantize(x, site.amax, levels=site.rule.levels) - x
+        assert noise[key] == pytest.approx(float(error.square().sum() / x.square().sum()), rel=0.05), key
+
+
 # Parts --------------------------------------------------------------------------------------------------------------
 
 
@@ -278,7 +398,7 @@ def test_a_calibrator_is_a_function_and_a_row(
 
 
 def test_a_mode_is_a_row(monkeypatch: pytest.MonkeyPatch, scales: Scales, quant_vit: VisionTransformer) -> None:
-    left_out = frozenset({"matmul", "softmax_input", "aftergemm", "layernorm_input", "residual", "local"})
+    left_out = FAMILIES - {"input", "weight"}
     monkeypatch.setitem(MODES, "linears", Mode("linears", 0, False, left_out))
     plan = scales.plan(make_setting("linears", "max", 1))
     apply_plan(quant_vit, plan)
@@ -341,14 +461,6 @@ def test_rules_of_different_kinds_all_hold(scales: Scales) -> None:
     assert plan.sites[key].rule.bits == 6
     assert torch.equal(plan.amax[key], mse.amax[key] * 0.25)
     assert not plan.sites[f"{LAYER}0.ffn.fc1._input_quantizer"].rule.on
-
-
-def test_noise_is_forecast_for_symmetric_grids_only(
-    quant_vit: VisionTransformer, statistics: CalibrationStatistics, scales: Scales
-) -> None:
-    plan = changed(scales.plan(make_setting("ft1", "max", 1)), f"{LAYER}0.ffn.fc1._input_quantizer", signed=False)
-    with pytest.raises(ValueError, match="the forecast is for symmetric grids"):
-        noise_per_site(quant_vit, statistics, 1, plan)
 
 
 @pytest.mark.parametrize("calibrator", ["max", "percentile 99.9", "percentile 100", "mse", "entropy"])

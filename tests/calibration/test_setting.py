@@ -17,6 +17,9 @@ RULES = (
     "*.ffn.fc2._input* -> x 0.9",
     "*.attn.matmul_a_input_quantizer -> 6 bits",
     "attention_probabilities -> off",
+    "attention_probabilities -> unsigned",
+    "1.ffn.* -> asymmetric",
+    "1.ffn.fc1.* -> signed",
 )
 
 
@@ -101,7 +104,8 @@ def test_ends_of_the_percentile_range(percentile: float) -> None:
 
 
 def test_a_rule_has_exactly_one_action() -> None:
-    for actions in ({}, {"bits": 4, "off": True}, {"factor": 1.0, "calibrator": Calibration("max")}):
+    twice = ({"bits": 4, "off": True}, {"factor": 1.0, "calibrator": Calibration("max")}, {"grid": "signed", "bits": 4})
+    for actions in ({}, *twice):
         with pytest.raises(InputError, match="rule of 0: expected one of max"):
             Rule("0", **actions)
 

@@ -728,6 +728,7 @@ BY_HAND_ROWS: dict[str, tuple[ByHand, str]] = {
     "another model": (ByHand(make_setting("ft2"), "ViT-B_16"), "another architecture"),
     "no heads": (ByHand(make_setting("ft2")), "cannot read the heads"),
     "another size": (ByHand(make_setting("ft2"), img_size=24, heads=HEADS), "weight pos_embed has shape"),
+    "zero points": (ByHand(make_setting("ort"), heads=HEADS), "no sidecar, which holds the zero points of mode ort"),
 }
 
 

@@ -97,17 +97,18 @@ def entropy_divergences(counts: npt.NDArray[np.int64], levels: int) -> npt.NDArr
     return divergences
 
 
-def noise_to_signal(histograms: Sequence[Histogram], amax: Amax, bits: int = 8) -> Amax:
+def noise_to_signal(histogram: Histogram, amax: float, levels: tuple[int, int]) -> float:
     """Mean squared quantization error over mean square, of the bin centres weighted by their counts.
 
-    What a setting costs at each site, as far as the statistics tell. `amax` is (sites,); returns (sites,), 1 where
-    amax is 0 and everything becomes 0; 0 where everything is 0 already, or the distribution is not known. The range is
-    symmetric here: [-qmax, qmax].
+    What a setting costs at a site, as far as the statistics tell: 1 where amax is 0 and everything becomes 0; 0 where
+    everything is 0 already, or the distribution is not known. `levels` are those of `SiteRule`; where signs were not
+    kept, all values count as positive.
     """
-    qmax = 2 ** (bits - 1) - 1
-    rows = zip(histograms, amax, strict=True)
-    noise = [_noise_kernel(h.counts, a / h.width, qmax) if h.width > 0 else 0.0 for h, a in rows]
-    return np.array(noise, np.float64)
+    if histogram.width == 0:
+        return 0.0
+    negative = np.zeros_like(histogram.counts) if histogram.negative is None else histogram.negative
+    noise: float = _noise_kernel(histogram.counts - negative, negative, amax / histogram.width, *levels)
+    return noise
 
 
 def weight_max(weight: Tensor, axis: int | None) -> Tensor:
@@ -155,15 +156,18 @@ def _mse_kernel(counts: npt.NDArray[np.int64], qmax: int) -> int:
 
 
 @compiled
-def _noise_kernel(counts: npt.NDArray[np.int64], amax: float, qmax: int) -> float:
-    """`amax` in units of the bin width; bin k is at k + 0.5."""
+def _noise_kernel(
+    positive: npt.NDArray[np.int64], negative: npt.NDArray[np.int64], amax: float, low: int, high: int
+) -> float:
+    """`amax` in units of the bin width; bin k is at k + 0.5, or at -(k + 0.5)."""
     noise, signal = 0.0, 0.0
-    for k in range(counts.size):
-        centre, weight = k + 0.5, np.float64(counts[k])
-        level = min(np.rint(centre * qmax / amax), np.float64(qmax)) if amax > 0 else 0.0
-        difference = centre - level * amax / qmax
-        noise += weight * difference * difference
-        signal += weight * centre * centre
+    for k in range(positive.size):
+        centre = k + 0.5
+        level = np.rint(centre * high / amax) if amax > 0 else 0.0
+        above = centre - min(level, np.float64(high)) * amax / high
+        below = centre - min(level, np.float64(-low)) * amax / high
+        noise += positive[k] * above * above + negative[k] * below * below
+        signal += (positive[k] + negative[k]) * centre * centre
     return noise / signal
 
 

@@ -29,6 +29,7 @@ from vitq_ray.base.kernels import compiled
 INITIAL_BINS = 2048
 MAX_BINS = 2**20  # a range that grew 512-fold after the first batch; the index is proven exact below 2**22 bins
 WOKEN = "is all zeros in the first calibration batch and not in later ones, so its histogram has no bin width"
+_NO_SIGNS = "has no signs: these statistics were written by a version that kept |x| only"
 _MIN_ELEMENTS_PER_THREAD = 1 << 16
 
 Counts = npt.NDArray[np.int64]
@@ -91,7 +92,7 @@ class Histogram:
     def positive(self) -> Counts:
         """(bins,) int64, how many of the counts are of x >= 0. StatisticsError where signs were not kept."""
         if self.negative is None:
-            raise StatisticsError("has no signs: these statistics were written by a version that kept |x| only")
+            raise StatisticsError(_NO_SIGNS)
         return self.counts - self.negative
 
     @property
@@ -148,6 +149,14 @@ class Histogram:
         return same and _equal(self.counts, other.counts) and _equal(self.negative, other.negative)
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def range_of(seen: Range | Histogram) -> Range:
+    """The smallest and the largest value seen. StatisticsError where signs were not kept."""
+    found = seen.range if isinstance(seen, Histogram) else seen
+    if found is None:
+        raise StatisticsError(_NO_SIGNS)
+    return found
 
 
 def _add(a: Counts, b: Counts) -> Counts:

@@ -1,8 +1,17 @@
 """From settings to plans: statistics and weights × Setting -> Plan, in milliseconds; and what a plan promises.
 
     calibrator, mode and bits of every site -> rules, in order -> amax of every tensor -> fused where the mode fuses
+                                                               -> zero points of asymmetric grids
 
 What settings share is computed once: amax of a tensor for one calibrator, batch count and number of bits.
+
+Calibrators say where |x| is clipped. A signed grid of b bits has 2^(b-1) - 1 levels up to there; an unsigned one has
+2^b - 1, so calibrators that count levels (mse, entropy) are asked as for b + 1 bits. An asymmetric grid covers
+[low, high]: the smallest and the largest value seen, each clipped at the calibrator's amax. With them
+
+    step = (high - low) / (2^b - 1)     zero point z = round(-low / step)     amax = step · (2^b - 1 - z)
+
+The factor of a rule is one on amax, so on step, low and high alike.
 """
 
 from __future__ import annotations
@@ -11,7 +20,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import numpy as np
 import torch
@@ -19,12 +28,24 @@ from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
 from vitq_ray.calibration.calibrators import Calibration, max_amax, noise_to_signal
-from vitq_ray.calibration.histogram import WOKEN, Histogram
+from vitq_ray.calibration.histogram import WOKEN, Histogram, Range, range_of
 from vitq_ray.calibration.setting import Rule, Setting, require_sites
 from vitq_ray.calibration.statistics import HISTOGRAM, RANGE, CalibrationStatistics
 from vitq_ray.quant.fake_quant import fake_quantize
 from vitq_ray.quant.plan import Plan, SitePlan, SiteRule, rules_of_mode
-from vitq_ray.quant.sites import FUSED_GROUPS, MODES, SHARED_SITES, WEIGHT, Site, site_key, sites_of_blocks
+from vitq_ray.quant.sites import (
+    ASYMMETRIC,
+    FUSED_GROUPS,
+    MODES,
+    PROBABILITIES,
+    SHARED_SITES,
+    SIGNED,
+    UNSIGNED,
+    WEIGHT,
+    Site,
+    site_key,
+    sites_of_blocks,
+)
 from vitq_ray.quant.vit import apply_plan, quant_blocks, site_weights
 
 NOISE_NEEDS = HISTOGRAM  # what `noise_per_site` must have seen
@@ -36,7 +57,13 @@ class _Wanted:
 
     calibration: Calibration
     rule: SiteRule
+    grid: str
     factor: float = 1.0
+
+    @property
+    def searched_bits(self) -> int:
+        """Bits of the signed grid that has as many levels from 0 to amax."""
+        return self.rule.bits + (self.grid == UNSIGNED)
 
 
 def require_possible(setting: Setting, depth: int) -> None:
@@ -66,13 +93,13 @@ def _wanted(setting: Setting, depth: int) -> dict[str, _Wanted]:
     mode, sites = MODES[setting.mode], sites_of_blocks(depth)
     plain = rules_of_mode(mode, setting.weight_bits, setting.act_bits, depth)
     wanted = {
-        key: _Wanted(setting.weights if site.family == WEIGHT else setting.calibrator, plain[key])
+        key: _Wanted(setting.weights if site.family == WEIGHT else setting.calibrator, plain[key], mode.grid(site))
         for key, site in sites.items()
     }
     for rule in setting.rules:
         changed = {key: _changed(wanted[key], rule) for key in _matched(rule, depth)}
         if not changed:
-            raise InputError(f"rule {str(rule)!r}: {rule.calibrator} cannot calibrate the weights it matches")
+            raise InputError(f"rule {str(rule)!r}: {rule.action} cannot {_of_weights(rule)} the weights it matches")
         wanted |= changed
     if mode.fuse_qkv:
         _require_fused_alike(wanted, depth)
@@ -86,7 +113,7 @@ def _matched(rule: Rule, depth: int) -> tuple[str, ...]:
     matched = {key for key in sites if rule.matches(key)}
     for keys in _groups(SHARED_SITES, depth):
         matched |= set(keys) if matched & set(keys) else set()
-    return tuple(key for key in sites if key in matched and _can_calibrate(rule, sites[key]))
+    return tuple(key for key in sites if key in matched and _can_change(rule, sites[key]))
 
 
 def _groups(groups: Iterable[Iterable[str]], depth: int) -> Iterator[list[str]]:
@@ -96,16 +123,22 @@ def _groups(groups: Iterable[Iterable[str]], depth: int) -> Iterator[list[str]]:
 
 def _require_fused_alike(wanted: Mapping[str, _Wanted], depth: int) -> None:
     for keys in _groups(FUSED_GROUPS, depth):
-        if len({wanted[key].rule for key in keys}) > 1:
-            raise InputError(
-                f"rules: {keys[0]} and the two sites whose scale it shares in this mode differ in bits or in "
-                "being off; expected a pattern that matches all three"
-            )
+        for what, values in (
+            ("bits or in being off", {(wanted[key].rule.bits, wanted[key].rule.on) for key in keys}),
+            ("their grids", {wanted[key].grid for key in keys}),
+        ):
+            if len(values) > 1:
+                raise InputError(
+                    f"rules: {keys[0]} and the two sites whose scale it shares in this mode differ in {what}; "
+                    "expected a pattern that matches all three"
+                )
 
 
 def kinds_needed(settings: Iterable[Setting]) -> tuple[str, ...]:
     """What statistics must keep for these settings: keys of `statistics.STATISTICS`."""
-    return kinds_of(calibration for setting in settings for calibration in setting.calibrations)
+    settings = list(settings)
+    signs = any(MODES[s.mode].asymmetric or any(rule.grid is not None for rule in s.rules) for s in settings)
+    return kinds_of((c for s in settings for c in s.calibrations), *([RANGE] if signs else []))
 
 
 def kinds_of(calibrations: Iterable[Calibration], *others: str) -> tuple[str, ...]:
@@ -125,20 +158,50 @@ class Scales:
         self._of_tensors: dict[tuple[Calibration, int, int], dict[str, Tensor]] = {}
         self._of_weights: dict[tuple[Calibration, int | None, int, str], Tensor] = {}
         self._woken: set[tuple[int, str]] = set()  # (batches, tensor) of histograms that say nothing
+        self._ranges: dict[int, dict[str, Range]] = {}  # {batches: {tensor: its range}}
 
     def plan(self, setting: Setting) -> Plan:
         """What every site does with this setting, those that are off included.
 
         Raises:
-            InputError: for a rule that matches no site or changes none, for one that parts fused sites, and for a site
-                that is on and whose first batch alone was all zeros, unless its calibrator asks for the range only.
+            InputError: for a rule that matches no site or changes none, for one that parts fused sites, for a site
+                that is on and whose first batch alone was all zeros, unless its calibrator asks for the range only, and
+                for one that is on and has no place for the negative values that were seen.
         """
         wanted = _wanted(setting, self._depth)
         amax = self._amax_of_tensors(wanted, setting.num_batches) | self._amax_of_weights(wanted)
         amax = {key: value if wanted[key].factor == 1 else value * wanted[key].factor for key, value in amax.items()}
         if MODES[setting.mode].fuse_qkv:
             amax |= self._fused(amax)
-        return Plan(setting.mode, {key: SitePlan(amax[key], wanted[key].rule) for key in self._sites})
+        sites = {key: SitePlan(amax[key], wanted[key].rule) for key in self._sites}
+        return Plan(setting.mode, sites | self._asymmetric(setting, wanted, amax))
+
+    def _asymmetric(
+        self, setting: Setting, wanted: Mapping[str, _Wanted], amax: Mapping[str, Tensor]
+    ) -> dict[str, SitePlan]:
+        """{asymmetric site: its plan}; fused sites have the range of all three."""
+        ends = {}
+        for key, site in wanted.items():
+            if site.grid == ASYMMETRIC:
+                seen, limit = self._range(key, setting.num_batches), float(amax[key])
+                ends[key] = Range(max(seen.low * site.factor, -limit), min(seen.high * site.factor, limit))
+            elif site.grid == UNSIGNED and site.rule.on and self._has_negative(key, setting.num_batches):
+                low = self._range(key, setting.num_batches).low
+                raise InputError(f"{key}: has values down to {low:.4g}, and an unsigned grid; expected asymmetric")
+        for keys in _groups(FUSED_GROUPS, self._depth) if MODES[setting.mode].fuse_qkv else ():
+            if keys[0] in ends:
+                ends |= dict.fromkeys(keys, reduce(Range.merge, (ends[key] for key in keys)))
+        return {key: _site_between(seen, wanted[key].rule) for key, seen in ends.items()}
+
+    def _has_negative(self, key: str, num_batches: int) -> bool:
+        return self._sites[key].family != PROBABILITIES and self._range(key, num_batches).low < 0
+
+    def _range(self, key: str, num_batches: int) -> Range:
+        """The smallest and the largest value seen at an activation site. StatisticsError where signs were not kept."""
+        if num_batches not in self._ranges:
+            seen = self._statistics.after(num_batches, RANGE)
+            self._ranges[num_batches] = dict(zip(self._statistics.keys, map(range_of, seen), strict=True))
+        return self._ranges[num_batches][key.removesuffix(self._sites[key].name) + self._sites[key].tensor]
 
     def _amax_of_tensors(self, wanted: Mapping[str, _Wanted], num_batches: int) -> dict[str, Tensor]:
         """{activation site: amax, shape ()}, float32."""
@@ -146,7 +209,7 @@ class Scales:
         for key, site in self._sites.items():
             if site.family != WEIGHT:
                 index = key.removesuffix(site.name)
-                group = groups.setdefault((wanted[key].calibration, wanted[key].rule.bits), {})
+                group = groups.setdefault((wanted[key].calibration, wanted[key].searched_bits), {})
                 group[key] = index + site.tensor
         amax: dict[str, Tensor] = {}
         for (calibration, bits), tensors in groups.items():
@@ -178,7 +241,7 @@ class Scales:
                 raise InputError(f"{key}: {WOKEN}; expected other calibration images, or the calibrator max")
 
     def _amax_of_weights(self, wanted: Mapping[str, _Wanted]) -> dict[str, Tensor]:
-        """{weight site: amax, () or (rows, 1)}."""
+        """{weight site: amax, () or (rows, 1)}; their grids are signed."""
         return {key: self._weigh(wanted[key].calibration, wanted[key].rule, key) for key in self._weights}
 
     def _weigh(self, calibration: Calibration, rule: SiteRule, key: str) -> Tensor:
@@ -197,8 +260,23 @@ class Scales:
         return fused
 
 
-def _can_calibrate(rule: Rule, site: Site) -> bool:
-    return rule.calibrator is None or site.family != WEIGHT or rule.calibrator.row.weight is not None
+def _site_between(ends: Range, rule: SiteRule) -> SitePlan:
+    """An unsigned grid over [low, high], which 0 belongs to; one level at least is positive."""
+    count = 2**rule.bits - 1
+    step = (ends.high - ends.low) / count
+    zero_point = min(round(-ends.low / step), count - 1) if step > 0 else 0
+    amax = torch.tensor(step * (count - zero_point), dtype=torch.float32)
+    return SitePlan(amax, dataclasses.replace(rule, zero_point=zero_point))
+
+
+def _can_change(rule: Rule, site: Site) -> bool:
+    if site.family != WEIGHT:
+        return True
+    return rule.grid is None and (rule.calibrator is None or rule.calibrator.row.weight is not None)
+
+
+def _of_weights(rule: Rule) -> str:
+    return "calibrate" if rule.grid is None else "be the grid of"
 
 
 def _changed(wanted: _Wanted, rule: Rule) -> _Wanted:
@@ -206,6 +284,9 @@ def _changed(wanted: _Wanted, rule: Rule) -> _Wanted:
         return dataclasses.replace(wanted, calibration=rule.calibrator)
     if rule.factor is not None:
         return dataclasses.replace(wanted, factor=rule.factor)
+    if rule.grid is not None:
+        grid_rule = dataclasses.replace(wanted.rule, signed=rule.grid == SIGNED)
+        return dataclasses.replace(wanted, rule=grid_rule, grid=rule.grid)
     changes = {"on": False} if rule.off else {"bits": rule.bits}
     return dataclasses.replace(wanted, rule=dataclasses.replace(wanted.rule, **changes))
 
@@ -236,13 +317,11 @@ def noise_per_site(
     for key, site in plan.sites.items():
         if not site.rule.on:
             continue
-        if site.rule.zero_point or not site.rule.signed:
-            raise ValueError(f"noise: {key} has {site.rule}; the forecast is for symmetric grids")
         if key in weights:
             noise[key] = _noise_of_weight(weights[key].detach(), site)
         else:
             tensor = key.removesuffix(sites[key].name) + sites[key].tensor
-            noise[key] = float(noise_to_signal([seen[tensor]], np.array([float(site.amax)]), site.rule.bits)[0])
+            noise[key] = noise_to_signal(seen[tensor], float(site.amax), site.rule.levels)
     return noise
 
 

@@ -1,13 +1,13 @@
 """A setting: what is asked for, as a hashable value. A search races settings; a checkpoint says which one it has.
 
     mode, calibrator, number and size of calibration batches, bits, calibrator of weights
-    then rules, in order:      site pattern -> calibrator | factor on amax | bits | off
+    then rules, in order:      site pattern -> calibrator | factor on amax | bits | grid | off
     then named transforms and corrections with their strengths
 
 A rule is written as text, `0.attn.* -> percentile 99.9`, `*.ffn.fc2._input_quantizer -> x 0.9`,
-`*.attn.matmul_a_input_quantizer -> 6 bits`, `*.attn.softmax_input_quantizer -> off`. Its pattern is matched as
-`fnmatch` does against `<block>.<site>`; `SITE_GROUPS` has names for patterns that are often wanted. A later rule wins
-over an earlier one of its kind; rules of different kinds (calibrator, factor, bits, off) all hold.
+`*.attn.matmul_a_input_quantizer -> 6 bits`, `attention_probabilities -> unsigned`, `gemm_outputs -> off`. Its pattern
+is matched as `fnmatch` does against `<block>.<site>`; `SITE_GROUPS` has names for patterns that are often wanted. A
+later rule wins over an earlier one of its kind; rules of different kinds (calibrator, factor, bits, grid, off) add up.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from vitq_ray.base.config import Config, InputError, is_number, require_choice, require_int
 from vitq_ray.calibration.calibrators import CALIBRATORS, PERCENTILE, Calibration, weight_calibrators
 from vitq_ray.quant.plan import MAX_BITS, MIN_BITS
-from vitq_ray.quant.sites import MODES, local_name, sites_of_blocks
+from vitq_ray.quant.sites import GRIDS, MODES, local_name, sites_of_blocks
 
 SITE_GROUPS: dict[str, str] = {
     "attention_probabilities": "*.attn.matmul_a_input_quantizer",
@@ -36,7 +36,7 @@ _ANY_DEPTH = 100  # blocks that a pattern is tried on where the model is not kno
 
 @dataclass(frozen=True)
 class Rule:
-    """What the sites that match a pattern do instead: exactly one of calibrator, factor, bits and off.
+    """What the sites that match a pattern do instead: exactly one of calibrator, factor, bits, grid and off.
 
     Attributes:
         sites: pattern, or a name of `SITE_GROUPS`.
@@ -44,6 +44,8 @@ class Rule:
         factor: on amax, > 0.
         bits: 2 to 8.
         off: the sites stay in floating point.
+        grid: one of `GRIDS`, of activations only: `unsigned` for tensors that are never negative, `asymmetric` for the
+            same integers with a zero point, `signed` for what most modes do anyway.
     """
 
     sites: str
@@ -51,15 +53,18 @@ class Rule:
     factor: float | None = None
     bits: int | None = None
     off: bool = False
+    grid: str | None = None
 
     def __post_init__(self) -> None:
-        given = [self.calibrator is not None, self.factor is not None, self.bits is not None, self.off]
+        given = [value is not None for value in (self.calibrator, self.factor, self.bits, self.grid)] + [self.off]
         if sum(given) != 1:
             raise InputError(f"rule of {self.sites}: expected one of {_ACTIONS}")
         if self.factor is not None and not (is_number(self.factor, 0) and self.factor > 0):
             raise InputError(f"rule of {self.sites}: factor: expected a number > 0, got {self.factor!r}")
         if self.bits is not None:
             require_int(f"rule of {self.sites}: bits", self.bits, MIN_BITS, MAX_BITS)
+        if self.grid is not None:
+            require_choice(f"rule of {self.sites}: grid", self.grid, GRIDS)
 
     @property
     def pattern(self) -> str:
@@ -91,10 +96,10 @@ class Rule:
             return f"x {self.factor!r}".removesuffix(".0")
         if self.bits is not None:
             return f"{self.bits} bits"
-        return "off" if self.off else str(self.calibrator)
+        return "off" if self.off else self.grid or str(self.calibrator)
 
 
-_ACTIONS = f"{' | '.join(c.usage for c in CALIBRATORS.values())} | x FACTOR | BITS bits | off"
+_ACTIONS = f"{' | '.join(c.usage for c in CALIBRATORS.values())} | x FACTOR | BITS bits | {' | '.join(GRIDS)} | off"
 
 
 def _parse_action(sites: str, action: str) -> dict[str, Any]:
@@ -102,6 +107,8 @@ def _parse_action(sites: str, action: str) -> dict[str, Any]:
     try:
         if words == ["off"]:
             return {"off": True}
+        if action in GRIDS:
+            return {"grid": action}
         if len(words) == 2 and words[0] == "x":
             return {"factor": float(words[1])}
         if len(words) == 2 and words[1] in ("bits", "bit"):

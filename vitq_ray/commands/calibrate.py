@@ -262,13 +262,14 @@ def calibration_of(job: CalibrationJob, options: OneSettingOptions) -> dict[str,
 
 
 def plan_summary(model: nn.Module, plan: Plan) -> str:
-    """Every site: bits, axis, amax, on or off; then the share of all weights that are quantized."""
-    lines = [f"{'site':<70} {'bits':>4} {'axis':>10} {'amax':>23}  state"]
+    """Every site: bits, axis, amax, grid, on or off; then the share of all weights that are quantized."""
+    lines = [f"{'site':<70} {'bits':>4} {'axis':>10} {'amax':>23}  {'grid':<12}  state"]
     for key, site in plan.sites.items():
         rule, low, high = site.rule, site.amax.min().item(), site.amax.max().item()
         axis = "per tensor" if rule.axis is None else f"axis {rule.axis}"
         amax = f"{high:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
-        lines.append(f"{key:<70} {rule.bits:>4} {axis:>10} {amax:>23}  {'on' if rule.on else 'off'}")
+        grid = "signed" if rule.signed else f"zero at {rule.zero_point}" if rule.zero_point else "unsigned"
+        lines.append(f"{key:<70} {rule.bits:>4} {axis:>10} {amax:>23}  {grid:<12}  {'on' if rule.on else 'off'}")
     on, share = sum(site.rule.on for site in plan.sites.values()), quantized_weight_share(model, plan)
     return "\n".join((*lines, f"quantizers: {on} of {len(plan.sites)} on; {share:.2%} of all weights quantized"))
 

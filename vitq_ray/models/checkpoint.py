@@ -343,6 +343,8 @@ def _sidecar_by_hand(checkpoint: Checkpoint, by_hand: ByHand) -> Sidecar:
     weights = {name: tensor for name, tensor in checkpoint.arrays.items() if not name.endswith(AMAX)}
     loaded = load_model(by_hand.model_type, replace(checkpoint, arrays=weights), by_hand.img_size, heads=by_hand.heads)
     setting = by_hand.setting
+    if MODES[setting.mode].asymmetric:
+        raise InputError(f"{checkpoint.path}: has no sidecar, which holds the zero points of mode {setting.mode}")
     rules = rules_of_mode(MODES[setting.mode], setting.weight_bits, setting.act_bits, loaded.geometry.depth)
     log.warning(
         "%s: no sidecar: taken as %s, weights of %d bits, activations of %d bits, as given; %s",

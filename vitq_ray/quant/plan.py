@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vitq_ray.base.config import Config, InputError, require_int
 from vitq_ray.quant.fake_quant import step_of
-from vitq_ray.quant.sites import WEIGHT, Mode, Site, sites_of_blocks
+from vitq_ray.quant.sites import SIGNED, WEIGHT, Mode, Site, sites_of_blocks
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -145,7 +145,8 @@ def rules_of_mode(mode: Mode, weight_bits: int, act_bits: int, depth: int) -> Ma
 
 
 def rule_of(mode: Mode, site: Site, weight_bits: int, act_bits: int) -> SiteRule:
-    """What a mode does at a site, at these bits."""
+    """What a mode does at a site, at these bits; a zero point is known with the scale only, and 0 here."""
     is_weight = site.family == WEIGHT
     bits = weight_bits if is_weight else act_bits
-    return SiteRule(bits, mode.weight_axis if is_weight else None, mode.quantizes(site))
+    axis, is_signed = mode.weight_axis if is_weight else None, mode.grid(site) == SIGNED
+    return SiteRule(bits, axis, mode.quantizes(site), is_signed)

@@ -13,6 +13,8 @@ from functools import cache
 
 LAYER_PREFIX = "transformer.encoder.layer."
 WEIGHT = "weight"  # the one family whose tensors are parameters, not activations
+PROBABILITIES = "probabilities"  # the one that is never negative
+SIGNED, UNSIGNED, ASYMMETRIC = GRIDS = ("signed", "unsigned", "asymmetric")  # the latter: unsigned with a zero point
 
 
 @dataclass(frozen=True)
@@ -38,15 +40,25 @@ class Mode:
         weight_axis: 0 for one scale per output channel, None for one per weight tensor.
         fuse_qkv: query, key and value share the maximum of their three amax values.
         left_out: families that stay in floating point.
+        unsigned: families whose integers are [0, 255]: tensors that are never negative.
+        asymmetric: families whose integers are [0, 255] with a zero point.
     """
 
     name: str
     weight_axis: int | None
     fuse_qkv: bool
     left_out: frozenset[str]
+    unsigned: frozenset[str] = frozenset()
+    asymmetric: frozenset[str] = frozenset()
 
     def quantizes(self, site: Site) -> bool:
         return site.family not in self.left_out
+
+    def grid(self, site: Site) -> str:
+        """One of `GRIDS`."""
+        if site.family in self.asymmetric:
+            return ASYMMETRIC
+        return UNSIGNED if site.family in self.unsigned else SIGNED
 
 
 GEMMS = ("ffn.fc1", "ffn.fc2", "attn.query", "attn.key", "attn.value", "attn.out")
@@ -72,7 +84,7 @@ SITES: tuple[Site, ...] = (
     _activation_site("attn.matmul_q_input", "matmul"),
     _activation_site("attn.matmul_k_input", "matmul"),
     _activation_site("attn.matmul_v_input", "matmul"),
-    _activation_site("attn.matmul_a_input", "matmul"),
+    _activation_site("attn.matmul_a_input", PROBABILITIES),
     _activation_site("attn.softmax_input", "softmax_input"),
     _activation_site("layernorm_input1", "layernorm_input"),
     _activation_site("add1_local_input", "local"),
@@ -96,7 +108,10 @@ SHARED_SITES: tuple[tuple[str, ...], ...] = (
 
 FAMILIES = frozenset(site.family for site in SITES)
 
+# ft1 to ft3 and trt are those of FasterTransformer, of 2021. ort, openvino and tensorrt are runtimes of today: what is
+# quantized there is what an exported file has, see `engines.targets`.
 _INT32_OUT = frozenset({"layernorm_input", "residual", "local", "softmax_input", "aftergemm"})
+_U8 = {"unsigned": frozenset({PROBABILITIES}), "asymmetric": frozenset({"input"})}
 MODES: dict[str, Mode] = {
     mode.name: mode
     for mode in (
@@ -104,6 +119,9 @@ MODES: dict[str, Mode] = {
         Mode("ft2", None, True, frozenset({"layernorm_input", "residual", "local"})),
         Mode("ft3", None, True, frozenset({"layernorm_input", "local"})),
         Mode("trt", None, True, frozenset({"layernorm_input", "softmax_input", "aftergemm"})),
+        Mode("ort", 0, False, _INT32_OUT, **_U8),
+        Mode("openvino", 0, False, _INT32_OUT, **_U8),
+        Mode("tensorrt", 0, False, _INT32_OUT - {"residual"}),
     )
 }
 
