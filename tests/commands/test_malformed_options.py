@@ -155,7 +155,7 @@ REFUSED = {
     "evaluate --limit 0": "--limit: expected an integer >= 1, got '0'",
     "tune --percentile -1": "--percentile: expected a number from 0 to 100, got '-1'",
     "evaluate --limit": "argument --limit: expected one argument",
-    "evaluate --quant-mode ft9": "--quant-mode: invalid choice: 'ft9' is not one of ft1, ft2, ft3, trt, 1, 2",
+    "evaluate --quant-mode ft9": "--quant-mode: invalid choice: 'ft9' is not one of ft1, ft2, ft3, trt, ort,",
     "evaluate --on-bad-image ignore": "--on-bad-image: invalid choice: 'ignore' is not one of",
     "evaluate --use-gpu=yes": "argument --use-gpu/--use_gpu: ignored explicit argument 'yes'",
 }

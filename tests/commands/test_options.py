@@ -322,7 +322,7 @@ def test_help_names_every_mode() -> None:
         MODES["ft9"] = MODES["ft1"]
         from vitq_ray.commands.options import TuneOptions
 
-        assert TuneOptions.declared()["quant_mode"].help == "ft1, ft2, ft3, trt or ft9"
+        assert TuneOptions.declared()["quant_mode"].help == "ft1, ft2, ft3, trt, ort, openvino, tensorrt or ft9"
 
 
 @pytest.mark.parametrize("name", ["qat", "qat.py", "quick", "search_spaces/qat.py", "gone/search_spaces/qat.py"])
