@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
@@ -20,8 +23,23 @@ def compiled_with(**options: Any) -> Callable[[F], F]:
 
     def compile_(function: F) -> F:
         try:
-            return cast(F, numba.njit(nogil=True, cache=True, **options)(function))
+            kernel: Any = numba.njit(nogil=True, cache=True, **options)(function)
         except RuntimeError:  # numba: "cannot cache function"
             return cast(F, numba.njit(nogil=True, **options)(function))
+        # numba looks at the function's own file only; a kernel holds the code of others, too.
+        file = kernel._cache._cache_file
+        file._source_stamp = (file._source_stamp, sources_of_kernels(Path(__file__).parents[1]))
+        return cast(F, kernel)
 
     return compile_
+
+
+@cache
+def sources_of_kernels(package: Path) -> str:
+    """A hash of all files of the package that have kernels."""
+    found = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        text = path.read_bytes()
+        if b"base.kernels import" in text:
+            found.update(text)
+    return found.hexdigest()
