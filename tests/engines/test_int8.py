@@ -5,24 +5,28 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tests.conftest import ROOT, plan_by_hand, tiny_vit
 from vitq_ray.base.config import InputError
+from vitq_ray.engines import passes
 from vitq_ray.engines.execute import Engine, Execution, Split, evaluation_batch, executed, find_engine, unit_plan
-from vitq_ray.engines.int8 import FusedBlocks, with_blocks
+from vitq_ray.engines.int8 import FusedBlocks, RowLinear, with_blocks
 from vitq_ray.measure.evaluation import NonFiniteLogitsError
+from vitq_ray.models.geometry import Geometry, build_model
 from vitq_ray.quant.plan import Plan, SitePlan
 from vitq_ray.quant.sites import FAMILIES, MODES, WEIGHT, sites_of_blocks
 from vitq_ray.quant.vit import apply_plan, frozen_weights, quant_blocks, quantize_vit, quantizers_off
 
 ARITHMETICS = ("int16", "uint8", "float32")
-VARIANTS: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, dict[str, Any] | Geometry] = {
     "plain": {},
     "qk-norm": {"qk_norm": True},
     "LayerScale": {"init_values": 0.3},
@@ -31,7 +35,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pooling": {"class_token": False, "global_pool": "avg"},
     "tanh GELU": {"act_layer": lambda: nn.GELU(approximate="tanh")},
     "odd widths": {"embed_dim": 42, "num_heads": 6, "mlp_ratio": 2.5},
+    "attention pooling": {"class_token": False, "global_pool": "map"},
+    "norm before the head": {"global_pool": "avg", "fc_norm": True},
+    "norm before the blocks": {"pre_norm": True},
+    "pre_logits": Geometry("x", 8, 32, 2, 4, 64, 16, 7, pre_logits=24),
+    "hybrid": Geometry("x", 8, 32, 2, 4, 64, 16, 7, hybrid_stages=(1, 1), hybrid_widths=(32, 128, 128)),
 }
+
+
+def variant_of(name: str) -> VisionTransformer:
+    options = VARIANTS[name]
+    if not isinstance(options, Geometry):
+        return tiny_vit(**options)
+    torch.manual_seed(0)
+    model = build_model(options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
 
 
 def eager(model: nn.Module, images: Tensor) -> Tensor:
@@ -58,14 +79,14 @@ def assert_same_model(model: nn.Module, images: Tensor) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("mode", "bits"), [("ft1", 8), ("ft2", 8), ("ft3", 4), ("trt", 6)])
 def test_every_kind_of_vit_in_every_mode(variant: str, mode: str, bits: int, images: Tensor) -> None:
-    model = quantize_vit(tiny_vit(**VARIANTS[variant])).eval()
+    model = quantize_vit(variant_of(variant)).eval()
     apply_plan(model, plan_by_hand(model, images, mode, bits))
     assert_same_model(model, images)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_quantizers_off_is_the_float_model(variant: str, images: Tensor) -> None:
-    model = quantize_vit(tiny_vit(**VARIANTS[variant])).eval()
+    model = quantize_vit(variant_of(variant)).eval()
     with torch.inference_mode(), quantizers_off(model):
         expected = model(images)
         found = with_blocks(model, FusedBlocks(model, "int16"))(images)
@@ -194,22 +215,74 @@ def test_candidates_compile_nothing() -> None:
     assert last == "compiled 0"
 
 
-def test_a_plan_with_other_weights_is_followed(quant_vit: nn.Module, images: Tensor) -> None:
-    quant_vit.eval()
-    plan = plan_by_hand(quant_vit, images, "ft2")
-    apply_plan(quant_vit, plan)
-    run = Execution(quant_vit, Engine("int8"))
-    name = "blocks.0.mlp.fc1.weight"
-    weight = dict(quant_vit.named_parameters())[name].detach()
-    other = dataclasses.replace(plan, weights={name: weight * 0.5, "blocks.1.norm1.bias": torch.ones(32)})
-    with torch.inference_mode():
-        before = run(images)
-    for plan_now in (other, plan):
-        apply_plan(quant_vit, plan_now)
+def test_a_plan_may_change_any_weight(images: Tensor) -> None:
+    """Each parameter by itself: after `follow` the logits are those of a new execution, and back again."""
+    model = quantize_vit(tiny_vit(qk_norm=True, init_values=0.3, reg_tokens=2)).eval()
+    plan = plan_by_hand(model, images, "ft2")
+    apply_plan(model, plan)
+    run = Execution(model, Engine("int8"))
+    before = run(images)
+    parameters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    assert {"pos_embed", "patch_embed.proj.bias", "blocks.0.ls1.gamma", "blocks.1.attn.q_norm.bias"} < set(parameters)
+    random = torch.Generator().manual_seed(0)
+    for name, values in parameters.items():
+        changed = values * 0.7 + 0.2 * torch.randn(values.shape, generator=random)
+        apply_plan(model, dataclasses.replace(plan, weights={name: changed}))
         run.follow()
-        with torch.inference_mode():
-            assert torch.equal(run(images), fused(quant_vit, images, "int16"))
-            assert torch.equal(run(images), before) == (plan_now is plan)
+        found = run(images)
+        assert torch.equal(found, Execution(model, Engine("int8"))(images)), name
+        assert not torch.equal(found, before), name
+    apply_plan(model, plan)
+    run.follow()
+    assert torch.equal(run(images), before)
+
+
+def test_weights_are_taken_over_by_follow_only(quant_vit: nn.Module, images: Tensor) -> None:
+    """Between two plans an execution is the first, in all parts of its blocks; parameters may be new objects."""
+    quant_vit.eval()
+    apply_plan(quant_vit, plan_by_hand(quant_vit, images, "ft2"))
+    blocks = FusedBlocks(quant_vit, "int16")
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    before = blocks(x)
+    for block in quant_blocks(quant_vit):
+        for module in block.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                parameter.data.mul_(0.5)
+                setattr(module, name, nn.Parameter(parameter.detach() * 1.5))
+    assert torch.equal(blocks(x), before)
+    blocks.follow()
+    assert torch.equal(blocks(x), FusedBlocks(quant_vit, "int16")(x))
+    assert not torch.equal(blocks(x), before)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_patches_and_rows_take_all_threads(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a border is left over, as a convolution leaves it."""
+    torch.manual_seed(0)
+    patches, head = nn.Conv2d(3, 20, 4, stride=4, bias=bias), nn.Linear(40, 7, bias=bias)
+    images, rows = torch.randn(9, 3, 18, 15), torch.randn(200, 40)
+    seen: list[int] = []
+    linear = passes.linear
+
+    def counted(*arguments: Any) -> None:
+        seen.append(threading.get_ident())
+        linear(*arguments)
+
+    monkeypatch.setattr(passes, "linear", counted)
+    threads = torch.get_num_threads()
+    try:
+        for layer, x in ((patches, images), (head, rows)):
+            found = []
+            for count in (1, 2):
+                seen.clear()
+                torch.set_num_threads(count)
+                with torch.inference_mode():
+                    found.append(RowLinear(layer)(x))
+                assert len(seen) == len(set(seen)) == count
+            assert torch.equal(*found)
+            torch.testing.assert_close(found[0], layer(x), rtol=1e-5, atol=1e-5)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("part", ["mlp.fc1.weight", "mlp.fc2.bias", "norm1.weight", "attn.qkv.weight"])

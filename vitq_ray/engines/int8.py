@@ -10,9 +10,10 @@ scales, have changed. Rows are computed one by one, so a result does not depend 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -36,10 +37,27 @@ _ROWS_AT_ONCE = (
 
 
 def _floats(tensor: Tensor, what: str) -> Array:
-    """A parameter as float32 numbers; NonFiniteLogitsError where one is none."""
+    """A copy of a parameter as float32 numbers; NonFiniteLogitsError where one is none."""
     if not torch.isfinite(tensor).all():
         raise NonFiniteLogitsError(f"{what} has NaN or infinite values")
-    return tensor.detach().float().cpu().contiguous().numpy()
+    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous().numpy()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="engine")
+
+
+def _in_threads(work: Callable[..., None], *arguments: Sequence[Any]) -> None:
+    """work(*those) for those in zip(*arguments): the first here, each other in a thread of its own."""
+    first, *others = zip(*arguments, strict=True)
+    waiting = [_pool(torch.get_num_threads()).submit(work, *those) for those in others]
+    try:
+        work(*first)
+    finally:
+        wait(waiting)
+    for future in waiting:
+        future.result()
 
 
 def quantizer_row(quantizer: TensorQuantizer) -> Array:
@@ -94,23 +112,22 @@ class _Operand:
 class _Linear:
     """A linear layer made ready: packed weight, scale, offset and bias, for an operand on its left."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, quantizers: GemmQuantizers) -> None:
-        self._weight, self._quantizers = weight, quantizers
-        self.rows, self.depth = weight.shape
-        self._bias = bias
+    def __init__(self, quantizers: GemmQuantizers) -> None:
+        self._quantizers = quantizers
         self._made: Any = None
         self.operand = _Operand(FLOAT, _OFF)
 
-    def follow(self, integers: str) -> None:
-        """Take over the quantizers as they are now."""
+    def follow(self, weight: Tensor, bias: Tensor | None, integers: str) -> None:
+        """Take over weight, bias and quantizers as they are now."""
         quantizers = self._quantizers
+        self.rows, self.depth = weight.shape
         on = _is_on(quantizers._input_quantizer) and _is_on(quantizers._weight_quantizer)
         kinds = _kinds(quantizers._weight_quantizer, integers) if on else (FLOAT, FLOAT)
         self.operand, self._kind = _Operand(kinds[0], quantizer_row(quantizers._input_quantizer)), kinds[1]
         self.after = quantizer_row(quantizers._aftergemm_quantizer)
-        step = self._pack()
+        step = self._pack(weight.detach())
         self.scale = np.ascontiguousarray(self.operand.scale * step)
-        self.bias = np.zeros(self.rows, np.float32) if self._bias is None else _floats(self._bias, "a bias")
+        self.bias = np.zeros(self.rows, np.float32) if bias is None else _floats(bias, "a bias")
         self.offset = np.zeros(self.b.shape[0] * self.b.shape[2], self.operand.sums_kind)
         passes.column_sums(self.b, self.operand.low, self.offset)
 
@@ -119,14 +136,14 @@ class _Linear:
         buffer = memory.sums(self.rows, self.operand.kind)
         return passes.Layer(self.b, buffer, self.offset, self.scale, self.after, self.bias)
 
-    def _pack(self) -> Array:
+    def _pack(self, weight: Tensor) -> Array:
         """Quantize and pack the weight unless that is done already; returns its steps, (rows,)."""
-        quantizer, weight = self._quantizers._weight_quantizer, self._weight.detach()
+        quantizer = self._quantizers._weight_quantizer
         on, rule = _is_on(quantizer), quantizer.rule
         if on:
             _floats(quantizer.amax, "an amax")
         step = step_of(quantizer.amax.detach(), rule.levels[1]).reshape(-1) if on else torch.ones(1)
-        made = (self.operand.kind, self._kind, on, rule, step.tolist(), self._weight._version, self._weight.data_ptr())
+        made = (self.operand.kind, self._kind, on, rule, step.tolist(), weight._version, weight.data_ptr())
         if made != self._made:
             _floats(weight, "a weight")
             levels = (weight * step.reciprocal().reshape(-1, 1)).round_().clamp_(*rule.levels) if on else weight
@@ -204,13 +221,8 @@ class FusedBlock:
     def __init__(self, block: QuantBlock) -> None:
         attention, mlp = block.attn, block.mlp
         self._block = block
-        weights = attention.qkv.weight.chunk(3)
-        biases = (None, None, None) if attention.qkv.bias is None else attention.qkv.bias.chunk(3)
-        gemms = (attention.query, attention.key, attention.value)
-        self._qkv = [_Linear(w, b, g) for w, b, g in zip(weights, biases, gemms, strict=True)]
-        self._out = _Linear(attention.proj.weight, attention.proj.bias, attention.out)
-        self._fc1 = _Linear(mlp.fc1.weight, mlp.fc1.bias, block.ffn.fc1)
-        self._fc2 = _Linear(mlp.fc2.weight, mlp.fc2.bias, block.ffn.fc2)
+        self._qkv = [_Linear(gemm) for gemm in (attention.query, attention.key, attention.value)]
+        self._out, self._fc1, self._fc2 = (_Linear(gemm) for gemm in (attention.out, block.ffn.fc1, block.ffn.fc2))
         self._norm1 = _Norm(block.norm1, block.layernorm_input1_quantizer)
         self._norm2 = _Norm(block.norm2, block.layernorm_input2_quantizer)
         self._gelu = isinstance(mlp.act, nn.GELU) and mlp.act.approximate == "none"
@@ -218,9 +230,13 @@ class FusedBlock:
 
     def follow(self, integers: str) -> None:
         """Take over quantizers and weights as they are now; `integers` is the type of operands that are levels."""
-        block, attention = self._block, self._block.attn
-        for part in (*self._qkv, self._out, self._fc1, self._fc2):
-            part.follow(integers)
+        block, attention, mlp = self._block, self._block.attn, self._block.mlp
+        weights = attention.qkv.weight.chunk(3)
+        biases = (None, None, None) if attention.qkv.bias is None else attention.qkv.bias.chunk(3)
+        for part, weight, bias in zip(self._qkv, weights, biases, strict=True):
+            part.follow(weight, bias, integers)
+        for part, layer in ((self._out, attention.proj), (self._fc1, mlp.fc1), (self._fc2, mlp.fc2)):
+            part.follow(layer.weight, layer.bias, integers)
         self._norm1.follow()
         self._norm2.follow()
         of_q, of_k, of_v, of_p = (getattr(attention, f"matmul_{name}_input_quantizer") for name in ("q", "k", "v", "a"))
@@ -362,12 +378,7 @@ class FusedBlocks(nn.Module):
                 for block in self._blocks:
                     block.run(rows, tokens, memory)
 
-        parts = np.array_split(values, threads)
-        if threads == 1:
-            run(values, self._memories[0])
-        else:
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(run, parts, self._memories))
+        _in_threads(run, np.array_split(values, threads), self._memories[:threads])
         return torch.from_numpy(values)
 
 
@@ -389,17 +400,23 @@ class RowLinear(nn.Module):
             y = torch.from_numpy(self._rows(x.flatten(0, -2).float().numpy()))
             return y.reshape(*x.shape[:-1], -1)
         high, wide = layer.kernel_size
+        x = x[..., : x.shape[2] // high * high, : x.shape[3] // wide * wide]
         patches = x.float().unflatten(3, (-1, wide)).unflatten(2, (-1, high)).permute(0, 2, 4, 1, 3, 5)
         y = torch.from_numpy(self._rows(patches.flatten(3).flatten(0, 2).numpy()))
         return y.reshape(*patches.shape[:3], -1).permute(0, 3, 1, 2)
 
     def _rows(self, rows: Array) -> Array:
-        """(M, K) -> (M, N)"""
-        a = aligned((len(rows), -(-rows.shape[1] // 16) * 16), FLOAT)
-        a[:, : rows.shape[1]] = rows
+        """(M, K) -> (M, N), with as many threads as PyTorch has."""
         layer = self._made()
         out = np.empty((len(rows), len(layer.bias)), np.float32)
-        passes.linear(a, layer, out)
+
+        def run(rows: Array, out: Array) -> None:
+            a = aligned((len(rows), -(-rows.shape[1] // 16) * 16), FLOAT)
+            a[:, : rows.shape[1]] = rows
+            passes.linear(a, layer._replace(sums=sums(ROW_BLOCK, len(layer.bias), FLOAT)), out)
+
+        threads = max(1, min(torch.get_num_threads(), len(rows) // ROW_BLOCK))
+        _in_threads(run, np.array_split(rows, threads), np.array_split(out, threads))
         return out
 
     def _made(self) -> passes.Layer:
