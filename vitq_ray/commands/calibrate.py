@@ -29,14 +29,14 @@ from vitq_ray.commands.inputs import (
 )
 from vitq_ray.commands.options import CalibrateOptions, OneSettingOptions
 from vitq_ray.commands.outputs import require_apart
-from vitq_ray.commands.passes import ValImages, Workers, collector, evaluate_val, ray_for, workers_of
+from vitq_ray.commands.passes import ValImages, Workers, collector, engine_for, evaluate_val, ray_for, workers_of
 from vitq_ray.commands.screen import SILENT, Screen, result_line, seconds_line, warn_of_bad_images, warn_of_left_out
 from vitq_ray.data.copies import without_images_of
 from vitq_ray.data.loader import iter_batches
 from vitq_ray.data.samples import SampleIndex
 from vitq_ray.data.splits import calibration_ids, default_calib_split, require_images
 from vitq_ray.data.transforms import EvalTransform
-from vitq_ray.engines.execute import Engine, evaluation_batch, find_engine
+from vitq_ray.engines.execute import Engine, evaluation_batch
 from vitq_ray.measure.calibration import CalibrationPass, calibration_pass
 from vitq_ray.measure.evaluation import Evaluation, sanity_problem
 from vitq_ray.models.checkpoint import Sidecar, save_calibrated
@@ -119,7 +119,7 @@ def calibrate(options: CalibrateOptions, screen: Screen = SILENT) -> CalibrateRe
             plan = apply(job, seen, screen)
         screen.say(plan_summary(job.model, plan))
         with watch.stage("evaluate"):
-            engine = find_engine(options.engine, job.model, job.loaded.geometry.img_size, job.device)
+            engine = engine_for(options.engine, job.model, job.loaded.geometry.img_size, job.device, workers)
             screen.say(f"engine: {engine}")
             evaluation = evaluate_all(job, options, engine, screen)
     overlap = images_also_evaluated(job, seen)

@@ -26,12 +26,12 @@ from vitq_ray.commands.inputs import (
 )
 from vitq_ray.commands.options import EvaluateOptions
 from vitq_ray.commands.outputs import require_apart
-from vitq_ray.commands.passes import ValImages, evaluate_val, ignore, ray_for
+from vitq_ray.commands.passes import ValImages, Workers, engine_for, evaluate_val, ignore, ray_for, workers_of
 from vitq_ray.commands.screen import SILENT, Screen, result_line, warn_of_bad_images, warn_of_left_out
 from vitq_ray.data.loader import Batch
 from vitq_ray.data.samples import SampleIndex
 from vitq_ray.data.transforms import EvalTransform
-from vitq_ray.engines.execute import Engine, evaluation_batch, find_engine
+from vitq_ray.engines.execute import Engine, evaluation_batch
 from vitq_ray.measure.evaluation import Evaluation, sanity_problem
 from vitq_ray.models.checkpoint import BY_HAND, CalibratedModel, Sidecar, open_checkpoint
 from vitq_ray.models.load import LoadedModel
@@ -73,11 +73,11 @@ class EvaluationJob:
         """uint8 (B, S, S, 3) -> float32 (B, 3, S, S) on the model's device."""
         return self.transform.normalize(images.to(self.device))
 
-    def engine(self, name: str) -> Engine | None:
+    def engine(self, name: str, workers: Workers) -> Engine | None:
         """What runs the model if it is a calibrated one."""
         if self.sidecar is None:
             return None  # a float model runs in PyTorch
-        return find_engine(name, self.loaded.model, self.loaded.geometry.img_size, self.device)
+        return engine_for(name, self.loaded.model, self.loaded.geometry.img_size, self.device, workers)
 
 
 def evaluate(options: EvaluateOptions, screen: Screen = SILENT) -> EvaluateResult:
@@ -94,7 +94,7 @@ def evaluate(options: EvaluateOptions, screen: Screen = SILENT) -> EvaluateResul
         warn_of_left_out(screen, {"val": job.index})
     kept = KeptLogits()
     with ray_for(options), watch.stage("evaluate"):
-        engine = job.engine(options.engine)
+        engine = job.engine(options.engine, workers_of(options, options.use_gpu))
         if engine is not None:
             screen.say(f"engine: {engine}")
         evaluation = classify_all(job, options, engine, kept, screen)

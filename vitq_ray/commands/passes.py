@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
 from vitq_ray.cluster.start import cluster
-from vitq_ray.cluster.workers import WorkerPool, collect_with, evaluate_on
+from vitq_ray.cluster.workers import WorkerPool, collect_with, evaluate_on, torch_threads
 from vitq_ray.commands.options import CalibrateOptions, EvaluateOptions, WorkerOptions
 from vitq_ray.commands.screen import Screen
 from vitq_ray.data.loader import Batch, iter_batches
 from vitq_ray.data.samples import SampleIndex
 from vitq_ray.data.transforms import EvalTransform
-from vitq_ray.engines.execute import Engine, evaluation_batch, executed
+from vitq_ray.engines.execute import Engine, evaluation_batch, executed, find_engine
 from vitq_ray.measure.calibration import Collect, ToInput, collect_here
 from vitq_ray.measure.evaluation import Evaluation, evaluate
 
@@ -31,6 +31,11 @@ class Workers:
     threads: int = 1
     gpus: float = 0.0
 
+    @property
+    def torch_threads(self) -> int:
+        """Threads that PyTorch and the engines have where the model runs."""
+        return torch.get_num_threads() if self.count is None else self.threads
+
     def pool(self, model: nn.Module, transform: EvalTransform, engine: Engine | None = None) -> WorkerPool:
         """The workers, with the model as it is now. Ray is running."""
         assert self.count is not None
@@ -38,6 +43,12 @@ class Workers:
 
 
 IN_THIS_PROCESS = Workers(None)
+
+
+def engine_for(name: str, model: nn.Module, img_size: int, device: torch.device, workers: Workers) -> Engine:
+    """As `find_engine`, measured with the threads that each worker has."""
+    with torch_threads(workers.torch_threads):
+        return find_engine(name, model, img_size, device)
 
 
 def workers_of(options: WorkerOptions, use_gpu: bool) -> Workers:
@@ -107,14 +118,14 @@ def evaluate_val(
     on_batch: OnBatch = ignore,
 ) -> Evaluation:
     """Classify images of val, here or on workers, with progress shown. InputError where none can be read."""
+    workers = workers_of(options, options.use_gpu)
     # As many images for every thread: an engine's threads take images of their own.
-    many = evaluation_batch(model, images.device) * torch.get_num_threads()
+    many = evaluation_batch(model, images.device) * workers.torch_threads
     size, transform = options.batch_size or min(many, 100), images.transform
     batches = iter_batches(
         images.index, images.ids, transform, size, options.decode_threads, options.on_bad_image, images.bad_images
     )
     shown = screen.track(batches, -(-len(images.ids) // size), "evaluate")
-    workers = workers_of(options, options.use_gpu)
     evaluation = evaluation_pass(model, shown, images.to_input, transform, workers, engine, on_batch)
     if evaluation.images == 0:
         raise InputError(f"{options.data_path}: no readable image in val")
