@@ -322,6 +322,8 @@ def test_whole_search(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert kinds.count("candidate") == 12
     assert kinds.count("decision") == 8
     assert kinds[-1] == "winner"
+    (engine,) = (e for e in events if e["event"] == "engine")
+    assert result["engine"].items() <= engine.items()
 
     table = pq.read_table(folder / "correct.parquet").to_pandas()
     assert result["race"]["images_evaluated"] >= len(table) - 11

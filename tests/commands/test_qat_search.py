@@ -163,7 +163,7 @@ def test_escalation(ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFix
     (run / "result.json").unlink()  # killed just before the end
     assert tune_calib.main(["--resume", str(run)]) == 0
     added = [json.loads(line)["event"] for line in (run / "trials.jsonl").read_text().removeprefix(log).splitlines()]
-    assert added == ["resumed", "winner"], "no epoch is trained again"
+    assert added == ["resumed", "engine", "winner"], "no epoch is trained again"
     assert json.loads((run / "result.json").read_text())["qat"] == qat
 
     capsys.readouterr()

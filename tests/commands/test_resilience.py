@@ -129,6 +129,7 @@ def test_a_killed_search_goes_on(moment: str, inputs: Path, undisturbed: Path, t
     before = events(folder)
     Run(folder, "--resume", folder).finish()
     assert events(folder)[: len(before)] == before
+    assert [e["event"] for e in events(folder)[len(before) :]].count("engine") == 1
     assert_same_outcome(folder, undisturbed)
 
 

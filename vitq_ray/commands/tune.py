@@ -150,6 +150,7 @@ def run(job: TuneJob, folder: RunFolder, screen: Screen) -> dict[str, Any]:
         raise InputError(f"{job.options.pretrained_dir}: {problem}; nothing was searched")
     screen.say(f"float: {accuracy_of(baseline)} on the {baseline.images} selection images")
     screen.say(f"engine: {job.engine}")
+    folder.append("engine", **job.engine.to_dict())  # of this start: a resumed search may run elsewhere
     contest = race(job, folder, statistics, images, baseline, metrics, screen)
     results = {"float": baseline} | contest.evaluations(images.labels, images.sample_ids)
     folder.write_correct(results)

@@ -12,7 +12,8 @@ bad_images.jsonl  with `--on-bad-image skip`: what was skipped; training runs ha
 
 Runs of searches and trainings are begun and resumed by one rule. A search is resumed by replaying trials.jsonl (`log`),
 whose first line says which format it was begun in; without one that is format 1, and candidates that a later version
-added say theirs. Its events: `float` (results of the float model), `candidate` (name, setting, predicted noise),
+added say theirs. Its events: `float` (results of the float model), `engine` (what runs
+candidates from here on: each start has its own), `candidate` (name, setting, predicted noise),
 `chunk` (results of a candidate on images `start` … of the race's order; every metric of `measure.metrics` packed, in
 base64), `decision`, `resumed`, `winner`.
 """

@@ -29,6 +29,7 @@ _CHECK = re.compile(rb'(.*), "check": "([0-9a-f]{8})"\}')
 # What an event must hold; of other events, a name.
 EVENTS: dict[str, Schema] = {
     "float": {"sample_ids": [int], "correct": str},
+    "engine": {"name": str, "arithmetic": str, "images_per_second": dict},
     "candidate": {"name": str, "setting": dict, "predicted_noise": NUMBER, "same_as": (str, type(None))},
     "chunk": {"name": str, "start": int, "images": int, "correct": str},
     "decision": {"name": str, "verdict": str, "images": int},
