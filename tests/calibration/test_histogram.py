@@ -78,6 +78,52 @@ def test_accelerator_path_counts_the_same() -> None:
     np.testing.assert_array_equal(module._count_bins_torch(x, width, 2048), count_bins(x, width, 2048))
 
 
+def later(x: torch.Tensor, width: float | None = None) -> Histogram | None:
+    """As an accelerator counts it, computed here."""
+    numbers, value = Histogram.observe_later(x, width)
+    return value(numbers.numpy())
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+@pytest.mark.parametrize("width", [None, 1 / 700])
+def test_counting_without_waiting_counts_the_same(scale: float, width: float | None) -> None:
+    x = draw(5, 7 * 29 * 493, scale).reshape(7, -1, 29).transpose(0, 1) if width is None else draw(6, 50_000)
+    assert later(x, width) == Histogram.observe(x, width)
+    numbers, value = Range.observe_later(x)
+    assert value(numbers.numpy()) == Range.observe(x)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(2.0**-90, 2.0**90, width=32), st.lists(st.integers(-2048, 2048), max_size=60), st.integers(1, 5))
+def test_edges_without_waiting(maximum: float, places: list[int], grown: int) -> None:
+    edges = np.linspace(0, np.float32(maximum), INITIAL_BINS + 1, dtype=np.float32)
+    x = torch.from_numpy(np.array([maximum, *(np.sign(k) * edges[abs(k)] for k in places)], np.float32))
+    assert later(x) == Histogram.observe(x)
+    width = maximum / 2048 / grown  # the range has grown since the first batch
+    if grown <= 4:
+        assert later(x, width) == Histogram.observe(x, width)
+    else:
+        assert later(x, width) is None
+
+
+@pytest.mark.parametrize("width", [None, 0.0, 0.5])
+def test_dead_tensors_without_waiting(width: float | None) -> None:
+    zeros = torch.zeros(3, 100)
+    assert later(zeros, width) == Histogram.observe(zeros, width)
+    assert later(draw(0, 10), 0.0) == Histogram.observe(draw(0, 10), 0.0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_number_without_waiting(bad: float) -> None:
+    x = draw(0, 1000)
+    x[17] = bad
+    for width in (None, 0.01):
+        with pytest.raises(StatisticsError, match="NaN or infinite"):
+            later(x, width)
+    with pytest.raises(StatisticsError, match="empty"):
+        later(torch.zeros(0))
+
+
 def test_counts_past_2_to_the_24() -> None:
     many = 2**24 + 3  # float32 counters stop at 2**24
     seen = Histogram.observe(torch.cat([torch.full((many,), 0.25), torch.ones(1)]))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.conftest import make_setting, tiny_vit
 from vitq_ray.base.config import InputError
+from vitq_ray.calibration import statistics as module
 from vitq_ray.calibration.calibrators import entropy_amax, mse_amax
 from vitq_ray.calibration.histogram import StatisticsError
 from vitq_ray.calibration.scales import Scales, apply_setting, noise_per_site, plan_of, total_noise
@@ -60,6 +61,28 @@ def test_counts_are_those_of_numpy_on_the_tensors_themselves(
             edges = (np.arange(bins + 1) * float(width)).astype(np.float32)
             total[:bins] += np.histogram(x, bins=edges)[0]
         np.testing.assert_array_equal(histogram.counts, total, err_msg=key)
+
+
+@pytest.mark.parametrize("kinds", [("histogram",), ("range",), ("histogram", "range")])
+def test_an_accelerator_is_asked_once_a_batch(
+    kinds: tuple[str, ...], quant_vit: VisionTransformer, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All tensors in one transfer; a range that grew too far is counted by waiting, in a second pass."""
+    batches = [(i, x * (10 if i == 2 else 1)) for i, x in numbered(images)]
+    expected = collect_statistics(quant_vit, batches, SNAPSHOTS, kinds=kinds)
+    passes: list[int] = []
+    quant_vit.register_forward_hook(lambda *_: passes.append(1))
+    waited: list[int] = []
+    observe = module.STATISTICS["histogram"].observe
+    row = replace(module.STATISTICS["histogram"], observe=lambda *a: waited.append(1) or observe(*a))
+    monkeypatch.setitem(module.STATISTICS, "histogram", row)
+    monkeypatch.setattr(module, "_waits", lambda x: True)
+    assert collect_statistics(quant_vit, batches, SNAPSHOTS, kinds=kinds) == expected
+    grew = "histogram" in kinds
+    assert len(passes) == 4 + grew
+    assert 0 < len(waited) < len(expected.keys) if grew else not waited
+    with pytest.raises(StatisticsError, match=r"^transformer.encoder.layer.0.*NaN or infinite"):
+        collect_statistics(quant_vit, [(0, images * float("nan"))], [1], kinds=kinds)
 
 
 def test_workers_in_any_order_give_what_one_gives(

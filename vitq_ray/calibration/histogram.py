@@ -14,9 +14,11 @@ or in which order.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,8 +33,15 @@ MAX_BINS = 2**20  # a range that grew 512-fold after the first batch; the index 
 WOKEN = "is all zeros in the first calibration batch and not in later ones, so its histogram has no bin width"
 _NO_SIGNS = "has no signs: these statistics were written by a version that kept |x| only"
 _MIN_ELEMENTS_PER_THREAD = 1 << 16
+_ROOM = 4 * INITIAL_BINS  # bins that are counted on an accelerator without asking it for the range first
+_COPIES = 16  # of a histogram there, so that equal neighbours do not wait for each other's addition
 
+T = TypeVar("T")
 Counts = npt.NDArray[np.int64]
+
+
+# Numbers that an accelerator is computing, and what makes a value of them once they are here
+Later = tuple[Tensor, Callable[[Counts], T | None]]
 
 
 class StatisticsError(InputError):
@@ -56,6 +65,11 @@ class Range:
         """The range of one batch of a tensor of any shape. StatisticsError where it is empty or not finite."""
         low, high = _finite_range(x.detach().float())
         return Range(min(low, 0.0), max(high, 0.0))
+
+    @staticmethod
+    def observe_later(x: Tensor, width: float | None = None) -> Later[Range]:
+        """As `observe`, for a tensor on an accelerator, without waiting for it."""
+        return _range_bits(x.detach().float()), _range_of
 
     @staticmethod
     def empty() -> Range:
@@ -117,9 +131,7 @@ class Histogram:
         if width is None:
             width = seen.max / INITIAL_BINS
         if width == 0:
-            counts = np.zeros(INITIAL_BINS, np.int64)
-            counts[0] = x.numel()
-            return Histogram(width, counts, seen.max, np.zeros_like(counts), seen)
+            return Histogram._together(x.numel(), seen)
         bins = max(INITIAL_BINS, math.ceil(seen.max / width))
         if bins > MAX_BINS:
             raise StatisticsError(
@@ -128,6 +140,37 @@ class Histogram:
             )
         positive, negative = count_bins(x, width, bins)
         return Histogram(width, positive + negative, seen.max, negative, seen)
+
+    @staticmethod
+    def observe_later(x: Tensor, width: float | None = None) -> Later[Histogram]:
+        """As `observe`, for a tensor on an accelerator, without waiting for it; None where it has outgrown `_ROOM`."""
+        flat = x.detach().float().flatten()
+        count = len(flat)  # the tensor itself is not kept
+        ends = _range_bits(flat)
+        top = ends.view(torch.float64).abs().amax()
+        step = top / INITIAL_BINS if width is None else torch.full_like(top, width)
+        last = (top / step).ceil().clamp(INITIAL_BINS, _ROOM).long() - 1
+        index = _bin_of(flat, step).minimum(last).clamp_min(0)  # of NaN or a width of 0 it is anything
+
+        def value(numbers: Counts) -> Histogram | None:
+            seen = _range_of(numbers[:2])
+            found = seen.max / INITIAL_BINS if width is None else width
+            if found == 0:
+                return Histogram._together(count, seen)
+            bins = max(INITIAL_BINS, math.ceil(seen.max / found))
+            if bins > _ROOM:
+                return None
+            positive, negative = numbers[2:].reshape(2, _ROOM)[:, :bins]
+            return Histogram(found, positive + negative, seen.max, negative.copy(), seen)
+
+        return torch.cat([ends, _add_up(index + _ROOM * (flat < 0), 2 * _ROOM)]), value
+
+    @staticmethod
+    def _together(count: int, seen: Range) -> Histogram:
+        """Of a tensor without a bin width."""
+        counts = np.zeros(INITIAL_BINS, np.int64)
+        counts[0] = count
+        return Histogram(0.0, counts, seen.max, np.zeros_like(counts), seen)
 
     def merge(self, other: Histogram) -> Histogram:
         """The histogram of both; exact, commutative and associative. Widths must be equal."""
@@ -170,10 +213,25 @@ def _equal(a: Counts | None, b: Counts | None) -> bool:
     return (a is None and b is None) or (a is not None and b is not None and np.array_equal(a, b))
 
 
+def _range_bits(x: Tensor) -> Tensor:
+    """(2,) int64 on x's device: the bits of the smallest and the largest value as float64."""
+    if x.numel() == 0:
+        raise StatisticsError("the tensor is empty")
+    return torch.stack(torch.aminmax(x)).double().view(torch.int64)
+
+
+def _range_of(bits: Counts) -> Range:
+    low, high = _finite(*map(float, bits.view(np.float64)))
+    return Range(min(low, 0.0), max(high, 0.0))
+
+
 def _finite_range(x: Tensor) -> tuple[float, float]:
     if x.numel() == 0:
         raise StatisticsError("the tensor is empty")
-    low, high = (value.item() for value in torch.aminmax(x))
+    return _finite(*(value.item() for value in torch.aminmax(x)))
+
+
+def _finite(low: float, high: float) -> tuple[float, float]:
     if not (math.isfinite(low) and math.isfinite(high)):  # aminmax propagates NaN
         raise StatisticsError("has NaN or infinite values")
     return low, high
@@ -203,7 +261,7 @@ def _in_memory_order(x: Tensor) -> Tensor:
     return x.permute(axes).contiguous().view(-1)
 
 
-def _inverse(width: float) -> float:
+def _inverse(width: Any) -> Any:
     """1/width, a hair too large, so that truncating |x|·inverse gives the exact k with k·width <= |x|.
 
     k·width is exact in float64, since width has the 24 significant bits of a float32 and k at most 22. The excess of
@@ -219,11 +277,24 @@ def _inverse(width: float) -> float:
 def _count_bins_torch(x: Tensor, width: float, bins: int) -> Counts:
     """The same counts with PyTorch ops, for tensors that live on an accelerator."""
     flat = x.flatten()
-    magnitude = flat.abs()
-    index = (magnitude.double() * _inverse(width)).long()
-    index += magnitude >= ((index + 1).double() * width).float()
-    index = index.clamp_max(bins - 1) + bins * (flat < 0)
+    index = _bin_of(flat, width).clamp_max(bins - 1) + bins * (flat < 0)
     return torch.bincount(index, minlength=2 * bins).reshape(2, bins).cpu().numpy()
+
+
+def _bin_of(flat: Tensor, width: Any) -> Tensor:
+    """(n,) int64: in which bin |x| falls. `width` is a number, or one on the same device."""
+    magnitude = flat.abs()
+    index: Tensor = (magnitude.double() * _inverse(width)).long()
+    index += magnitude >= ((index + 1).double() * width).float()
+    return index
+
+
+def _add_up(index: Tensor, bins: int) -> Tensor:
+    """As `torch.bincount` (bins,), which waits for the device."""
+    place = index + bins * (torch.arange(len(index), device=index.device) % _COPIES)
+    one = torch.ones((), dtype=torch.int32, device=index.device)
+    counts = torch.zeros(_COPIES * bins, dtype=torch.int32, device=index.device)
+    return counts.scatter_add_(0, place, one.expand(len(index))).view(_COPIES, bins).sum(0)
 
 
 @cache

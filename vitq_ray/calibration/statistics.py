@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ from vitq_ray.base.config import InputError
 from vitq_ray.base.files import one_line
 from vitq_ray.base.formats import require_format, stamp
 from vitq_ray.base.records import own_error
-from vitq_ray.calibration.histogram import Histogram, Range, StatisticsError
+from vitq_ray.calibration.histogram import Histogram, Later, Range, StatisticsError
 from vitq_ray.quant.vit import observing, tensor_keys
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -45,6 +45,7 @@ class Statistic:
         observe: (one batch of a tensor, bin width or None for the first batch) -> value.
         empty: bin width -> the value of no batch.
         width_of: bin width that later batches must share; 0 where there is none.
+        later: as `observe`, for a tensor on an accelerator, without waiting for it; None where there is no such way.
         pack, unpack: values, in order -> arrays, and back; `unpack` gets the width of each value.
     """
 
@@ -53,6 +54,7 @@ class Statistic:
     width_of: Callable[[Any], float]
     pack: Callable[[Sequence[Any]], Arrays]
     unpack: Callable[[Mapping[str, npt.NDArray[Any]], Sequence[float]], list[Any]]
+    later: Callable[[Tensor, float | None], Later[Any]] | None = None
 
 
 def _pack_ranges(values: Sequence[Range]) -> Arrays:
@@ -89,9 +91,21 @@ def _unpack_histograms(arrays: Mapping[str, npt.NDArray[Any]], widths: Sequence[
 
 HISTOGRAM, RANGE = "histogram", "range"
 STATISTICS: dict[str, Statistic] = {
-    HISTOGRAM: Statistic(Histogram.observe, Histogram.empty, lambda h: h.width, _pack_histograms, _unpack_histograms),
+    HISTOGRAM: Statistic(
+        Histogram.observe,
+        Histogram.empty,
+        lambda h: h.width,
+        _pack_histograms,
+        _unpack_histograms,
+        Histogram.observe_later,
+    ),
     RANGE: Statistic(
-        lambda x, width: Range.observe(x), lambda width: Range.empty(), lambda r: 0.0, _pack_ranges, _unpack_ranges
+        lambda x, width: Range.observe(x),
+        lambda width: Range.empty(),
+        lambda r: 0.0,
+        _pack_ranges,
+        _unpack_ranges,
+        Range.observe_later,
     ),
 }
 
@@ -253,6 +267,9 @@ def collect_statistics(
         for index, images in batches:
             with observing(model, collector.observers(index)):
                 logits = model(images)
+            if outgrown := collector.settle():
+                with observing(model, collector.observers_of(outgrown)):
+                    model(images)
             on_batch(index, logits)
     return collector.statistics()
 
@@ -267,6 +284,20 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
+@contextmanager
+def _naming(key: str) -> Iterator[None]:
+    """A StatisticsError names the tensor."""
+    try:
+        yield
+    except StatisticsError as error:
+        raise StatisticsError(f"{key}: {error}") from None
+
+
+def _waits(x: Tensor) -> bool:
+    """Whether to look at a value of the tensor is to wait for a device."""
+    return x.device.type != "cpu"
+
+
 class _Collector:
     """What one pass has seen so far."""
 
@@ -276,6 +307,7 @@ class _Collector:
         self._keys, self._snapshots, self._kinds, self._widths = keys, tuple(snapshots), kinds, widths
         self._values: dict[tuple[str, int, str], Any] = {}  # (kind, segment, tensor)
         self._seen = [0] * len(self._snapshots)
+        self._waiting: list[tuple[str, int, str, Later[Any]]] = []  # (kind, segment, tensor, numbers on their way)
 
     def observers(self, index: int) -> dict[str, Callable[[Tensor], None]]:
         """{tensor: what is called with it} for batch `index`."""
@@ -288,13 +320,46 @@ class _Collector:
     def _observer(self, key: str, segment: int) -> Callable[[Tensor], None]:
         def observe(x: Tensor) -> None:
             width = self._widths.get(key)
-            try:
-                for kind in self._kinds:
-                    self._take(kind, segment, key, STATISTICS[kind].observe(x, width))
-            except StatisticsError as error:
-                raise StatisticsError(f"{key}: {error}") from None
+            for kind in self._kinds:
+                later = STATISTICS[kind].later
+                with _naming(key):
+                    if later is not None and _waits(x):
+                        self._waiting.append((kind, segment, key, later(x, width)))
+                    else:
+                        self._take(kind, segment, key, STATISTICS[kind].observe(x, width))
 
         return observe
+
+    def settle(self) -> list[tuple[str, int, str]]:
+        """Take over what accelerators counted, all of it in one transfer. Returns (kind, segment, tensor) of what has
+        to be observed once more, by waiting for it."""
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return []
+        sizes = [len(numbers) for *_, (numbers, _) in waiting]
+        fetched = torch.cat([numbers for *_, (numbers, _) in waiting]).cpu().numpy()
+        outgrown = []
+        for (kind, segment, key, (_, value)), numbers in zip(
+            waiting, np.split(fetched, np.cumsum(sizes)[:-1]), strict=True
+        ):
+            with _naming(key):
+                found = value(numbers)
+            if found is None:
+                outgrown.append((kind, segment, key))
+            else:
+                self._take(kind, segment, key, found)
+        return outgrown
+
+    def observers_of(self, wanted: Sequence[tuple[str, int, str]]) -> dict[str, Callable[[Tensor], None]]:
+        """{tensor: what is called with it} that observes these, and nothing else."""
+
+        def observe(key: str, x: Tensor) -> None:
+            for kind, segment, name in wanted:
+                if name == key:
+                    with _naming(key):
+                        self._take(kind, segment, key, STATISTICS[kind].observe(x, self._widths.get(key)))
+
+        return {key: partial(observe, key) for key in self._keys}
 
     def _take(self, kind: str, segment: int, key: str, value: Any) -> None:
         self._widths[key] = max(self._widths.get(key, 0.0), STATISTICS[kind].width_of(value))
