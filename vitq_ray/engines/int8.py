@@ -13,7 +13,7 @@ import copy
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -89,12 +89,12 @@ class _Operand:
     kind: str
     quantizer: Array
 
-    @property
+    @cached_property  # in a small model, calls cost as much as arithmetic
     def target(self) -> passes.Target:
         low = self.quantizer[passes.LOW]
         return passes.Target(self.quantizer, np.float32(-low if self.kind == "uint8" else 0))
 
-    @property
+    @cached_property
     def low(self) -> Any:
         """What a shift took away, in the type of the sums."""
         return np.float32(0) if self.kind == FLOAT else np.int32(-self.target.shift)
@@ -103,7 +103,7 @@ class _Operand:
     def sums_kind(self) -> str:
         return FLOAT if self.kind == FLOAT else "int32"
 
-    @property
+    @cached_property
     def scale(self) -> Any:
         """What a level stands for; 0 where all levels are 0."""
         return np.float32(finite_scale(torch.tensor(self.quantizer[passes.STEP])))
@@ -393,6 +393,7 @@ class RowLinear(nn.Module):
         super().__init__()
         self._layer = [layer]  # not a submodule: it is the caller's
         self._packed_of: Any = None
+        self._memories: list[_Memory] = []
 
     def forward(self, x: Tensor) -> Tensor:  # (…, K) -> (…, N), or (B, C, H, W) -> (B, N, H / patch, W / patch)
         layer = self._layer[0]
@@ -407,19 +408,22 @@ class RowLinear(nn.Module):
 
     def _rows(self, rows: Array) -> Array:
         """(M, K) -> (M, N), with as many threads as PyTorch has."""
-        layer = self._made()
-        out = np.empty((len(rows), len(layer.bias)), np.float32)
+        self._follow()
+        out = np.empty((len(rows), len(self._bias)), np.float32)
 
-        def run(rows: Array, out: Array) -> None:
-            a = aligned((len(rows), -(-rows.shape[1] // 16) * 16), FLOAT)
+        def run(rows: Array, out: Array, memory: _Memory) -> None:
+            a = memory.operand("rows", len(rows), rows.shape[1], FLOAT)
             a[:, : rows.shape[1]] = rows
-            passes.linear(a, layer._replace(sums=sums(ROW_BLOCK, len(layer.bias), FLOAT)), out)
+            buffer = memory.sums(len(self._bias), FLOAT)
+            passes.linear(a, passes.Layer(self._b, buffer, self._zeros, self._ones, _OFF, self._bias), out)
 
         threads = max(1, min(torch.get_num_threads(), len(rows) // ROW_BLOCK))
-        _in_threads(run, np.array_split(rows, threads), np.array_split(out, threads))
+        self._memories += [_Memory() for _ in range(threads - len(self._memories))]
+        _in_threads(run, np.array_split(rows, threads), np.array_split(out, threads), self._memories[:threads])
         return out
 
-    def _made(self) -> passes.Layer:
+    def _follow(self) -> None:
+        """Take over weight and bias as they are now."""
         weight, bias = self._layer[0].weight, self._layer[0].bias
         now = (weight._version, weight.data_ptr())
         if now != self._packed_of:
@@ -429,8 +433,7 @@ class RowLinear(nn.Module):
             pack_rows(values, 0, count, 0, depth, self._b)
             self._zeros, self._ones = np.zeros(self._b.shape[0] * PANEL[FLOAT], np.float32), np.ones(count, np.float32)
             self._packed_of = now
-        added = self._zeros[: len(self._ones)] if bias is None else bias.detach().float().numpy()
-        return passes.Layer(self._b, sums(ROW_BLOCK, len(self._ones), FLOAT), self._zeros, self._ones, _OFF, added)
+        self._bias = self._zeros[: len(self._ones)] if bias is None else bias.detach().float().numpy()
 
 
 def with_blocks(model: nn.Module, blocks: nn.Module) -> nn.Module:
