@@ -462,6 +462,21 @@ def test_resume_of_a_finished_run_changes_nothing(copied: Path) -> None:
     assert (copied / "run" / "trials.jsonl").read_text() == log
 
 
+def test_a_checkpoint_may_move_and_not_change(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    project = Project(copied / "project")
+    (copied / "elsewhere").mkdir()
+    moved = Path(project.checkpoint).rename(copied / "elsewhere" / "vit.npz")
+    assert resume(copied) == 2
+    assert "vit.npz" in capsys.readouterr().err
+    assert resume(copied, "--pretrained_dir", moved) == 0
+    assert "this search is finished" in capsys.readouterr().out
+    moved.rename(project.checkpoint)
+    change_weights(project)
+    Path(project.checkpoint).rename(moved)
+    assert resume(copied, "--pretrained_dir", moved) == 2
+    assert "this is another search: weights_fingerprint: " in capsys.readouterr().err
+
+
 def change_weights(project: Project) -> None:
     arrays = dict(np.load(project.checkpoint))
     arrays["head/bias"] = arrays["head/bias"] + np.float32(1e-3)

@@ -12,7 +12,7 @@ import torch
 from tests.conftest import DATA, fresh_package
 from vitq_ray.base.config import InputError
 from vitq_ray.calibration.setting import Setting
-from vitq_ray.commands import combinations
+from vitq_ray.commands import combinations, train
 from vitq_ray.commands.declare import Options
 from vitq_ray.commands.inputs import bundled_spaces, find_space
 from vitq_ray.commands.main import COMMANDS
@@ -286,6 +286,29 @@ def test_files_of_a_resumed_run_may_be_spelled_differently(tmp_path: Path, monke
     for argv in ("--search-space calib", "--pretrained_dir b.npz", "--data-path b/d", "--data-path s3://b/e"):
         with pytest.raises(InputError, match=r"given, but r was started with"):
             resumed(*argv.split())
+
+
+@pytest.mark.parametrize(("kind", "free"), [(TuneOptions, FREE_OPTIONS), (TrainOptions, train.FREE_OPTIONS)])
+def test_checkpoints_may_move_and_keep_their_names(
+    kind: type[TuneOptions | TrainOptions], free: frozenset[str]
+) -> None:
+    """Their fingerprints are compared later; results are named after them, and `auto` may read their names."""
+    teacher = {"teacher": "/there/big.npz"} if kind is TrainOptions else {}
+    stored = kind.of({"pretrained_dir": "/there/vit.npz", "data_path": "d", **teacher}).to_dict()
+
+    def resumed(*argv: str, **changes: str | None) -> TuneOptions | TrainOptions:
+        return with_stored(parse(kind, ["--resume", "r", *argv], "x"), {**stored, **changes}, free)
+
+    assert resumed().pretrained_dir == "/there/vit.npz"
+    for place in ("/here/vit.npz", "s3://key:hush@b/vit.npz?region=x"):
+        assert resumed("--pretrained_dir", place).pretrained_dir == place
+        with pytest.raises(InputError, match=r"given, but r was started with /there/other\.npz$"):
+            resumed("--pretrained_dir", place, pretrained_dir="/there/other.npz")
+    if teacher:
+        assert resumed("--teacher", "/here/big.npz").teacher == "/here/big.npz"
+        for then in ("/there/other.npz", None):
+            with pytest.raises(InputError, match=f"--teacher: /here/big.npz given, but r was started with {then}"):
+                resumed("--teacher", "/here/big.npz", teacher=then)
 
 
 def test_a_resumed_run_takes_keys_and_places_as_given() -> None:

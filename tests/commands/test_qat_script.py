@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,8 +29,8 @@ from vitq_ray.data.samples import open_split
 from vitq_ray.data.splits import make_splits
 from vitq_ray.models.checkpoint import sidecar_fingerprint
 from vitq_ray.models.google import google_arrays
-from vitq_ray.run.folder import read_bad_images
-from vitq_ray.run.results import Stopwatch
+from vitq_ray.run.folder import RunFolder, read_bad_images
+from vitq_ray.run.results import TRAINING, Stopwatch
 
 calib, evaluate, qat = load_script("calib"), load_script("evaluate"), load_script("qat")
 SCRIPT = ROOT / "scripts" / "qat.py"
@@ -177,16 +179,41 @@ def test_data_may_move_but_not_change(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "data").mkdir()
     project = make_project(tmp_path / "data", train=40, val=22)
     assert run(qat, *project.options, *QUICK, "--output", tmp_path / "run") == 0
-    project.folder.rename(tmp_path / "moved")
+    project.folder.rename(tmp_path / "moved")  # the checkpoint, too
     assert run(qat, "--resume", tmp_path / "run") == 2
     assert f"{project.folder}: has no train split" in capsys.readouterr().err
     moved = ("--resume", tmp_path / "run", "--data-path", tmp_path / "moved")
-    assert run(qat, *moved) == 0
+    assert run(qat, *moved, "--pretrained_dir", tmp_path / "moved" / "vit.npz") == 0
     assert "this training is finished" in capsys.readouterr().out
     lines = (tmp_path / "moved" / "train_map.txt").read_text().splitlines()
     (tmp_path / "moved" / "train_map.txt").write_text("\n".join(lines[::-1]) + "\n")
     assert run(qat, *moved) == 2
     assert "this is another training: train_fingerprint: " in capsys.readouterr().err
+
+
+def test_a_start_is_compared_before_anything_was_trained(tmp_path: Path) -> None:
+    run_json = {**RUN_DESCRIPTION, "start": {"checkpoint_fingerprint": "a"}}
+    for now, given, state in (("a", "pretrained_dir", ""), ("b", "split_seed", ""), ("a", "teacher", "state.pt")):
+        folder = RunFolder.create(tmp_path / f"{now} {given}", TRAINING)
+        folder.write_run(run_json)
+        sidecar = SimpleNamespace(checkpoint_fingerprint=now)
+        options = replace(TrainOptions.of({"pretrained_dir": "x.pth"}), given=frozenset((given,)))
+        job = SimpleNamespace(
+            folder=folder, options=options, task=SimpleNamespace(start=SimpleNamespace(sidecar=sidecar))
+        )
+        (folder.path / "teacher_logits.npy").touch()
+        if state:
+            (folder.path / state).touch()
+        train.require_same_start(job)
+        assert (folder.path / "teacher_logits.npy").exists()
+        sidecar.checkpoint_fingerprint = "b"
+        if given == "pretrained_dir":
+            with pytest.raises(InputError, match=r"another training: .*x\.pth has other weights or scales"):
+                train.require_same_start(job)
+        if given == "teacher":
+            (folder.path / state).unlink()
+            train.require_same_start(job)
+            assert not (folder.path / "teacher_logits.npy").exists(), "of whichever teacher that was"
 
 
 def test_a_diverging_run_says_so_in_one_line(

@@ -281,6 +281,16 @@ def test_options_that_an_earlier_version_did_not_have_are_not_compared(tmp_path:
         folder.require_same({**RUN_DESCRIPTION, "options": {**options, "split_seed": 2, "new": 0}})
 
 
+def test_how_images_were_found_is_not_compared(tmp_path: Path) -> None:
+    """A checkpoint that has left its search's `best/` says the same halves of val by its sidecar."""
+    halves = RUN_DESCRIPTION["splits"]
+    with RunFolder.create(tmp_path / "run", SEARCH) as folder:
+        folder.write_run({**RUN_DESCRIPTION, "splits": {**halves, "from": "search"}})
+        assert folder.require_same({**RUN_DESCRIPTION, "splits": {**halves, "from": "split seed 3"}}) is None
+        with pytest.raises(InputError, match=r"splits\.report: \[1\] there, \[0\] now"):
+            folder.require_same({**RUN_DESCRIPTION, "splits": {**halves, "report": [0], "from": "search"}})
+
+
 def test_paths_are_stored_so_that_a_run_can_be_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "one" / "run"

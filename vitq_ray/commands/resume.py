@@ -18,6 +18,9 @@ O = TypeVar("O", bound=Options)  # noqa: E741
 
 
 _FILES = frozenset({"pretrained_dir", "data_path", "teacher", "search_space", "from_run"})
+# Files that may have moved, where the command compares their fingerprints. Not their names: results are named after
+# them, and with `auto` the name may say what model it is.
+_MAY_MOVE = frozenset({"pretrained_dir", "teacher"})
 
 
 def stored_run(folder: str, script: str) -> dict[str, Any]:
@@ -31,8 +34,9 @@ def with_stored(options: O, stored: Mapping[str, Any], free: Collection[str]) ->
     A URI counts as given, since stored ones have lost their keys.
     """
     now = options.to_dict()
-    for name in sorted(options.given - set(free)):
-        if not _same(name, now[name], stored.get(name)):
+    for name in sorted(options.given - (set(free) - _MAY_MOVE)):
+        moved = name in free and _file_name(now[name]) == _file_name(stored.get(name))
+        if not moved and not _same(name, now[name], stored.get(name)):
             raise InputError(
                 f"{options.name_of(name)}: {now[name]} given, but {now['resume']} was started with {stored.get(name)}"
             )
@@ -44,6 +48,10 @@ def with_stored(options: O, stored: Mapping[str, Any], free: Collection[str]) ->
     uris = [name for name in _FILES & options.given if "://" in getattr(options, name)]
     merged = type(options).of({**kept, **options.only({*free, *uris})}, options.typed)
     return replace(merged, given=options.given & frozenset(free))
+
+
+def _file_name(path: str | None) -> str | None:
+    return path and path.partition("?")[0].rpartition("/")[2]
 
 
 def _same(name: str, given: Any, stored: Any) -> bool:

@@ -58,17 +58,28 @@ from vitq_ray.models.load import LoadedModel
 from vitq_ray.models.weights import weights_fingerprint
 from vitq_ray.qat.ranks import QatData, Ranks, steps_per_epoch, thread_reader
 from vitq_ray.qat.recipe import QatConfig, recipe_of
-from vitq_ray.qat.state import EpochReport, QatOutcome, StepReport, epoch_row
+from vitq_ray.qat.state import STATE, EpochReport, QatOutcome, StepReport, epoch_row
 from vitq_ray.qat.task import Judgement, QatTask, Recorder, is_judged, read_judgement, run_task
 from vitq_ray.qat.teacher import TEACHER_LOGITS
 from vitq_ray.quant.vit import float_copy, scales_of
 from vitq_ray.run.folder import RunFolder, read_bad_images, record_bad_images
 from vitq_ray.run.results import SEARCH, TRAINING, Stopwatch, left_out_rows, result_of, versions
 
-# What may differ between a run and its continuation: it does not change what is computed. Images may have moved: their
-# fingerprints are compared.
+# What may differ between a run and its continuation: it does not change what is computed. Images and checkpoints may
+# have moved: their fingerprints are compared.
 FREE_OPTIONS = frozenset(
-    ("data_path", "resume", "output", "ray_address", "dashboard", "max_failures", "decode_threads", "checkpoint_steps")
+    {
+        "data_path",
+        "pretrained_dir",
+        "teacher",
+        "resume",
+        "output",
+        "ray_address",
+        "dashboard",
+        "max_failures",
+        "decode_threads",
+        "checkpoint_steps",
+    }
 )
 
 
@@ -157,10 +168,25 @@ def begin(job: TrainJob, screen: Screen) -> None:
     if job.options.resume is None:
         job.folder.write_run(describe(job))
         return
+    require_same_start(job)
     # The halves of val are compared themselves; earlier versions wrote the seed that was given, not that of the search.
     free = {*FREE_OPTIONS, "split_seed"}
     if (difference := job.folder.require_same(describe(job), free)) is not None:
         screen.warn(f"{job.folder.path}: the run was begun with other versions: {difference}")
+
+
+def require_same_start(job: TrainJob) -> None:
+    """Raise InputError where a checkpoint was given that is not the one that the run was begun with.
+
+    What was trained is compared with start and teacher by `qat.loop`; this is for a run that was not trained yet.
+    """
+    folder, now = job.folder, job.task.start.sidecar.checkpoint_fingerprint
+    stored = folder.read_run()["start"].get("checkpoint_fingerprint")
+    if "pretrained_dir" in job.options.given and stored and stored != now:
+        what = f"{job.options.name_of('pretrained_dir')}: {job.options.pretrained_dir}"
+        raise InputError(f"{folder.path}: this is another training: {what} has other weights or scales than its start")
+    if "teacher" in job.options.given and not (folder.path / STATE).exists():
+        (folder.path / TEACHER_LOGITS).unlink(missing_ok=True)  # of whichever teacher that was
 
 
 # Options ------------------------------------------------------------------------------------------------------------

@@ -52,11 +52,12 @@ from vitq_ray.search.space import QatSpace, SearchSpace, load_space
 
 MOST_CHECKED = 100_000  # combinations of a grid that are looked through for impossible rules
 
-# Options that may differ when a search is resumed: they decide where and how fast, not what. Images may have moved:
-# their fingerprints are compared.
+# Options that may differ when a search is resumed: they decide where and how fast, not what. Images and checkpoint may
+# have moved: their fingerprints are compared.
 FREE_OPTIONS = frozenset(
     {
         "data_path",
+        "pretrained_dir",
         "output",
         "resume",
         "ray_address",

@@ -253,7 +253,10 @@ class RunFolder:
 
 
 def _compared(description: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in description.items() if key not in _NOT_COMPARED}
+    found = {key: value for key, value in description.items() if key not in _NOT_COMPARED}
+    if isinstance(splits := found.get("splits"), Mapping):  # which images, not how they were found
+        found["splits"] = {key: value for key, value in splits.items() if key != "from"}
+    return found
 
 
 def _table(name: str, evaluation: Evaluation) -> pa.Table:
