@@ -70,6 +70,7 @@ def test_a_float_checkpoint_is_calibrated_trained_and_evaluates_to_the_reported_
     values, printed = result(folder), capsys.readouterr().out
     assert (values["images"], values["name"], len(values["epochs"])) == (75, "test", 3)
     assert values["float"]["val"]["top1_correct"] == 150
+    assert values["images_also_calibrated_on"] == 0
     for name in ("float", "ptq", "qat"):
         assert values[name]["selection"]["images"] + values[name]["report"]["images"] == 150
     assert values["top1_correct"] == values["qat"]["report"]["top1_correct"]
@@ -84,8 +85,9 @@ def test_a_float_checkpoint_is_calibrated_trained_and_evaluates_to_the_reported_
         assert result(tmp_path / "again")[key] == values["qat"]["val"][key], key
 
 
-def test_the_old_toolkits_command_line(project: Project, tmp_path: Path) -> None:
-    assert run(calib, *project.options, "--num-calib-batch", 2, "--calib-output-path", tmp_path) == 0
+def test_the_old_toolkits_command_line(project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ("--num-calib-batch", 2, "--calib-split", "val", "--calib-output-path", tmp_path)
+    assert run(calib, *project.options, *small) == 0
     old = (
         f"--train --name vit --pretrained_dir {tmp_path}/vit_calib.pth --data-path {project.folder} --model_type auto "
         f"--quant-mode ft2 --img_size 16 --distill --teacher {project.checkpoint} --output {tmp_path}/out "
@@ -96,6 +98,8 @@ def test_the_old_toolkits_command_line(project: Project, tmp_path: Path) -> None
     assert values["config"]["global_batch"] == 32
     assert values["config"]["distillation"] == {"temperature": 3.0, "scale": None}
     assert (tmp_path / "out" / "vit_calib_qat.pth").exists()  # with --model_type auto, the stem of the file
+    assert values["images_also_calibrated_on"] == 16
+    assert "16 of the images of this val were calibrated on" in capsys.readouterr().err
 
 
 def test_old_options_parse_with_a_google_name() -> None:

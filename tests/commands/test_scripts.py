@@ -105,6 +105,10 @@ def test_images_of_train_that_are_in_val_too(
     write_zip_split(project.folder, "train", images, [*val.labels.tolist(), 0, 1, 2])
     assert run_calib(project, tmp_path, "--calib-order", "map")["calibration"]["images_also_evaluated"] == 8
     assert "warning: 8 calibration images are in val" in capsys.readouterr().err
+    checkpoint = ("--pretrained_dir", tmp_path / "out" / "vit_calib.pth", "--data-path", project.folder)
+    assert run(evaluate, *checkpoint, "--output", tmp_path / "again") == 0
+    assert json.loads((tmp_path / "again" / "result.json").read_text())["images_also_calibrated_on"] == 8
+    assert "8 of the images of this val were calibrated on" in capsys.readouterr().err
     train = open_split(str(project.folder), "train")
     assert training_ids(train, val, SILENT).tolist() == [22, 23, 24]
     assert "22 of 25 images of train are in val too: they are not trained on" in caplog.text

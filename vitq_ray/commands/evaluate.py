@@ -17,6 +17,7 @@ from vitq_ray.commands.inputs import (
     device_of,
     eval_transform,
     images_as,
+    images_calibrated_on,
     open_images,
     paths_of,
     require_as_calibrated,
@@ -189,10 +190,8 @@ def describe(
 
 
 def images_also_calibrated_on(job: EvaluationJob) -> int:
-    """Calibration images that are in this val too: all, if the checkpoint was calibrated on it."""
-    if job.sidecar is None or job.sidecar.calibration.get("data_fingerprint") != job.index.fingerprint:
-        return 0
-    return job.sidecar.setting.num_batches * job.sidecar.setting.batch_size
+    """As `images_calibrated_on`; a float model has none."""
+    return 0 if job.sidecar is None else images_calibrated_on(job.sidecar, job.index)
 
 
 def report(job: EvaluationJob, options: EvaluateOptions, evaluation: Evaluation, screen: Screen) -> None:

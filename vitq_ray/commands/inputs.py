@@ -139,6 +139,15 @@ def require_batch_fits(options: ModelOptions, geometry: Geometry, images: int, s
         )
 
 
+def images_calibrated_on(sidecar: Sidecar, val: SampleIndex) -> int:
+    """How many calibration images of a checkpoint are in this val, too, as far as its sidecar tells."""
+    if sidecar.calibration.get("data_fingerprint") == val.fingerprint:  # it was calibrated on images of val
+        return sidecar.setting.num_batches * sidecar.setting.batch_size
+    if sidecar.data_fingerprint == val.fingerprint:  # on images of train, some of which are copies
+        return int(sidecar.calibration.get("images_also_evaluated", 0))
+    return 0
+
+
 def checkpoint_name(options: ModelOptions) -> str:
     """Name of the files a checkpoint goes into: the model type given, or with `auto` the stem of its file."""
     if options.model_type != AUTO:

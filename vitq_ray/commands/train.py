@@ -27,6 +27,7 @@ from vitq_ray.commands.inputs import (
     checkpoint_name,
     device_of,
     eval_transform,
+    images_calibrated_on,
     open_images,
     paths_of,
     require_as_calibrated,
@@ -481,6 +482,7 @@ def trained_result(
         epochs=[epoch_row(report) for report in outcome.epochs],
         config=job.task.config.to_dict(),
         name=job.options.name,
+        images_also_calibrated_on=images_calibrated_on(job.task.start.sidecar, job.task.data.val),
     )
 
 
@@ -495,6 +497,8 @@ def report(
         screen.say(f"QAT won back {share:.0%} of the drop of {100 * drop:.2f} points")
     if outcome.best_epoch == 0:
         screen.warn("no epoch did better on the selection images than the start, which is what was written")
+    if overlap := images_calibrated_on(job.task.start.sidecar, job.task.data.val):
+        screen.warn(f"{overlap} of the images of this val were calibrated on")
     warn_of_bad_images(screen, read_bad_images(job.folder.path))
     screen.say(f"best epoch {outcome.best_epoch}; wrote {path}, {path.with_suffix('.json').name} and result.json")
     screen.say(seconds_line(watch.seconds))
