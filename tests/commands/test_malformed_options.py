@@ -81,6 +81,15 @@ def test_what_is_no_text(line: str) -> None:
         assert message_of(lambda value=value: kind.of({name: value})) == f"{name}: expected text, got {value!r}"  # type: ignore[misc]
 
 
+def test_every_path_is_a_place() -> None:
+    """What else takes text is none, so `~` is the user's home wherever a path is given."""
+    assert {name for _, name in TEXTS.values()} - {name for _, name in PLACES.values()} == {
+        "name",
+        "ray_address",
+        "model_type",
+    }
+
+
 @pytest.mark.parametrize("line", PLACES)
 def test_places(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, name = PLACES[line]
