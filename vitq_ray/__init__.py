@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from vitq_ray.calibration.setting import Setting as Setting
     from vitq_ray.commands.api import calibrate as calibrate
     from vitq_ray.commands.api import evaluate as evaluate
+    from vitq_ray.commands.api import export as export
     from vitq_ray.commands.api import train as train
     from vitq_ray.commands.api import tune as tune
     from vitq_ray.commands.calibrate import CalibrateResult as CalibrateResult
     from vitq_ray.commands.evaluate import EvaluateResult as EvaluateResult
+    from vitq_ray.commands.export import ExportResult as ExportResult
     from vitq_ray.commands.train import TrainResult as TrainResult
     from vitq_ray.commands.tune import TuneResult as TuneResult
     from vitq_ray.measure.evaluation import Evaluation as Evaluation
@@ -40,8 +42,10 @@ _WHERE = {
     "evaluate": "commands.api",
     "tune": "commands.api",
     "train": "commands.api",
+    "export": "commands.api",
     "CalibrateResult": "commands.calibrate",
     "EvaluateResult": "commands.evaluate",
+    "ExportResult": "commands.export",
     "TrainResult": "commands.train",
     "TuneResult": "commands.tune",
     "Evaluation": "measure.evaluation",

@@ -9,10 +9,11 @@ from typing import Any
 
 from vitq_ray.commands import calibrate as _calibrate
 from vitq_ray.commands import evaluate as _evaluate
+from vitq_ray.commands import export as _export
 from vitq_ray.commands import train as _train
 from vitq_ray.commands import tune as _tune
 from vitq_ray.commands.declare import signature_of
-from vitq_ray.commands.options import CalibrateOptions, EvaluateOptions, TrainOptions, TuneOptions
+from vitq_ray.commands.options import CalibrateOptions, EvaluateOptions, ExportOptions, TrainOptions, TuneOptions
 
 
 def calibrate(**options: Any) -> _calibrate.CalibrateResult:
@@ -35,10 +36,16 @@ def train(**options: Any) -> _train.TrainResult:
     return _train.train(TrainOptions.of(options))
 
 
+def export(**options: Any) -> _export.ExportResult:
+    """Write a calibrated model as an ONNX file for a runtime, and verify it on images."""
+    return _export.export(ExportOptions.of(options))
+
+
 for _function, _options, _result in (
     (calibrate, CalibrateOptions, _calibrate.CalibrateResult),
     (evaluate, EvaluateOptions, _evaluate.EvaluateResult),
     (tune, TuneOptions, _tune.TuneResult),
     (train, TrainOptions, _train.TrainResult),
+    (export, ExportOptions, _export.ExportResult),
 ):
     _function.__signature__ = signature_of(_options, _result)  # type: ignore[union-attr]

@@ -89,6 +89,15 @@ TRAIN = (
 )
 
 
+_FILE = "an ONNX file says it, or has none"
+EVALUATE_FILE = (
+    *(Idle(name, lambda o: True, _FILE) for name in ("quant_mode", "wprec", "aprec", "heads")),
+    Idle("num_workers", lambda o: o.num_workers is not None, "an ONNX file is run in this process"),
+    Idle("use_gpu", lambda o: o.use_gpu, "an ONNX file is run on the CPU"),
+)
+EXPORT = (Idle("use_gpu", lambda o: o.use_gpu, "a file is verified on the CPU"),)
+
+
 def require_used(options: Options, table: Iterable[Idle]) -> None:
     """Raise InputError for the first option that was given and does nothing."""
     for row in table:

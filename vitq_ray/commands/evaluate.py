@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vitq_ray.base.config import InputError
-from vitq_ray.base.files import atomic_file, output_file, output_folder
+from vitq_ray.base.files import output_file, output_folder
 from vitq_ray.commands import combinations
+from vitq_ray.commands.evaluate_file import evaluate_file, is_file
 from vitq_ray.commands.inputs import (
     device_of,
     eval_transform,
@@ -27,9 +27,17 @@ from vitq_ray.commands.inputs import (
 )
 from vitq_ray.commands.options import EvaluateOptions
 from vitq_ray.commands.outputs import require_apart
-from vitq_ray.commands.passes import ValImages, Workers, engine_for, evaluate_val, ignore, ray_for, workers_of
+from vitq_ray.commands.passes import (
+    KeptLogits,
+    ValImages,
+    Workers,
+    engine_for,
+    evaluate_val,
+    ignore,
+    ray_for,
+    workers_of,
+)
 from vitq_ray.commands.screen import SILENT, Screen, result_line, warn_of_bad_images, warn_of_left_out
-from vitq_ray.data.loader import Batch
 from vitq_ray.data.samples import SampleIndex
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.engines.execute import Engine, evaluation_batch
@@ -91,6 +99,8 @@ def evaluate(options: EvaluateOptions, screen: Screen = SILENT) -> EvaluateResul
         combinations.require_used(options, combinations.EVALUATE)
         options = with_sample(options, screen)
         require_apart(options)
+        if is_file(options):
+            return EvaluateResult(*evaluate_file(options, screen))
         job = prepare(options)
         warn_of_left_out(screen, {"val": job.index})
     kept = KeptLogits()
@@ -146,22 +156,6 @@ def classify_all(
     images = ValImages(job.index, job.ids, job.transform, job.device, job.to_input, job.bad_images)
     on_batch = kept.add if options.save_logits else ignore
     return evaluate_val(job.loaded.model, images, options, screen, engine, on_batch)
-
-
-class KeptLogits:
-    """Collects logits to be saved."""
-
-    def __init__(self) -> None:
-        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def add(self, batch: Batch, logits: Tensor) -> None:
-        self._parts.append((logits.float().cpu(), batch.labels, batch.sample_ids))
-
-    def save(self, path: Path) -> None:
-        """Arrays `logits` (N, classes), `labels` and `sample_id`."""
-        logits, labels, ids = (torch.cat(column).numpy() for column in zip(*self._parts, strict=True))
-        with atomic_file(path) as stream:
-            np.savez(stream, logits=logits, labels=labels, sample_id=ids)
 
 
 def describe(

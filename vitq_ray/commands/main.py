@@ -1,4 +1,4 @@
-"""What a user runs: `vitq-ray calib|evaluate|tune|qat`, and one function for every script.
+"""What a user runs: `vitq-ray calib|evaluate|tune|qat|export`, and one function for every script.
 
 Exit codes: 0 done, 2 bad input or options (one line on stderr), 1 anything else, 130 after Ctrl-C, 143 and 129 after
 SIGTERM and SIGHUP.
@@ -38,6 +38,7 @@ COMMANDS = {
         ),
         Command("tune", "tune", "TuneOptions", "tune_calib.py", "find the best setting of a search space"),
         Command("qat", "train", "TrainOptions", "qat.py", "train a calibrated checkpoint with its quantizers on"),
+        Command("export", "export", "ExportOptions", "export.py", "write an ONNX file for a runtime, and verify it"),
     )
 }
 
@@ -84,6 +85,11 @@ def tune_calib(argv: Sequence[str] | None = None) -> int:
 def qat(argv: Sequence[str] | None = None) -> int:
     """scripts/qat.py"""
     return run_script("qat", argv)
+
+
+def export(argv: Sequence[str] | None = None) -> int:
+    """scripts/export.py"""
+    return run_script("export", argv)
 
 
 def run_script(name: str, argv: Sequence[str] | None) -> int:

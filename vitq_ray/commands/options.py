@@ -18,6 +18,8 @@ from vitq_ray.data.folders import CLASS_ORDERS
 from vitq_ray.data.loader import ON_BAD_IMAGE
 from vitq_ray.engines.execute import AUTO as AUTO_ENGINE
 from vitq_ray.engines.execute import ENGINES
+from vitq_ray.engines.runtimes import RUNTIMES
+from vitq_ray.engines.targets import TARGETS
 from vitq_ray.models.geometry import AUTO
 from vitq_ray.qat.recipe import MOST_SEED, RECIPE_OPTIONS, RecipeOption
 from vitq_ray.quant.plan import MAX_BITS, MIN_BITS
@@ -188,18 +190,60 @@ class EvaluateOptions(ModelOptions, DecodeOptions, WorkerOptions):
         {command} --pretrained_dir runs/calib/vit_calib.pth --data-path /data/imagenet
 
     Bits and mode of a calibrated checkpoint come from its sidecar, and options that say otherwise are refused. One of
-    the old toolkit, without a sidecar, needs --quant-mode, --wprec and --aprec. Writes `result.json`, and with
+    the old toolkit, without a sidecar, needs --quant-mode, --wprec and --aprec. An ONNX file, of `export` or of another
+    program, runs in ONNX Runtime or with `--engine openvino` in OpenVINO. Writes `result.json`, and with
     `--save-logits` the arrays `logits` (N, classes), `labels` and `sample_id`.
     """
 
     batch_size: int | None = option(Number(int, 1), None, _BATCH_HELP)
-    engine: str = _engine()
+    engine: str = option(
+        Choice((*ENGINES, *RUNTIMES)),
+        AUTO_ENGINE,
+        "what runs quantized models; auto: the faster one that is exact here, or ort",
+    )
     quant_mode: str | None = option(_MODE, None, "mode of a calibrated checkpoint, if it has no sidecar")
     wprec: int | None = option(Number(int, MIN_BITS, MAX_BITS), None, "bits of its weights, if it has no sidecar")
     aprec: int | None = option(Number(int, MIN_BITS, MAX_BITS), None, "bits of its activations, if it has no sidecar")
     limit: int | None = option(Number(int, 1), None, "evaluate only the first N images of val")
     save_logits: str | None = option(Place(), None, "file (.npz) for the logits of every image")
     output: str = option(Place(), "runs/evaluate", "folder for result.json")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Batch sizes, such as `1,8`."""
+
+    shown: str | None = ""
+
+    def read(self, value: Any) -> tuple[int, ...]:
+        parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else (value,)
+        return tuple(int(_WORKERS.read(part)) for part in parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(ModelOptions, DecodeOptions):
+    """Write a calibrated or trained model as an ONNX file that a runtime executes in INT8, and verify it on val.
+
+        {command} --target ort --run runs/search                            # the best of a finished search or training
+        {command} --target openvino --pretrained_dir runs/calib/vit_calib.pth --data-path /data/imagenet
+
+    Q/DQ stand at exactly the sites of the checkpoint's plan; calibrate with --quant-mode ort, openvino or tensorrt to
+    have those that the target computes in integers. The file is run in ONNX Runtime, with its integer kernels and
+    without, and for openvino in OpenVINO, beside the plan as it is executed here. Writes the file, verification.json
+    and result.json.
+    """
+
+    target: str = option(Choice(tuple(TARGETS)), "ort", "the runtime that the file is for")
+    run: str | None = option(Place(), None, "folder of a finished search or training, in place of a checkpoint")
+    limit: int = option(Number(int, 1), 512, "verify on the first N images of val")
+    float16: bool = option(Flag(), False, "all that is not an integer in 16 bits")
+    unsigned_weights: bool = option(
+        Flag(), False, "weights as uint8 around 128: the same integers, which do not saturate on CPUs without VNNI"
+    )
+    reduce_range: bool = option(Flag(), False, "weights of 7 bits, which do not saturate there either")
+    force: bool = option(Flag(), False, "export what the target has no integer kernels for, too")
+    latency: tuple[int, ...] | None = option(Sizes(), None, "measure ms per image at batch sizes such as 1,8")
+    output: str = option(Place(), "runs/export", "folder for the file")
 
 
 @dataclass(frozen=True, kw_only=True)

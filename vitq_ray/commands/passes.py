@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
+from vitq_ray.base.files import atomic_file
 from vitq_ray.cluster.start import cluster
 from vitq_ray.cluster.workers import WorkerPool, collect_with, evaluate_on, torch_threads
 from vitq_ray.commands.options import CalibrateOptions, EvaluateOptions, WorkerOptions
@@ -130,3 +133,23 @@ def evaluate_val(
     if evaluation.images == 0:
         raise InputError(f"{options.data_path}: no readable image in val")
     return evaluation
+
+
+class KeptLogits:
+    """Collects logits to be saved."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(self, batch: Batch, logits: Tensor) -> None:
+        self._parts.append((logits.float().cpu(), batch.labels, batch.sample_ids))
+
+    def logits(self) -> Tensor:
+        """(N, classes)"""
+        return torch.cat([logits for logits, _, _ in self._parts])
+
+    def save(self, path: Path) -> None:
+        """Arrays `logits` (N, classes), `labels` and `sample_id`."""
+        logits, labels, ids = (torch.cat(column).numpy() for column in zip(*self._parts, strict=True))
+        with atomic_file(path) as stream:
+            np.savez(stream, logits=logits, labels=labels, sample_id=ids)

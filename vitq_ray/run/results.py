@@ -26,6 +26,7 @@ from vitq_ray.data.samples import SampleIndex
 from vitq_ray.measure.evaluation import Counts, Evaluation
 
 CALIBRATION, EVALUATION, SEARCH, TRAINING = "calib", "evaluate", "tune_calib", "qat"  # names of the scripts
+EXPORT = "export"
 RESULT = "result.json"
 _COUNTS: Schema = {"images": int, "top1_correct": int}
 _PARTS: Schema = dict.fromkeys(("selection", "report", "val"), _COUNTS)

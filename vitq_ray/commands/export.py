@@ -1,0 +1,327 @@
+"""Write a calibrated model as an ONNX file for a runtime, and verify it on images of val.
+
+checkpoint, or best of a run ──► plan ──► what the target refuses ──► ONNX with Q/DQ ──► runtimes, beside the plan here
+    ──► verification.json, result.json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitq_ray.base.config import InputError
+from vitq_ray.base.files import atomic_file, output_folder, write_json
+from vitq_ray.commands import combinations
+from vitq_ray.commands.inputs import eval_transform, images_as, open_images, require_as_calibrated
+from vitq_ray.commands.options import ExportOptions
+from vitq_ray.commands.outputs import require_apart
+from vitq_ray.commands.passes import KeptLogits
+from vitq_ray.commands.screen import SILENT, Screen, percent, result_line, warn_of_bad_images, warn_of_left_out
+from vitq_ray.data.loader import iter_batches
+from vitq_ray.data.samples import SampleIndex
+from vitq_ray.data.transforms import EvalTransform
+from vitq_ray.engines.execute import evaluation_batch, executed, find_engine
+from vitq_ray.engines.gemm import HAS_VNNI
+from vitq_ray.engines.onnx import Encoding, needed, onnx_model
+from vitq_ray.engines.runtimes import METADATA, OPENVINO, ORT, Census, open_file
+from vitq_ray.engines.targets import TARGETS, Shape, Target, reduced_range
+from vitq_ray.measure.comparison import Comparison, compare
+from vitq_ray.measure.evaluation import Evaluation, evaluate_variants
+from vitq_ray.measure.latency import milliseconds
+from vitq_ray.models.checkpoint import CalibratedModel, load_calibrated
+from vitq_ray.quant.plan import Plan
+from vitq_ray.quant.vit import apply_plan, float_copy
+from vitq_ray.run.results import EXPORT, Stopwatch, left_out_rows, read_result, result_of, versions, write_result
+
+VERIFICATION = "verification.json"
+FLOAT, PLAN = "float", "plan"  # variants beside the files: the float model, and the plan as it is executed here
+ORT_FLOAT = "ort, Q/DQ in float"
+_LEAST_AGREEMENT = 0.995
+_SATURATES = 1.05  # times the KL without integer kernels
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What `export` wrote.
+
+    Attributes:
+        file: the ONNX file.
+        verification: what `verification.json` holds.
+        result: what `result.json` holds.
+    """
+
+    file: Path
+    verification: dict[str, Any]
+    result: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """What is exported, and the images it is verified on."""
+
+    name: str
+    calibrated: CalibratedModel
+    plan: Plan
+    target: Target
+    transform: EvalTransform
+    index: SampleIndex
+    ids: range
+    bad_images: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.calibrated.loaded.model
+
+    def to_input(self, images: Tensor) -> Tensor:
+        """uint8 (B, S, S, 3) -> float32 (B, 3, S, S)."""
+        return self.transform.normalize(images)
+
+
+def export(options: ExportOptions, screen: Screen = SILENT) -> ExportResult:
+    """Write the file, run it on images of val, and say what came of it.
+
+    Raises InputError for what is wrong with options, checkpoint or images, and for what the target has no integer
+    kernels for, unless `force` is given.
+    """
+    watch = Stopwatch()
+    with watch.stage("load"):
+        needed("onnx", "onnx"), needed("onnxruntime", "onnx")
+        if options.target == OPENVINO:
+            needed("openvino", "openvino")
+        combinations.require_used(options, combinations.EXPORT)
+        options = with_run(options)
+        require_apart(options)
+        job = prepare(options, screen)
+        warn_of_left_out(screen, {"val": job.index})
+        file = output_folder(options.output, options.name_of("output")) / f"{job.name}_{job.target.name}.onnx"
+    with watch.stage("write"):
+        write_file(job, options, file)
+        screen.say(f"wrote {file}")
+    with watch.stage("verify"):
+        verification, evaluation = verify(job, options, file, screen)
+    write_json(file.parent / VERIFICATION, verification)
+    loaded, sidecar = job.calibrated.loaded, job.calibrated.sidecar
+    result = result_of(
+        EXPORT,
+        evaluation,
+        options=options.to_dict(),
+        setting=sidecar.setting.to_dict(),
+        weights_fingerprint=loaded.fingerprint,
+        data_fingerprint=job.index.fingerprint,
+        bad_images=job.bad_images,
+        left_out=left_out_rows({"val": job.index}),
+        seconds=watch.seconds,
+        images_as=images_as(job.transform),
+        verification=verification,
+    )
+    write_result(file.parent, result)
+    warn_of_bad_images(screen, job.bad_images)
+    screen.say(f"wrote {VERIFICATION} and result.json")
+    return ExportResult(file, verification, result)
+
+
+# What is exported ---------------------------------------------------------------------------------------------------
+
+
+def with_run(options: ExportOptions) -> ExportOptions:
+    """The checkpoint and the images of a finished run, where one is named."""
+    if options.run is None:
+        if options.pretrained_dir is None:
+            raise InputError(f"{options.name_of('pretrained_dir')}: needed, a calibrated checkpoint, or a finished run")
+        if options.data_path is None:
+            raise InputError(f"{options.name_of('data_path')}: needed: the file is verified on images of val")
+        return options
+    if options.pretrained_dir is not None:
+        raise InputError(f"{options.name_of('run')}: {options.run} given, and a checkpoint, too; expected one of them")
+    folder = Path(options.run)
+    made = read_result(folder)
+    found = [
+        path for place in (folder / "best", folder) for kind in ("qat", "calib") for path in place.glob(f"*_{kind}.pth")
+    ]
+    if not found:
+        raise InputError(f"{folder}: holds no calibrated checkpoint; expected the folder of a finished run")
+    data = options.data_path or made["options"].get("data_path")
+    if data is None:
+        raise InputError(f"{options.name_of('data_path')}: needed: the file is verified on images of val")
+    return dataclasses.replace(options, pretrained_dir=str(found[0]), data_path=data)
+
+
+def prepare(options: ExportOptions, screen: Screen) -> ExportJob:
+    """Open every file, and refuse what the target has no kernels for."""
+    assert options.pretrained_dir is not None
+    calibrated, target = load_calibrated(options.pretrained_dir), TARGETS[options.target]
+    require_as_calibrated(options, calibrated.sidecar)
+    geometry, plan = calibrated.loaded.geometry, calibrated.plan
+    shape = Shape(geometry.num_tokens, geometry.width // geometry.heads, geometry.width, geometry.mlp_width)
+    problems = list(target.problems(plan, shape, geometry.depth))
+    if problems and not options.force:
+        raise InputError(
+            f"{options.name_of('target')}: {target.name}: {'; '.join(problems)}; {options.name_of('force')} exports it "
+            "all the same"
+        )
+    for problem in problems:
+        screen.warn(f"{target.name}: {problem}; exported all the same: expect it to be slow or refused there")
+    if options.reduce_range:
+        plan = reduced_range(plan)
+        apply_plan(calibrated.loaded.model, plan)
+    index = open_images(options, "val", geometry.num_classes)
+    return ExportJob(
+        name=Path(options.pretrained_dir).stem,
+        calibrated=calibrated,
+        plan=plan,
+        target=target,
+        transform=eval_transform(calibrated.loaded, calibrated.sidecar.crop_pct),
+        index=index,
+        ids=range(min(len(index), options.limit)),
+    )
+
+
+def write_file(job: ExportJob, options: ExportOptions, path: Path) -> None:
+    """The file, with what is known of it under `METADATA`."""
+    loaded, sidecar = job.calibrated.loaded, job.calibrated.sidecar
+    known = {
+        **images_as(job.transform),
+        "img_size": loaded.geometry.img_size,
+        "num_classes": loaded.geometry.num_classes,
+        "model_type": loaded.geometry.model_type,
+        "target": job.target.name,
+        "setting": sidecar.setting.to_dict(),
+        "weights_fingerprint": loaded.fingerprint,
+        "checkpoint_fingerprint": sidecar.checkpoint_fingerprint,
+        "versions": versions(),
+    }
+    encoding = Encoding(job.target, options.float16, options.unsigned_weights)
+    made = onnx_model(loaded.model, job.plan, encoding, {METADATA: json.dumps(known)})
+    with atomic_file(path) as stream:
+        stream.write(made.SerializeToString())
+
+
+# Verification -------------------------------------------------------------------------------------------------------
+
+
+def verify(job: ExportJob, options: ExportOptions, file: Path, screen: Screen) -> tuple[dict[str, Any], Evaluation]:
+    """(what verification.json holds, what every image came to with the file in its own runtime)."""
+    files = {ORT: open_file(str(file), ORT), ORT_FLOAT: open_file(str(file), ORT, integers=False)}
+    if job.target.name == OPENVINO:
+        files[OPENVINO] = open_file(str(file), OPENVINO)
+    engine = find_engine("auto", job.model, job.transform.size, torch.device("cpu"))
+    with ExitStack() as stack:
+        plan = stack.enter_context(executed(job.model, engine))
+        variants: dict[str, nn.Module] = {FLOAT: float_copy(job.model).eval(), PLAN: plan, **files}
+        evaluations, logits = run_all(job, options, variants, screen)
+        latency = measured(job, options, variants, screen)
+    kl = {name: compare(logits[name], logits[FLOAT]) for name in variants if name != FLOAT}
+    agree = {name: compare(logits[name], logits[PLAN]) for name in files}
+    census = {name: model.census() for name, model in files.items() if name != ORT_FLOAT}
+    bytes_of_float = 4 * sum(parameter.numel() for parameter in job.model.parameters())
+    for name in variants:
+        screen.say(line_of(name, evaluations[name], kl.get(name), agree.get(name), census.get(name)))
+    ratio = file.stat().st_size / bytes_of_float
+    screen.say(f"size: {file.stat().st_size} bytes, {percent(ratio)} of the float weights")
+    notes = list(remarks(job, options, kl, agree))
+    for note in notes:
+        screen.warn(note)
+    own = OPENVINO if job.target.name == OPENVINO else ORT
+    verification = {
+        "file": file.name,
+        "target": job.target.name,
+        "engine": engine.to_dict(),
+        "images": evaluations[PLAN].images,
+        "bytes": file.stat().st_size,
+        "bytes_of_float": bytes_of_float,
+        "variants": {
+            name: {
+                **evaluations[name].summary(),
+                "to_float": kl[name].to_dict() if name in kl else None,
+                "to_plan": agree[name].to_dict() if name in agree else None,
+                **(census[name].to_dict() if name in census else {}),
+            }
+            for name in variants
+        },
+        "latency": latency,
+        "conditions": conditions(job),
+        "notes": notes,
+        "versions": versions() | {name: needed(name, "onnx").__version__ for name in ("onnx", "onnxruntime")},
+    }
+    return verification, evaluations[own]
+
+
+def run_all(
+    job: ExportJob, options: ExportOptions, variants: dict[str, nn.Module], screen: Screen
+) -> tuple[dict[str, Evaluation], dict[str, Tensor]]:
+    """All variants on the same images: what came of them, and their logits."""
+    kept = {name: KeptLogits() for name in variants}
+    size = min(evaluation_batch(job.model, torch.device("cpu")) * torch.get_num_threads(), 100)
+    batches = iter_batches(
+        job.index, job.ids, job.transform, size, options.decode_threads, options.on_bad_image, job.bad_images
+    )
+    shown = screen.track(batches, -(-len(job.ids) // size), "verify")
+    evaluations = evaluate_variants(
+        variants, shown, job.to_input, lambda name, batch, rows: kept[name].add(batch, rows)
+    )
+    if evaluations[PLAN].images == 0:
+        raise InputError(f"{options.data_path}: no readable image in val")
+    return evaluations, {name: rows.logits() for name, rows in kept.items()}
+
+
+def measured(
+    job: ExportJob, options: ExportOptions, variants: dict[str, nn.Module], screen: Screen
+) -> list[dict[str, Any]]:
+    """Milliseconds per image of every variant at the batch sizes that were asked for."""
+    rows = []
+    for size in options.latency or ():
+        images = torch.randn(size, 3, job.transform.size, job.transform.size)
+        found = milliseconds(variants, images)
+        rows += [{"variant": name, "batch": size, "ms_per_image": ms} for name, ms in found.items()]
+        screen.say(f"ms per image, batch {size}: " + ", ".join(f"{name} {ms:.2f}" for name, ms in found.items()))
+    return rows
+
+
+def conditions(job: ExportJob) -> dict[str, bool]:
+    """What the target asks of a model's shape, and whether it is so."""
+    geometry = job.calibrated.loaded.geometry
+    shape = Shape(geometry.num_tokens, geometry.width // geometry.heads, geometry.width, geometry.mlp_width)
+    return job.target.conditions(shape)
+
+
+def remarks(
+    job: ExportJob, options: ExportOptions, to_float: dict[str, Comparison], to_plan: dict[str, Comparison]
+) -> list[str]:
+    """What a reader must know."""
+    notes = []
+    for name, found in to_plan.items():
+        if found.agreement < _LEAST_AGREEMENT:
+            notes.append(
+                f"{name}: gives another class than the plan here for {percent(1 - found.agreement)} of the images"
+            )
+    kernels, exact = to_float[ORT].kl, to_float[ORT_FLOAT].kl
+    if not HAS_VNNI and kernels > _SATURATES * exact and not options.unsigned_weights:
+        notes.append(
+            f"ort: integer kernels saturate on this CPU, which has no VNNI: KL to float {kernels:.4f}, {exact:.4f} "
+            f"without them; {options.name_of('unsigned_weights')} does not, nor does {options.name_of('reduce_range')}"
+        )
+    if job.target.name == "tensorrt":
+        notes.append("tensorrt: no engine was built here; what was run is the file in ONNX Runtime")
+    return notes
+
+
+def line_of(
+    name: str, evaluation: Evaluation, to_float: Comparison | None, to_plan: Comparison | None, census: Census | None
+) -> str:
+    text = result_line(name, evaluation)
+    if to_float is not None:
+        text += f"; KL to float {to_float.kl:.4f}"
+    if to_plan is not None:
+        text += f"; same class as the plan here {percent(to_plan.agreement)}"
+    if census is not None:
+        text += f"; {len(census.integer)} products, {percent(census.share)} of the multiply-accumulates, in integers"
+        if census.floating:
+            text += f"; in float: {', '.join(list(census.floating)[:6])}" + (" …" if len(census.floating) > 6 else "")
+    return text
