@@ -16,7 +16,7 @@ from vitq_ray.commands import combinations, train
 from vitq_ray.commands.declare import Options
 from vitq_ray.commands.inputs import bundled_spaces, find_space
 from vitq_ray.commands.main import COMMANDS
-from vitq_ray.commands.options import CalibrateOptions, EvaluateOptions, TrainOptions, TuneOptions
+from vitq_ray.commands.options import CalibrateOptions, EvaluateOptions, ExportOptions, TrainOptions, TuneOptions
 from vitq_ray.commands.parser import parse, parser_of
 from vitq_ray.commands.resume import with_stored
 from vitq_ray.commands.screen import SILENT
@@ -27,7 +27,7 @@ from vitq_ray.quant.plan import Plan, SitePlan, rule_of
 from vitq_ray.quant.sites import MODES, sites_of_blocks
 from vitq_ray.search.space import load_space, space_of
 
-ALL = (CalibrateOptions, EvaluateOptions, TuneOptions, TrainOptions)
+ALL = (CalibrateOptions, EvaluateOptions, TuneOptions, TrainOptions, ExportOptions)
 
 
 @pytest.mark.parametrize("kind", ALL)

@@ -114,7 +114,7 @@ def reduced_range(plan: Plan) -> Plan:
 
     def reduced(key: str, site: SitePlan) -> SitePlan:
         right = "_weight_quantizer" in key or key.endswith(RIGHT)
-        bits = min(site.rule.bits, 7) if right else site.rule.bits
+        bits = min(site.rule.bits, 7) if right and site.rule.signed else site.rule.bits
         return SitePlan(site.amax, dataclasses.replace(site.rule, bits=bits))
 
     return dataclasses.replace(plan, sites={key: reduced(key, site) for key, site in plan.sites.items()})
