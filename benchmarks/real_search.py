@@ -27,6 +27,7 @@ from vitq_ray.calibration.setting import read_setting
 from vitq_ray.calibration.statistics import collect_statistics
 from vitq_ray.data.loader import iter_batches
 from vitq_ray.data.samples import open_split
+from vitq_ray.data.splits import default_calib_split
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.measure.evaluation import evaluate
 from vitq_ray.models.load import load_model
@@ -62,6 +63,7 @@ def one_by_one(options: argparse.Namespace, result: dict[str, object], images: i
     """Seconds of each of some settings, on their own."""
     candidates = rows_of(result)
     chosen = candidates[:: max(1, len(candidates) // options.settings)][: options.settings]
+    split = default_calib_split(options.data_path)
     seconds = []
     for row in chosen:
         setting = read_setting(row["setting"], result["format"], 8)
@@ -69,7 +71,7 @@ def one_by_one(options: argparse.Namespace, result: dict[str, object], images: i
         loaded = load_model("auto", options.pretrained_dir, None)
         model, transform = quantize_vit(loaded.model).eval(), EvalTransform(loaded.geometry.img_size)
         classes = loaded.geometry.num_classes
-        train, val = (open_split(options.data_path, name, classes) for name in ("train", "val"))
+        train, val = (open_split(options.data_path, name, classes) for name in (split, "val"))
         size, count = setting.batch_size, setting.num_batches
 
         def to_input(x: torch.Tensor, transform: EvalTransform = transform) -> torch.Tensor:

@@ -81,8 +81,13 @@ def test_order_of_rules_matters() -> None:
         ({"rules": ["0.attn.* -> x 0"]}, "rule of 0.attn.*: factor: expected a number > 0, got 0.0"),
         ({"rules": ["0.attn.* -> x nan"]}, "factor: expected a number > 0, got nan"),
         ({"rules": [3]}, "rule: 3 is not of the form"),
-        ({"transforms": ["rotation"]}, "transforms: 'rotation' is not one of none, there are none yet"),
-        ({"corrections": ["bias 1"]}, "corrections: 'bias 1' is not one of none"),
+        (
+            {"transforms": ["rotation"]},
+            "transforms: 'rotation' is not one of fold, rotate, shift, heads, balance, migrate",
+        ),
+        ({"corrections": ["bias 1"]}, "corrections: bias takes no strength, got 'bias 1'"),
+        ({"transforms": ["balance 9"]}, "transforms: balance: strength: expected a number in [-2, 2], got '9'"),
+        ({"transforms": ["fold", "fold"]}, "transforms: fold, fold: one is named twice"),
         ({"mod": "ft1"}, "Setting: unknown key 'mod'; the keys are mode, calibrator"),
     ],
 )

@@ -130,7 +130,7 @@ def test_rules_are_drawn_too(algorithm: str, tmp_path: Path) -> None:
         ('SPACE = {"0.attn.*": ["8 bit", "half"]}', r"mine\.py: rule of 0.attn.\*: 'half' is not one of max"),
         ('SPACE = {"0.attn.*": [4]}', r"rule: \('0.attn.\*', 4\) is not of the form"),
         ('SPACE = {"rules": ["0.* -> off"]}', "rules: expected a list of rules, got '0"),
-        ('SPACE = {"transforms": [["rotation"]]}', "transforms: 'rotation' is not one of none"),
+        ('SPACE = {"transforms": [["rotation"]]}', "transforms: 'rotation' is not one of fold"),
         ('SPACE = {"weights": ["entropy"]}', "calibrator of weights: 'entropy' is not one of max, mse"),
         ("SPACE = {", r"mine\.py: line 1: SyntaxError"),
         ("x = 1\ny = x / 0", r"mine\.py: line 2: ZeroDivisionError: division by zero"),

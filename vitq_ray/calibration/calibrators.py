@@ -212,6 +212,8 @@ def _weight_mse(weight: Tensor, values: tuple[float, ...], axis: int | None, bit
     return weight_mse(weight, axis, bits)
 
 
+SENSITIVITY = "sensitivity"  # in place of a kind of statistics
+
 # The table ----------------------------------------------------------------------------------------------------------
 
 
@@ -240,7 +242,9 @@ class Calibrator:
     Attributes:
         name: as options, search spaces and files have it.
         help: half a sentence for the command line.
-        statistic: what it needs to have seen of an activation tensor, a key of `statistics.STATISTICS`.
+        statistic: what it needs to have seen of an activation tensor: a key of `statistics.STATISTICS`, or
+            `SENSITIVITY`, whose loss curves say themselves where they are least: of activations, weights, and of
+            tensors that share a scale.
         activation: (what was seen of each tensor, parameter values, bits) -> (tensors,) amax.
         weight: ((rows, columns) weight, parameter values, axis, bits) -> amax, as `weight_max`; None: not for weights.
         parameters: the numbers behind its name in the text form, `percentile 99.9`.
@@ -249,9 +253,19 @@ class Calibrator:
     name: str
     help: str
     statistic: str
-    activation: Callable[[Sequence[Any], tuple[float, ...], int], Amax]
+    activation: Callable[[Sequence[Any], tuple[float, ...], int], Amax] | None = None
     weight: Callable[[Tensor, tuple[float, ...], int | None, int], Tensor] | None = None
     parameters: tuple[Parameter, ...] = ()
+
+    @property
+    def by_curves(self) -> bool:
+        """Scales come from `sensitivity.Curve`."""
+        return self.statistic == SENSITIVITY
+
+    @property
+    def of_weights(self) -> bool:
+        """It can calibrate weights."""
+        return self.weight is not None or self.by_curves
 
     @property
     def usage(self) -> str:
@@ -283,13 +297,14 @@ CALIBRATORS: dict[str, Calibrator] = {
         ),
         Calibrator("mse", "least squared error", "histogram", lambda s, _, bits: mse_amax(s, bits), _weight_mse),
         Calibrator("entropy", "least KL divergence", "histogram", lambda s, _, bits: entropy_amax(s, bits)),
+        Calibrator("fisher", "least predicted KL of the model's output", SENSITIVITY),
     )
 }
 
 
 def weight_calibrators() -> tuple[str, ...]:
     """Names of the calibrators that can calibrate weights."""
-    return tuple(name for name, row in CALIBRATORS.items() if row.weight is not None)
+    return tuple(name for name, row in CALIBRATORS.items() if row.of_weights)
 
 
 @dataclass(frozen=True)

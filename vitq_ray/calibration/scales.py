@@ -23,12 +23,14 @@ from dataclasses import dataclass
 from functools import lru_cache, reduce
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
-from vitq_ray.calibration.calibrators import Calibration, max_amax, noise_to_signal
+from vitq_ray.calibration.calibrators import SENSITIVITY, Calibration, max_amax, noise_to_signal
 from vitq_ray.calibration.histogram import WOKEN, Histogram, Range, range_of
+from vitq_ray.calibration.sensitivity import Curve, Grid, Sensitivity
 from vitq_ray.calibration.setting import Rule, Setting, require_sites
 from vitq_ray.calibration.statistics import HISTOGRAM, RANGE, CalibrationStatistics
 from vitq_ray.quant.fake_quant import fake_quantize
@@ -69,6 +71,21 @@ class _Wanted:
 def require_possible(setting: Setting, depth: int) -> None:
     """InputError where a model of `depth` blocks cannot do what the rules ask for; as `Scales.plan`, but at once."""
     _wanted(setting, depth)
+
+
+def grids_of_setting(setting: Setting, depth: int) -> dict[str, tuple[Grid, ...]]:
+    """{site: grids whose loss curves say how a setting does there}. InputError as `Scales.plan`."""
+    return {key: _grids(wanted.rule, wanted.grid) for key, wanted in _wanted(setting, depth).items()}
+
+
+def _grids(rule: SiteRule, grid: str) -> tuple[Grid, ...]:
+    """An asymmetric grid is judged by its step: by the symmetric one, or where nothing is negative by the unsigned."""
+    own = (rule.axis, rule.levels)
+    return (own, (rule.axis, _symmetric(rule))) if grid == ASYMMETRIC else (own,)
+
+
+def _symmetric(rule: SiteRule) -> tuple[int, int]:
+    return SiteRule(rule.bits).levels
 
 
 def require_all_possible(settings: Iterable[Setting], depth: int) -> None:
@@ -134,24 +151,26 @@ def _require_fused_alike(wanted: Mapping[str, _Wanted], depth: int) -> None:
                 )
 
 
-def kinds_needed(settings: Iterable[Setting]) -> tuple[str, ...]:
-    """What statistics must keep for these settings: keys of `statistics.STATISTICS`."""
+def kinds_needed(settings: Iterable[Setting], *others: str) -> tuple[str, ...]:
+    """What statistics must keep for these settings, and for who else needs some: keys of `statistics.STATISTICS`."""
     settings = list(settings)
     signs = any(MODES[s.mode].asymmetric or any(rule.grid is not None for rule in s.rules) for s in settings)
-    return kinds_of((c for s in settings for c in s.calibrations), *([RANGE] if signs else []))
+    return kinds_of((c for s in settings for c in s.calibrations), *([RANGE] if signs else []), *others)
 
 
 def kinds_of(calibrations: Iterable[Calibration], *others: str) -> tuple[str, ...]:
     """What statistics must keep for these calibrators, and for who else needs some."""
-    kinds = {calibration.row.statistic for calibration in calibrations} | set(others)
+    kinds = ({calibration.row.statistic for calibration in calibrations} | set(others)) - {SENSITIVITY}
     return tuple(sorted(kinds - ({RANGE} if HISTOGRAM in kinds else set())))  # a histogram knows its range
 
 
 class Scales:
-    """The plans of any settings, from one set of statistics and the weights of a model."""
+    """The plans of any settings, from what was seen of a model, and its weights."""
 
-    def __init__(self, model: nn.Module, statistics: CalibrationStatistics) -> None:
-        self._statistics = statistics
+    def __init__(
+        self, model: nn.Module, statistics: CalibrationStatistics | None, sensitivity: Sensitivity | None = None
+    ) -> None:
+        self._statistics, self._sensitivity = statistics, sensitivity
         self._depth = len(quant_blocks(model))
         self._sites = sites_of_blocks(self._depth)
         self._weights = site_weights(model)
@@ -172,7 +191,7 @@ class Scales:
         amax = self._amax_of_tensors(wanted, setting.num_batches) | self._amax_of_weights(wanted)
         amax = {key: value if wanted[key].factor == 1 else value * wanted[key].factor for key, value in amax.items()}
         if MODES[setting.mode].fuse_qkv:
-            amax |= self._fused(amax)
+            amax |= self._fused(amax, wanted)
         sites = {key: SitePlan(amax[key], wanted[key].rule) for key in self._sites}
         return Plan(setting.mode, sites | self._asymmetric(setting, wanted, amax))
 
@@ -199,6 +218,7 @@ class Scales:
     def _range(self, key: str, num_batches: int) -> Range:
         """The smallest and the largest value seen at an activation site. StatisticsError where signs were not kept."""
         if num_batches not in self._ranges:
+            assert self._statistics is not None
             seen = self._statistics.after(num_batches, RANGE)
             self._ranges[num_batches] = dict(zip(self._statistics.keys, map(range_of, seen), strict=True))
         return self._ranges[num_batches][key.removesuffix(self._sites[key].name) + self._sites[key].tensor]
@@ -213,6 +233,9 @@ class Scales:
                 group[key] = index + site.tensor
         amax: dict[str, Tensor] = {}
         for (calibration, bits), tensors in groups.items():
+            if calibration.row.by_curves:
+                amax |= {key: _amax(self._curve_of(key, wanted[key]).best()) for key in tensors}
+                continue
             known = self._calibrate(calibration, num_batches, bits, list(dict.fromkeys(tensors.values())))
             on = [key for key in tensors if wanted[key].rule.on]
             self._require_distribution(calibration, num_batches, {key: tensors[key] for key in on})
@@ -226,6 +249,8 @@ class Scales:
         missing = [tensor for tensor in tensors if tensor not in known]
         if missing:
             row = calibration.row
+            assert row.activation is not None  # the others have curves
+            assert self._statistics is not None
             seen = dict(zip(self._statistics.keys, self._statistics.after(num_batches, row.statistic), strict=True))
             values_seen = [seen[tensor] for tensor in missing]
             woken = [isinstance(value, Histogram) and value.woken for value in values_seen]
@@ -246,18 +271,70 @@ class Scales:
 
     def _weigh(self, calibration: Calibration, rule: SiteRule, key: str) -> Tensor:
         place = (calibration, rule.axis, rule.bits, key)
+        if calibration.row.by_curves:
+            return _amax(self._curve(key, rule.axis, rule.levels).best())
         if place not in self._of_weights:
             scale = calibration.row.weight
             assert scale is not None  # Setting and _can_calibrate have checked it
             self._of_weights[place] = scale(self._weights[key], calibration.values, rule.axis, rule.bits).cpu()
         return self._of_weights[place]
 
-    def _fused(self, amax: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Query, key and value with the maximum of their three scales, in every block."""
+    def _fused(self, amax: Mapping[str, Tensor], wanted: Mapping[str, _Wanted]) -> dict[str, Tensor]:
+        """Query, key and value with one scale, in every block: the maximum of theirs, or, where curves say how much
+        each would lose, that of the least loss together."""
         fused: dict[str, Tensor] = {}
         for keys in _groups(FUSED_GROUPS, self._depth):
-            fused |= dict.fromkeys(keys, torch.stack([amax[key] for key in keys]).amax(dim=0))
+            if all(wanted[key].calibration.row.by_curves for key in keys):
+                together = Curve.together([self._curve_of(key, wanted[key]) for key in keys])
+                shared = _amax(together.best()) * wanted[keys[0]].factor
+            else:
+                shared = torch.stack([amax[key] for key in keys]).amax(dim=0)
+            fused |= dict.fromkeys(keys, shared)
         return fused
+
+    # What a plan promises -----------------------------------------------------------------------------------------
+
+    def predicted_kl(self, plan: Plan) -> dict[str, float]:
+        """{site that is on: predicted KL to the float model, in nats}; tensors of several sites count once.
+
+        Raises ValueError where the model's sensitivity was not looked at.
+        """
+        losses: dict[str, float] = {}
+        counted = set()
+        for key, site in plan.sites.items():
+            if not site.rule.on:
+                continue
+            tensor = self._tensor_of(key)
+            if tensor in counted and self._sites[key].family != WEIGHT:
+                losses[key] = 0.0
+                continue
+            counted.add(tensor)
+            amax, levels = np.atleast_1d(site.amax.numpy()), site.rule.levels
+            if site.rule.zero_point:
+                levels = _symmetric(site.rule)
+                amax = amax * (levels[1] / site.rule.levels[1])
+            losses[key] = float(self._curve(key, site.rule.axis, levels).at(amax).sum())
+        return losses
+
+    def _curve_of(self, key: str, wanted: _Wanted) -> Curve:
+        """By which the scale of a site is chosen."""
+        levels = _symmetric(wanted.rule) if wanted.grid == ASYMMETRIC else wanted.rule.levels
+        return self._curve(key, wanted.rule.axis, levels)
+
+    def _curve(self, key: str, axis: int | None, levels: tuple[int, int]) -> Curve:
+        """Predicted KL of a site at values of amax."""
+        if self._sensitivity is None:
+            raise ValueError("scales: the sensitivity of this model was not looked at")
+        return self._sensitivity.curve(key if key in self._weights else self._tensor_of(key), axis, levels)
+
+    def _tensor_of(self, key: str) -> str:
+        """Full name of the tensor that a site sees."""
+        site = self._sites[key]
+        return key.removesuffix(site.name) + site.tensor
+
+
+def _amax(values: npt.NDArray[np.float64]) -> Tensor:
+    return torch.from_numpy(np.asarray(values)).float()
 
 
 def _site_between(ends: Range, rule: SiteRule) -> SitePlan:
@@ -272,7 +349,7 @@ def _site_between(ends: Range, rule: SiteRule) -> SitePlan:
 def _can_change(rule: Rule, site: Site) -> bool:
     if site.family != WEIGHT:
         return True
-    return rule.grid is None and (rule.calibrator is None or rule.calibrator.row.weight is not None)
+    return rule.grid is None and (rule.calibrator is None or rule.calibrator.row.of_weights)
 
 
 def _of_weights(rule: Rule) -> str:

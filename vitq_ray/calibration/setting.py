@@ -19,6 +19,8 @@ from typing import Any
 
 from vitq_ray.base.config import Config, InputError, is_number, require_choice, require_int
 from vitq_ray.calibration.calibrators import CALIBRATORS, PERCENTILE, Calibration, weight_calibrators
+from vitq_ray.calibration.corrections import CORRECTIONS
+from vitq_ray.calibration.transforms import TRANSFORMS
 from vitq_ray.quant.plan import MAX_BITS, MIN_BITS
 from vitq_ray.quant.sites import GRIDS, MODES, local_name, sites_of_blocks
 
@@ -27,8 +29,6 @@ SITE_GROUPS: dict[str, str] = {
     "gelu_output": "*.ffn.fc2._input_quantizer",
     "gemm_outputs": "*._aftergemm_quantizer",
 }
-TRANSFORMS: tuple[str, ...] = ()  # changes of the weights that leave the float model as it is; none yet
-CORRECTIONS: tuple[str, ...] = ()  # changes of the weights that undo a part of the quantization error; none yet
 _ARROW = " -> "
 _PERCENTILE, _MAX = Calibration("percentile", (PERCENTILE.default,)), Calibration("max")
 _ANY_DEPTH = 100  # blocks that a pattern is tried on where the model is not known yet
@@ -130,6 +130,13 @@ def require_sites(rules: Iterable[Rule], depth: int | None = None) -> None:
             )
 
 
+# What can be done to the weights: {field of a setting: {technique: whether it takes a strength}}.
+TECHNIQUES: dict[str, dict[str, bool]] = {
+    "transforms": {name: row.takes_strength for name, row in TRANSFORMS.items()},
+    "corrections": dict.fromkeys(CORRECTIONS, False),
+}
+
+
 @dataclass(frozen=True)
 class Technique:
     """A named transform or correction with its strength."""
@@ -138,20 +145,36 @@ class Technique:
     strength: float = 1.0
 
     @staticmethod
-    def parse(value: Any, what: str, known: tuple[str, ...]) -> Technique:
-        """From `name` or `name strength`; InputError, with `what` it is, for a name that is not known."""
+    def parse(value: Any, field: str) -> Technique:
+        """From `name` or `name strength`; InputError, with the field of a setting, for what is not known there."""
         if isinstance(value, Technique):
             return value
+        known = TECHNIQUES[field]
         name, _, strength = value.partition(" ") if isinstance(value, str) else ("", "", "")
         if name not in known:
-            raise InputError(f"{what}: {value!r} is not one of {', '.join(known) or 'none, there are none yet'}")
+            raise InputError(f"{field}: {value!r} is not one of {', '.join(known)}")
+        if strength and not known[name]:
+            raise InputError(f"{field}: {name} takes no strength, got {value!r}")
         try:
-            return Technique(name, float(strength or 1))
+            number = float(strength or 1)
         except ValueError:
-            raise InputError(f"{what} {name}: strength: expected a number, got {strength!r}") from None
+            raise InputError(f"{field}: {name}: strength: expected a number, got {strength!r}") from None
+        if not is_number(number, -2, 2):
+            raise InputError(f"{field}: {name}: strength: expected a number in [-2, 2], got {strength!r}")
+        return Technique(name, number)
 
     def __str__(self) -> str:
-        return f"{self.name} {self.strength!r}".removesuffix(".0")
+        return self.name if self.strength == 1 else f"{self.name} {self.strength!r}"
+
+
+def techniques(field: str, values: Any) -> tuple[Technique, ...]:
+    """Of a field, from their texts: in the order in which they are done, each once."""
+    found = [Technique.parse(value, field) for value in _sequence(field, values)]
+    names = [technique.name for technique in found]
+    if len(set(names)) < len(names):
+        raise InputError(f"{field}: {', '.join(names)}: one is named twice")
+    order = list(TECHNIQUES[field])
+    return tuple(sorted(found, key=lambda technique: order.index(technique.name)))
 
 
 @dataclass(frozen=True)
@@ -188,9 +211,8 @@ class Setting(Config):
         self._set("calibrator", Calibration.parse(self.calibrator))
         self._set("weights", _of_weights(self.weights))
         self._set("rules", tuple(map(Rule.parse, _sequence("rules", self.rules))))
-        for name, known in (("transforms", TRANSFORMS), ("corrections", CORRECTIONS)):
-            values = _sequence(name, getattr(self, name))
-            self._set(name, tuple(Technique.parse(value, name, known) for value in values))
+        for name in TECHNIQUES:
+            self._set(name, techniques(name, getattr(self, name)))
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -205,6 +227,12 @@ class Setting(Config):
     def calibrations(self) -> tuple[Calibration, ...]:
         """Every calibrator of activations that it names."""
         return (self.calibrator, *(rule.calibrator for rule in self.rules if rule.calibrator is not None))
+
+    @property
+    def calibrations_of_weights(self) -> tuple[Calibration, ...]:
+        """Every calibrator that weights may have."""
+        rules = (rule.calibrator for rule in self.rules if rule.calibrator is not None)
+        return (self.weights, *(calibration for calibration in rules if calibration.row.of_weights))
 
     @property
     def label(self) -> str:

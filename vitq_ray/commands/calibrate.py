@@ -5,7 +5,8 @@ calibration images ──► statistics ──► scales of the setting ──�
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from vitq_ray.base.files import output_folder
-from vitq_ray.calibration.scales import apply_setting, kinds_needed
+from vitq_ray.calibration.planner import Look, Planner, look_at, needs_of, require_plannable
+from vitq_ray.calibration.sensitivity import SENSITIVITY_IMAGES
 from vitq_ray.calibration.setting import Setting
+from vitq_ray.calibration.statistics import RANGE, CalibrationStatistics
 from vitq_ray.commands import combinations
 from vitq_ray.commands.inputs import (
     checkpoint_name,
@@ -32,17 +35,17 @@ from vitq_ray.commands.outputs import require_apart
 from vitq_ray.commands.passes import ValImages, Workers, collector, engine_for, evaluate_val, ray_for, workers_of
 from vitq_ray.commands.screen import SILENT, Screen, result_line, seconds_line, warn_of_bad_images, warn_of_left_out
 from vitq_ray.data.copies import without_images_of
-from vitq_ray.data.loader import iter_batches
+from vitq_ray.data.loader import Batch, iter_batches
 from vitq_ray.data.samples import SampleIndex
 from vitq_ray.data.splits import calibration_ids, default_calib_split, require_images
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.engines.execute import Engine, evaluation_batch
-from vitq_ray.measure.calibration import CalibrationPass, calibration_pass
+from vitq_ray.measure.calibration import CalibrationPass, calibration_pass, first_images
 from vitq_ray.measure.evaluation import Evaluation, sanity_problem
 from vitq_ray.models.checkpoint import Sidecar, save_calibrated
 from vitq_ray.models.load import LoadedModel, load_model
 from vitq_ray.quant.plan import Plan
-from vitq_ray.quant.vit import quantize_vit, site_weights
+from vitq_ray.quant.vit import apply_plan, quantize_vit, site_weights
 from vitq_ray.run.results import CALIBRATION, Stopwatch, left_out_rows, result_of, versions, write_result
 
 
@@ -114,9 +117,9 @@ def calibrate(options: CalibrateOptions, screen: Screen = SILENT) -> CalibrateRe
         folder = output_folder(options.calib_output_path, options.name_of("calib_output_path"))
     with ray_for(options):
         with watch.stage("calibrate"):
-            seen = collect(job, options, workers, screen)
+            seen, look, images = collect(job, options, workers, screen)
         with watch.stage("scales"):
-            plan = apply(job, seen, screen)
+            plan = apply(job, look, images, screen)
         screen.say(plan_summary(job.model, plan))
         with watch.stage("evaluate"):
             engine = engine_for(options.engine, job.model, job.loaded.geometry.img_size, job.device, workers)
@@ -182,10 +185,12 @@ def prepare(
     val = open_images(options, "val", loaded.geometry.num_classes)
     images = val if split == "val" else open_images(options, split, loaded.geometry.num_classes)
     require_images(len(images), options.num_calib_batch * options.calib_batchsz)
+    model = quantize_vit(loaded.model).to(device)
+    require_plannable(model, setting)
     return CalibrationJob(
         setting=setting,
         loaded=loaded,
-        model=quantize_vit(loaded.model).to(device),
+        model=model,
         transform=eval_transform(loaded, options.crop_pct),
         device=device,
         split=split,
@@ -197,8 +202,8 @@ def prepare(
 
 def collect(
     job: CalibrationJob, options: OneSettingOptions, workers: Workers, screen: Screen, unseen: bool = False
-) -> CalibrationPass:
-    """The float pass over the calibration images, and what is to be warned of after it.
+) -> tuple[CalibrationPass, Look, Tensor | None]:
+    """The float pass over the calibration images, what was seen in it, and the images that gradients were taken of.
 
     With `unseen`, images of train that are in val too are not calibrated on.
     """
@@ -206,27 +211,38 @@ def collect(
     drawn = calibration_ids(len(job.images), len(job.images), job.order, options.seed)
     ids = without_images_of(job.val, job.images, drawn) if unseen else drawn.tolist()
     size, count = options.calib_batchsz, options.num_calib_batch
-    batches = iter_batches(
-        job.images, ids, job.transform, size, options.decode_threads, options.on_bad_image, job.bad_images
-    )
-    seen = calibration_pass(
-        job.model,
-        screen.track(batches, count, "calibrate"),
-        size,
-        [count],
-        job.to_input,
-        collector(workers, job.model, job.transform),
-        kinds=kinds_needed([job.setting]),
-        bad_images=job.bad_images,
-    )
-    if problem := sanity_problem(seen.evaluation, job.loaded.geometry.num_classes):
+    passes: list[CalibrationPass] = []
+
+    def batches(bad_images: list[tuple[str, str]]) -> Iterator[Batch]:
+        threads, on_bad = options.decode_threads, options.on_bad_image
+        return iter_batches(job.images, list(ids), job.transform, size, threads, on_bad, bad_images)
+
+    def statistics(model: nn.Module, kinds: tuple[str, ...]) -> CalibrationStatistics:
+        shown = screen.track(batches(job.bad_images), count, "calibrate")
+        collect_them = collector(workers, model, job.transform)
+        args = (model, shown, size, [count], job.to_input, collect_them)
+        passes.append(calibration_pass(*args, kinds=kinds, bad_images=job.bad_images))
+        return passes[0].statistics
+
+    setting = job.setting
+    needs = needs_of([setting], job.loaded.geometry.depth)[setting.transforms]
+    needs = replace(needs, kinds=needs.kinds or (RANGE,))  # the float model is judged on these images in any case
+    images = None
+    if needs.grids:
+        images = first_images(batches([]), job.to_input, min(SENSITIVITY_IMAGES, size * count))
+    look = look_at(job.model, setting.transforms, needs, images, statistics, options.seed)
+    if problem := sanity_problem(passes[0].evaluation, job.loaded.geometry.num_classes):
         screen.warn(f"{problem} (measured on the calibration images)")
-    return seen
+    return passes[0], look, images
 
 
-def apply(job: CalibrationJob, seen: CalibrationPass, screen: Screen) -> Plan:
+def apply(job: CalibrationJob, look: Look, images: Tensor | None, screen: Screen) -> Plan:
     """Let the model follow the plan of the setting; sites that quantize to zeros are warned of."""
-    plan = apply_setting(job.model, seen.statistics, job.setting)
+    planner = Planner(job.model, {job.setting.transforms: look}, images)
+    plan = planner.plan(job.setting)
+    if look.sensitivity is not None:
+        screen.say(f"predicted KL to the float model: {planner.forecast(job.setting, plan):.4g} nats")
+    apply_plan(job.model, plan)
     for site in plan.degenerate_sites():
         if plan.sites[site].rule.on:
             screen.warn(f"{site}: amax is 0, this tensor quantizes to zeros")

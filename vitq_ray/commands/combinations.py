@@ -21,6 +21,10 @@ SETTING_FIELDS = {  # option: the field of a search space that stands for it
     "num_calib_batch": "num_batches",
     "wprec": "weight_bits",
     "aprec": "act_bits",
+    "weight_calibrator": "weights",
+    "transforms": "transforms",
+    "corrections": "corrections",
+    "rules": "rules",
 }
 
 

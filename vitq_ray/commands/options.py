@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vitq_ray.base.config import InputError
-from vitq_ray.calibration.calibrators import CALIBRATORS, Parameter
-from vitq_ray.calibration.setting import Calibration, Setting
+from vitq_ray.calibration.calibrators import CALIBRATORS, Parameter, weight_calibrators
+from vitq_ray.calibration.corrections import CORRECTIONS
+from vitq_ray.calibration.setting import Calibration, Rule, Setting, techniques
+from vitq_ray.calibration.transforms import ALL_TRANSFORMS, TRANSFORMS
 from vitq_ray.commands.declare import Choice, Flag, Kind, Name, Number, Options, Place, Text, option, with_rows
 from vitq_ray.data.folders import CLASS_ORDERS
 from vitq_ray.data.loader import ON_BAD_IMAGE
@@ -117,6 +119,16 @@ class SettingOptions(Options):
     calib_batchsz: int = option(Number(int, 1), 8, "images per calibration batch")
     wprec: int = option(Number(int, MIN_BITS, MAX_BITS), 8, "bits of weights")
     aprec: int = option(Number(int, MIN_BITS, MAX_BITS), 8, "bits of activations")
+    weight_calibrator: str = option(Choice(weight_calibrators()), "max", "how amax of weights is chosen")
+    transforms: str | None = option(
+        Text(),
+        None,
+        f"exact changes of the weights, with commas: {', '.join(TRANSFORMS)}; all: {', '.join(ALL_TRANSFORMS)}",
+    )
+    corrections: str | None = option(
+        Text(), None, f"changes that undo a part of the error, with commas: {', '.join(CORRECTIONS)}"
+    )
+    rules: str | None = option(Text(), None, "rules for single sites, with semicolons: 'pattern -> action; …'")
 
     @property
     def setting(self) -> Setting:
@@ -124,6 +136,7 @@ class SettingOptions(Options):
         row = CALIBRATORS[self.calibrator]
         given = {p.name: getattr(self, p.name) for p in row.parameters}
         values = tuple(p.default if given[p.name] is None else given[p.name] for p in row.parameters)
+        transforms = ALL_TRANSFORMS if self.transforms == "all" else _listed(self.transforms, ",")
         return Setting(
             mode=self.quant_mode,
             calibrator=Calibration(self.calibrator, values),
@@ -131,7 +144,15 @@ class SettingOptions(Options):
             batch_size=self.calib_batchsz,
             weight_bits=self.wprec,
             act_bits=self.aprec,
+            weights=Calibration(self.weight_calibrator),
+            rules=tuple(map(Rule.parse, _listed(self.rules, ";"))),
+            transforms=techniques("transforms", transforms),
+            corrections=techniques("corrections", _listed(self.corrections, ",")),
         )
+
+
+def _listed(text: str | None, separator: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in (text or "").split(separator) if word.strip())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -278,8 +278,8 @@ def calibrate_start(options: TrainOptions, loaded: LoadedModel, folder: Path, wa
     with watch.stage("load"):
         job = prepare_calibration(options, "train", "shuffled", loaded)
     with watch.stage("calibrate"):
-        seen = collect(job, options, IN_THIS_PROCESS, screen, unseen=True)
-        plan = apply(job, seen, screen)
+        _, look, images = collect(job, options, IN_THIS_PROCESS, screen, unseen=True)
+        plan = apply(job, look, images, screen)
     record_bad_images(folder.parent, job.bad_images)
     calibration = calibration_of(job, options)
     sidecar = Sidecar.of(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
@@ -52,6 +53,19 @@ def collect_here(
     """Statistics collected in this process."""
     inputs = ((index, to_input(batch.images)) for index, batch in batches)
     return collect_statistics(model, inputs, snapshots, on_batch=on_logits, kinds=kinds)
+
+
+def first_images(batches: Iterable[Batch], to_input: ToInput, count: int) -> Tensor:
+    """Up to `count` images as the model takes them, (B, 3, S, S); InputError where there is none."""
+    parts: list[Tensor] = []
+    for batch in batches:
+        if len(batch.labels):
+            parts.append(to_input(batch.images))
+        if sum(map(len, parts)) >= count:
+            break
+    if not parts:
+        raise InputError("calibration: no readable image")
+    return torch.cat(parts)[:count]
 
 
 def calibration_pass(

@@ -1,0 +1,196 @@
+"""From settings to plans where settings change weights, too: transforms before the scales, corrections behind them.
+
+    transforms ──► weights that compute the same ──► Look: statistics and sensitivity of the model that has them
+    setting, its look ──► scales ──► corrections ──► Plan: what every site does, and every weight that is another one
+
+A look is shared by all settings with the same transforms. It is a value: looked at once, saved, and read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from vitq_ray.base.config import InputError
+from vitq_ray.calibration.corrections import BIAS, CENTRE, ROUND, centred, debiased, rounded, with_weights
+from vitq_ray.calibration.scales import NOISE_NEEDS, Scales, grids_of_setting, kinds_needed, noise_per_site, total_noise
+from vitq_ray.calibration.sensitivity import SENSITIVITY_IMAGES, Grid, Sensitivity, collect_sensitivity
+from vitq_ray.calibration.setting import Setting, Technique
+from vitq_ray.calibration.statistics import CalibrationStatistics
+from vitq_ray.calibration.transforms import require_transformable, transformed
+from vitq_ray.quant.plan import Plan
+from vitq_ray.quant.sites import WEIGHT, sites_of_blocks
+from vitq_ray.quant.vit import float_copy, quant_blocks
+
+Transforms = tuple[Technique, ...]
+# model that has the transforms' weights, kinds of statistics -> what a pass over all calibration images sees of it
+CollectStatistics = Callable[[nn.Module, tuple[str, ...]], CalibrationStatistics]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was seen of a float model under one set of transforms.
+
+    Attributes:
+        weights: {timm name: what the transforms made of it}.
+        statistics: of the calibration images; None where no setting needs them.
+        sensitivity: None where no setting needs it.
+    """
+
+    weights: Mapping[str, Tensor]
+    statistics: CalibrationStatistics | None
+    sensitivity: Sensitivity | None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a look must have for some settings.
+
+    Attributes:
+        kinds: of statistics; none where no calibrator needs any.
+        grids: {tensor or weight: grids} whose sensitivity is needed; empty where none is.
+    """
+
+    kinds: tuple[str, ...]
+    grids: Mapping[str, tuple[Grid, ...]]
+
+
+def needs_sensitivity(setting: Setting) -> bool:
+    """Whether a setting needs gradients of the float model."""
+    curves = any(calibration.row.by_curves for calibration in (*setting.calibrations, *setting.calibrations_of_weights))
+    return curves or bool(setting.corrections)
+
+
+def needs_of(settings: Iterable[Setting], depth: int) -> dict[Transforms, Needs]:
+    """{transforms: what their look must have}, in the order in which the settings name them.
+
+    Where one setting needs sensitivities, all are forecast by them.
+    """
+    settings = list(settings)
+    sensitive = any(needs_sensitivity(setting) or setting.transforms for setting in settings)
+    groups: dict[Transforms, list[Setting]] = {}
+    for setting in settings:
+        groups.setdefault(setting.transforms, []).append(setting)
+    return {transforms: _needs(group, depth, sensitive) for transforms, group in groups.items()}
+
+
+def _needs(settings: Sequence[Setting], depth: int, sensitive: bool) -> Needs:
+    kinds = kinds_needed(settings, *(() if sensitive else (NOISE_NEEDS,)))
+    grids: dict[str, dict[Grid, None]] = {}
+    sites = sites_of_blocks(depth)
+    asked = {(s.mode, s.weight_bits, s.act_bits, s.rules): s for s in settings} if sensitive else {}
+    for setting in asked.values():
+        for key, wanted in grids_of_setting(setting, depth).items():
+            tensor = key if sites[key].family == WEIGHT else key.removesuffix(sites[key].name) + sites[key].tensor
+            grids.setdefault(tensor, {}).update(dict.fromkeys(wanted))
+    return Needs(kinds, {key: tuple(wanted) for key, wanted in grids.items()})
+
+
+def look_at(
+    model: nn.Module,
+    transforms: Transforms,
+    needs: Needs,
+    images: Tensor | None,
+    collect: CollectStatistics,
+    seed: int = 0,
+    on_images: Callable[[int], None] = lambda images: None,
+) -> Look:
+    """See what settings with these transforms need.
+
+    Args:
+        model: from `quantize_vit`; it stays as it is.
+        images: the first calibration images as the model takes them, (B, 3, S, S); at most `SENSITIVITY_IMAGES` are
+            looked at. None where no sensitivity is needed.
+        collect: the pass over all calibration images.
+
+    Raises:
+        InputError: where the model does not allow a transform.
+    """
+    if images is None:
+        return Look({}, collect(model, needs.kinds), None)
+    images = images[:SENSITIVITY_IMAGES]
+    weights = transformed(model, [(t.name, t.strength) for t in transforms], images)
+    twin = with_changed(model, weights)
+    statistics = collect(twin, needs.kinds) if needs.kinds else None
+    sensitivity = collect_sensitivity(twin, images, needs.grids, seed, on_images) if needs.grids else None
+    return Look(weights, statistics, sensitivity)
+
+
+def with_changed(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """A float copy of the model with other weights for good."""
+    twin = float_copy(model).eval()
+    parameters = dict(twin.named_parameters())
+    with torch.no_grad():
+        for name, value in weights.items():
+            parameters[name].copy_(value)
+    return twin
+
+
+class Planner:
+    """The plans of any settings whose looks are there."""
+
+    def __init__(
+        self, model: nn.Module, looks: Mapping[Transforms, Look], images: Tensor | None = None, seed: int = 0
+    ) -> None:
+        """`images` are those of `look_at`, for corrections; `model` stays as it is."""
+        self._model, self._looks, self._images, self._seed = model, looks, images, seed
+        self._scales: dict[Transforms, tuple[nn.Module, Scales]] = {}
+
+    def plan(self, setting: Setting) -> Plan:
+        """What every site does with this setting, and every weight it changes. InputError as `Scales.plan`."""
+        look = self._looks[setting.transforms]
+        model, scales = self._of(setting.transforms)
+        plan = scales.plan(setting)
+        plan = replace(plan, weights=look.weights)
+        names = {correction.name for correction in setting.corrections}
+        if not names:
+            return plan
+        assert self._images is not None
+        assert look.sensitivity is not None
+        images, moments = self._images[:SENSITIVITY_IMAGES], look.sensitivity.moments
+        if CENTRE in names:
+            changes = centred(model, plan, images)
+            model = with_changed(self._model, {**look.weights, **changes})
+            grids = _needs([setting], len(quant_blocks(model)), True).grids
+            sensitivity = collect_sensitivity(model, images, grids, self._seed)
+            again = Scales(model, look.statistics, sensitivity).plan(setting)
+            plan, moments = with_weights(again, {**look.weights, **changes}), sensitivity.moments
+        if moments is None:
+            grids = _needs([setting], len(quant_blocks(model)), True).grids
+            moments = collect_sensitivity(model, images, {}, self._seed).moments
+            assert moments is not None
+        if ROUND in names:
+            plan = with_weights(plan, rounded(model, plan, moments))
+        if BIAS in names:
+            plan = with_weights(plan, debiased(model, plan, images, moments))
+        return plan
+
+    def forecast(self, setting: Setting, plan: Plan) -> float:
+        """What a plan promises, less is better: predicted KL in nats, without corrections; where no sensitivity was
+        looked at, the sum of noise to signal over all sites."""
+        look, (model, scales) = self._looks[setting.transforms], self._of(setting.transforms)
+        if look.sensitivity is not None:
+            return sum(scales.predicted_kl(plan).values())
+        assert look.statistics is not None
+        return total_noise(noise_per_site(model, look.statistics, setting.num_batches, plan))
+
+    def _of(self, transforms: Transforms) -> tuple[nn.Module, Scales]:
+        if transforms not in self._scales:
+            look = self._looks[transforms]
+            model = with_changed(self._model, look.weights) if look.weights else self._model
+            self._scales[transforms] = model, Scales(model, look.statistics, look.sensitivity)
+        return self._scales[transforms]
+
+
+def require_plannable(model: nn.Module, setting: Setting) -> None:
+    """InputError where the model, or the calibrator, does not allow a transform or a correction of the setting."""
+    for transform in setting.transforms:
+        require_transformable(model, transform.name)
+    if any(c.name == CENTRE for c in setting.corrections) and not all(c.row.by_curves for c in setting.calibrations):
+        raise InputError(
+            f"correction {CENTRE}: it moves v, so scales are chosen again from gradients; expected the calibrator "
+            f"fisher, got {setting.calibrator}"
+        )

@@ -1,0 +1,325 @@
+"""How much the output suffers from the error of one tensor: predicted KL to the float model, at every scale of a grid.
+
+    a few calibration images ──► float model, forward and backward ──► gradients g of every activation tensor
+    g, and the error δ of a tensor at every scale ──► loss curve: ½ · mean over images of Σ over tokens of (Σ_c g·δ)²
+
+g is the gradient of Σ_c ε_c √p_c · log p_c for random signs ε, with √p_c held fixed: the mean of g·gᵀ over ε is the
+Fisher information of the model's own predictions, so no labels are needed, and ½·δᵀ·E[g·gᵀ]·δ is the KL to second
+order. Errors are added up over the channels of a token before they are squared, and tokens are taken as independent.
+
+A weight's error δ (out, in) changes output channel o of a token x by δ_o·x. Its loss is Σ_o G_o · δ_o·M·δ_oᵀ with
+G_o = the share of channel o in Σ g² over the layer's outputs, and M = Σ over tokens of (Σ_o g²) · x·xᵀ.
+
+Predictions of several sites add up: the predicted KL of a plan.
+
+Sources: Martens, arXiv 1412.1193 (Fisher information as a metric of outputs); Yuan et al., PTQ4ViT (2111.12293) and Li
+et al., BRECQ (2102.05426) (gradients to choose scales).
+
+Legend: B images, N tokens, C channels, S scales of the grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from vitq_ray.base.kernels import compiled_with
+from vitq_ray.quant.fake_quant import fake_quantize
+from vitq_ray.quant.sites import GEMMS
+from vitq_ray.quant.vit import observing, site_weights, tensor_keys
+
+Levels = tuple[int, int]  # smallest and largest integer of a grid: (-128, 127)
+Floats = npt.NDArray[np.float64]
+
+SENSITIVITY_IMAGES = 24  # calibration images that gradients are taken of, at most
+_AT_ONCE = 4  # images in one forward pass
+_ALPHAS = 2.0 ** (-np.arange(-1, 18) / 4)  # amax over the largest magnitude: 1.19, 1, 0.84, … 0.05
+_WEIGHT_ALPHAS = 2.0 ** (-np.arange(0, 15) / 8)  # 1, 0.92, … 0.30
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Predicted KL, in nats, at values of amax.
+
+    Attributes:
+        amax: (S,) descending; of a weight with one scale a row, (rows, S).
+        loss: of the same shape.
+    """
+
+    amax: Floats
+    loss: Floats
+
+    def at(self, amax: npt.ArrayLike) -> Floats:
+        """The loss at other values of amax: (P,) -> (P,), or one a row, (rows, 1) -> (rows,).
+
+        Interpolated between logarithms; infinite below the grid; as amax² above it, where nothing is clipped.
+        """
+        wanted = np.asarray(amax, np.float64)
+        if self.amax.ndim == 1:
+            return _interpolated(self.amax, self.loss, wanted)
+        rows = zip(self.amax, self.loss, wanted.reshape(-1, 1), strict=True)
+        return np.array([_interpolated(*row)[0] for row in rows])
+
+    def best(self) -> Floats:
+        """amax with the least loss: (), or (rows, 1)."""
+        index = self.loss.argmin(axis=-1)
+        if self.amax.ndim == 1:
+            return np.asarray(self.amax[index])
+        return np.take_along_axis(self.amax, index[:, None], 1)
+
+    @staticmethod
+    def together(curves: Sequence[Curve]) -> Curve:
+        """Of tensors that share a scale: the sum of their losses."""
+        curves = [curve for curve in curves if curve.amax[0] > 0]
+        if len(curves) < 2:
+            return curves[0] if curves else Curve(np.zeros(1), np.zeros(1))
+        amax = np.unique(np.concatenate([curve.amax for curve in curves]))[::-1]
+        return Curve(amax, np.sum([curve.at(amax) for curve in curves], axis=0))
+
+
+def _interpolated(grid: Floats, loss: Floats, wanted: Floats) -> Floats:
+    if grid[0] == 0:
+        return np.zeros(wanted.shape)
+    x, y = grid[::-1], np.maximum(loss[::-1], 1e-300)
+    found: Floats = np.exp(np.interp(np.log(np.maximum(wanted, 1e-300)), np.log(x), np.log(y)))
+    found = np.where(wanted > x[-1], found * np.square(wanted / x[-1]), found)
+    return np.where(wanted < x[0] * (1 - 1e-9), np.inf, found)
+
+
+Grid = tuple[int | None, Levels]  # axis of a weight's scales, and the integers
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What corrections need, besides curves.
+
+    Attributes:
+        channels: {GEMM's site prefix, e.g. `…layer.0.attn.query`: share of each output channel (out,)}.
+        inputs: {full name of a GEMM's input tensor: M / (2 · images) (in, in) float32}.
+        tokens: {GEMM: Σ g² over its output channels, (images, N)}.
+    """
+
+    channels: Mapping[str, Tensor]
+    inputs: Mapping[str, Tensor]
+    tokens: Mapping[str, Tensor]
+
+    def of_weight(self, key: str) -> tuple[Tensor, Tensor]:
+        """(share of each output channel (out,), M / (2 · images) (in, in)) of a weight's site."""
+        gemm = key.removesuffix("._weight_quantizer")
+        return self.channels[gemm], self.inputs[_input_of(gemm)]
+
+    def curve(self, key: str, weight: Tensor, axis: int | None, levels: Levels) -> Curve:
+        """Predicted KL of quantizing a weight (out, in); `key` is the full name of its site."""
+        weight = weight.detach().float()
+        share, moment = self.of_weight(key)
+        largest = weight.abs().amax(dim=1, keepdim=True) if axis == 0 else weight.abs().amax()
+        losses = []
+        for alpha in _WEIGHT_ALPHAS:
+            error = fake_quantize(weight, largest * float(alpha), axis=axis, levels=levels) - weight
+            rows = share * ((error @ moment) * error).sum(dim=1)
+            losses.append(rows if axis == 0 else rows.sum())
+        loss = torch.stack(losses, dim=-1).double().cpu().numpy()
+        return Curve((largest.double().cpu().numpy() * _WEIGHT_ALPHAS).reshape(loss.shape), loss)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What a few images tell of every tensor of a float model.
+
+    Attributes:
+        images: how many were looked at.
+        curves: {(full name of an activation tensor, or of a weight's site; its grid): curve}.
+        moments: what corrections need; it is not saved.
+    """
+
+    images: int
+    curves: Mapping[tuple[str, Grid], Curve]
+    moments: Moments | None = None
+
+    def curve(self, key: str, axis: int | None, levels: Levels) -> Curve:
+        """Of a tensor or weight; ValueError where this grid was not looked at."""
+        if (key, (axis, levels)) not in self.curves:
+            raise ValueError(f"sensitivity: {key} was not looked at on the grid {levels}, axis {axis}")
+        return self.curves[key, (axis, levels)]
+
+
+def _input_of(gemm: str) -> str:
+    """Full name of the tensor that a GEMM reads; that of query, key and value is one."""
+    prefix, _, name = gemm.rpartition(".attn.")
+    joint = f"{prefix}.attn.query" if name in ("key", "value") else gemm
+    return f"{joint}._input_quantizer"
+
+
+def _gemms_of(key: str) -> list[str]:
+    """The GEMMs that read an input tensor; none for another kind of tensor."""
+    gemm = key.removesuffix("._input_quantizer")
+    if gemm.endswith(".attn.query"):
+        return [gemm.removesuffix("query") + name for name in ("query", "key", "value")]
+    return [gemm] if any(gemm.endswith(f".{name}") for name in GEMMS) else []
+
+
+def collect_sensitivity(
+    model: nn.Module,
+    images: Tensor,
+    grids: Mapping[str, Iterable[Grid]],
+    seed: int = 0,
+    on_batch: Callable[[int], None] = lambda images: None,
+) -> Sensitivity:
+    """One forward pass and one backward pass of the float model for every image.
+
+    Args:
+        model: from `quantize_vit`; its quantizers are off meanwhile.
+        images: as the model takes them, (B, 3, S, S).
+        grids: {full name of an activation tensor, or of a weight's site: grids that it may be quantized to}.
+        seed: of the random signs.
+        on_batch: told how many images are done, for progress.
+
+    Deterministic: signs depend on the seed and the place of the image.
+    """
+    weights = {key: weight for key, weight in site_weights(model).items() if key in grids}
+    seen = _Seen({key: wanted for key, wanted in grids.items() if key not in weights})
+    gradient_pass(model, images, seen.take, seed, on_batch)
+    moments, curves = seen.moments(len(images)), seen.curves(len(images))
+    for key, weight in weights.items():
+        curves |= {(key, (axis, levels)): moments.curve(key, weight, axis, levels) for axis, levels in grids[key]}
+    return Sensitivity(len(images), curves, moments)
+
+
+# (full name of an activation tensor, the tensor, its gradient), in the order of the backward pass: outputs first
+Take = Callable[[str, Tensor, Tensor], None]
+
+
+def gradient_pass(
+    model: nn.Module,
+    images: Tensor,
+    take: Take,
+    seed: int = 0,
+    on_batch: Callable[[int], None] = lambda images: None,
+) -> None:
+    """Show every activation tensor of the float model with its gradient, a few images at a time, in order."""
+    signs = np.random.default_rng(seed).choice((-1.0, 1.0), (len(images), _classes(model, images)))
+
+    def observer(key: str) -> Callable[[Tensor], None]:
+        def observe(x: Tensor) -> None:
+            value = x.detach()
+            x.register_hook(lambda g: take(key, value, g))
+
+        return observe
+
+    observers = {key: observer(key) for key in tensor_keys(model)}
+    with _frozen_parameters(model), torch.enable_grad():
+        for start in range(0, len(images), _AT_ONCE):
+            part = images[start : start + _AT_ONCE].clone().requires_grad_()
+            epsilon = torch.from_numpy(signs[start : start + len(part)]).to(part)
+            with observing(model, observers):
+                logs = model(part).log_softmax(dim=1)
+                roots = (logs / 2).exp().detach()
+                torch.autograd.backward((epsilon * roots * logs).sum())
+            on_batch(start + len(part))
+
+
+def _classes(model: nn.Module, images: Tensor) -> int:
+    with torch.inference_mode():
+        return int(model(images[:1]).shape[1])
+
+
+@contextmanager
+def _frozen_parameters(model: nn.Module) -> Iterator[None]:
+    """No gradients of parameters, and evaluation mode, for as long as the context lasts."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    training = model.training
+    model.eval()
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, wanted in before:
+            parameter.requires_grad_(wanted)
+        model.train(training)
+
+
+class _Seen:
+    """What one pass has added up so far."""
+
+    def __init__(self, grids: Mapping[str, Iterable[Grid]]) -> None:
+        self._levels = {key: tuple(dict.fromkeys(levels for _, levels in wanted)) for key, wanted in grids.items()}
+        self._largest: dict[str, float] = {}
+        self._losses: dict[tuple[str, Levels], Floats] = {}
+        self._channels: dict[str, Tensor] = {}
+        self._inputs: dict[str, Tensor] = {}
+        self._tokens: dict[str, list[Tensor]] = {}
+
+    def take(self, key: str, x: Tensor, g: Tensor) -> None:
+        self._take_moments(key, x, g)
+        wanted = self._levels.get(key, ())
+        if not wanted:
+            return
+        values, gradients = (t.flatten(0, -2).float().cpu().contiguous().numpy() for t in (x, g))
+        # The grid is that of the first images, as the width of a histogram's bins is.
+        largest = self._largest.setdefault(key, float(np.abs(values).max()))
+        for low, high in wanted:
+            loss = _losses(values, gradients, largest * _ALPHAS, low, high)
+            known = self._losses.get((key, (low, high)))
+            self._losses[key, (low, high)] = loss if known is None else known + loss
+
+    def _take_moments(self, key: str, x: Tensor, g: Tensor) -> None:
+        if key.endswith("._aftergemm_quantizer"):  # (B, N, out); before its input, since it goes backwards
+            gemm = key.removesuffix("._aftergemm_quantizer")
+            squares = g.square()
+            _add(self._channels, gemm, squares.sum(dim=(0, 1)))
+            self._tokens.setdefault(gemm, []).append(squares.sum(dim=2))
+        elif key.endswith("._input_quantizer") and (gemms := _gemms_of(key)):
+            weights = torch.stack([self._tokens[gemm][-1] for gemm in gemms]).sum(dim=0)
+            rows = x.flatten(0, 1)
+            _add(self._inputs, key, (rows * weights.reshape(-1, 1)).T @ rows)
+
+    def curves(self, images: int) -> dict[tuple[str, Grid], Curve]:
+        return {
+            (key, (None, levels)): Curve(self._largest[key] * _ALPHAS, loss / (2 * images))
+            for (key, levels), loss in self._losses.items()
+        }
+
+    def moments(self, images: int) -> Moments:
+        total: dict[str, Tensor] = {}
+        for gemm, squares in self._channels.items():
+            _add(total, _input_of(gemm), squares.sum())
+        shares = {gemm: squares / total[_input_of(gemm)].clamp(min=1e-38) for gemm, squares in self._channels.items()}
+        inputs = {key: moment / (2 * images) for key, moment in self._inputs.items()}
+        return Moments(shares, inputs, {gemm: torch.cat(parts) for gemm, parts in self._tokens.items()})
+
+
+def _add(sums: dict[str, Tensor], key: str, value: Tensor) -> None:
+    sums[key] = sums[key] + value if key in sums else value
+
+
+def _losses(x: npt.NDArray[np.float32], g: npt.NDArray[np.float32], amax: Floats, low: int, high: int) -> Floats:
+    """Σ over tokens of (Σ over channels of g·δ)² at every amax, (S,); x and g are (tokens, channels)."""
+    if amax[0] == 0:
+        return np.zeros(len(amax))
+    return np.asarray(_loss_kernel(x, g, (amax / high).astype(np.float32), np.float32(low), np.float32(high)))
+
+
+@compiled_with(fastmath=True)
+def _loss_kernel(
+    x: npt.NDArray[np.float32], g: npt.NDArray[np.float32], steps: npt.NDArray[np.float32], low: Any, high: Any
+) -> Floats:
+    sums = np.zeros(len(steps), np.float64)
+    for token in range(x.shape[0]):
+        row, gradient = x[token], g[token]
+        for k in range(len(steps)):
+            step = steps[k]
+            inverse = np.float32(1) / step
+            total = np.float32(0)
+            for c in range(row.shape[0]):
+                level = min(max(np.rint(row[c] * inverse), low), high)
+                total += gradient[c] * (level * step - row[c])
+            sums[k] += np.float64(total) * np.float64(total)
+    return sums
