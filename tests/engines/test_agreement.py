@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -16,9 +18,10 @@ from vitq_ray.data.loader import iter_batches
 from vitq_ray.data.samples import open_split
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.engines.execute import Engine, executed
+from vitq_ray.engines.int8 import FusedBlocks
 from vitq_ray.models.load import load_model
 from vitq_ray.quant.sites import MODES
-from vitq_ray.quant.vit import apply_plan, frozen_weights, quantize_vit
+from vitq_ray.quant.vit import apply_plan, frozen_weights, quant_blocks, quantize_vit
 
 SAMPLE = ROOT / "vitq_ray" / "sample"
 REAL = ROOT.parent / "shared" / "data"
@@ -43,12 +46,17 @@ def eager_logits(model: nn.Module, images: list[Tensor]) -> Tensor:
         return torch.cat([model(part) for batch in images for part in batch.split(8 if batch.shape[-1] > 32 else 100)])
 
 
-def compare(model: nn.Module, images: list[Tensor], mode: str, bits: int, calibrator: str) -> tuple[float, float]:
-    """(share of images where int8 and eager give the same class, mean |difference of logits| / spread)."""
+def follow(model: nn.Module, images: list[Tensor], mode: str, bits: int, calibrator: str) -> None:
+    """The model follows a plan, calibrated on its first 16 images."""
     setting = make_setting(mode, calibrator, 2, bits, batch_size=8)
     seen = [(i, images[0][8 * i : 8 * i + 8]) for i in range(2)]
     statistics = collect_statistics(model, seen, (2,), kinds=kinds_needed([setting]))
     apply_plan(model, Scales(model, statistics).plan(setting))
+
+
+def compare(model: nn.Module, images: list[Tensor], mode: str, bits: int, calibrator: str) -> tuple[float, float]:
+    """(share of images where int8 and eager give the same class, mean |difference of logits| / spread)."""
+    follow(model, images, mode, bits, calibrator)
     integer, fake = logits_of(model, images, "int8"), logits_of(model, images, "fake")
     assert torch.equal(integer, fake)
     eager = eager_logits(model, images)
@@ -71,6 +79,30 @@ def test_all_of_the_sample(mode: str, bits: int) -> None:
     assert same >= 0.999
 
 
+def block_differences(model: nn.Module, images: Tensor) -> list[float]:
+    """Mean |difference| of every block's output / its spread, where the engine is given what the eager block was."""
+    inputs: list[Tensor] = []
+    hooks = [block.register_forward_pre_hook(lambda _, x: inputs.append(x[0].clone())) for block in quant_blocks(model)]
+    with torch.inference_mode(), frozen_weights(model):
+        model(images)
+        for hook in hooks:
+            hook.remove()
+        found = []
+        for block, x in zip(quant_blocks(model), inputs, strict=True):
+            eager, fused = block(x), FusedBlocks(cast(nn.Module, SimpleNamespace(blocks=[block])), "int16")(x)
+            found.append(((fused - eager).abs().mean() / eager.std()).item())
+    return found
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_block_by_block(mode: str) -> None:
+    """Differences do not add up where every block begins with the same input: they are single roundings."""
+    model, images = model_and_images(SAMPLE / "vit.npz", SAMPLE, 100)
+    follow(model, images, mode, 8, "percentile 99.99")
+    found = block_differences(model, images[0][:16])
+    assert max(found) < 5e-4, found
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL.exists(), reason="no real ViT beside the repository")
 @pytest.mark.parametrize("mode", MODES)
@@ -83,5 +115,8 @@ def test_a_real_vit(mode: str) -> None:
     noise = 1 + 1e-7 * torch.randn(images[0].shape, generator=torch.Generator().manual_seed(0))
     floor = ((eager_logits(model, [images[0] * noise]) - before).abs().mean() / before.std()).item()
     print(f"{mode}: {same:.1%} of 24 photos, logits differ by {difference:.2%}, by a rounding of the input {floor:.2%}")
-    assert difference <= max(0.01, 5 * floor)
+    blocks = block_differences(model, images[0][:8])
+    print(f"{mode}: blocks differ by {max(blocks):.2e} of their spread at most")
+    assert max(blocks) < 5e-4
+    assert difference <= max(0.01, 4 * floor)
     assert np.isfinite(difference)
