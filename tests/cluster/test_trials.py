@@ -396,6 +396,19 @@ def test_broken_images_are_skipped_and_listed(ray_cluster: None, project: Projec
     assert sorted(again, key=str) == sorted(result["bad_images"], key=str)
 
 
+def test_only_val_is_divided_in_three(project: Project, tmp_path: Path) -> None:
+    (project.folder / "train.zip").unlink()
+    (tmp_path / "space.py").write_text(SPACE)
+    given = [*project.options, "--calib-batchsz", "2", "--search-space", str(tmp_path / "space.py")]
+    job = prepare(parse(TuneOptions, given, "tune"), SILENT)
+    parts = [set(ids.tolist()) for ids in (job.splits.calibration, job.splits.selection, job.splits.report)]
+    assert job.splits.calib_split == "val"
+    assert job.calib.fingerprint == job.val.fingerprint
+    assert len(parts[0]) == 2 * max(job.snapshots) == 6
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 22
+
+
+@pytest.mark.slow
 def test_only_val(ray_cluster: None, project: Project, tmp_path: Path) -> None:
     (project.folder / "train.zip").unlink()
     assert run_tune(project, tmp_path, "--calib-batchsz", 2) == 0
