@@ -281,6 +281,16 @@ def test_options_that_an_earlier_version_did_not_have_are_not_compared(tmp_path:
         folder.require_same({**RUN_DESCRIPTION, "options": {**options, "split_seed": 2, "new": 0}})
 
 
+def test_what_ray_left_of_a_killed_run_is_gone(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "run", SEARCH) as folder:
+        folder.write_run(RUN_DESCRIPTION)
+        folder.append("resumed")
+    for name in (".tune", ".train"):
+        (tmp_path / "run" / name / "trial").mkdir(parents=True)
+    with RunFolder.resume(tmp_path / "run", SEARCH) as folder:
+        assert sorted(path.name for path in folder.path.iterdir()) == [".lock", "run.json", "trials.jsonl"]
+
+
 def test_how_images_were_found_is_not_compared(tmp_path: Path) -> None:
     """A checkpoint that has left its search's `best/` says the same halves of val by its sidecar."""
     halves = RUN_DESCRIPTION["splits"]

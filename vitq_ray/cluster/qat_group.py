@@ -43,7 +43,7 @@ from vitq_ray.qat.loop import DivergedError
 from vitq_ray.qat.ranks import Ranks, Reader
 from vitq_ray.qat.state import EpochReport, QatOutcome, StepReport, read_outcome
 from vitq_ray.qat.task import Follower, QatTask, Recorder, run_task
-from vitq_ray.run.folder import record_bad_images
+from vitq_ray.run.folder import TRAIN_FOLDER, record_bad_images
 
 MAX_FAILURES = 3
 _COPIES = 5  # of the student's weights: weights, gradients, DDP's buckets, up to two of the optimizer
@@ -199,7 +199,7 @@ def run_on_workers(
         torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo"),
         run_config=RunConfig(
             name=f"{folder.name}-{uuid.uuid4().hex[:6]}",  # a name used before would resume that run
-            storage_path=str(folder / ".train"),
+            storage_path=str(folder / TRAIN_FOLDER),
             failure_config=FailureConfig(
                 max_failures=workers.max_failures,
                 controller_failure_limit=2,  # type: ignore[call-arg]  # of Train V2; -1, its default, never gives up
@@ -209,7 +209,7 @@ def run_on_workers(
     try:
         error = _fit(trainer, Follower(folder, on_step, on_epoch))
     finally:
-        shutil.rmtree(folder / ".train", ignore_errors=True)
+        shutil.rmtree(folder / TRAIN_FOLDER, ignore_errors=True)
     _raise_failure(folder, error)
     return read_outcome(folder)
 

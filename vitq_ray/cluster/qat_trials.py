@@ -30,7 +30,7 @@ from vitq_ray.models.checkpoint import load_calibrated
 from vitq_ray.qat.loop import DivergedError, train_qat
 from vitq_ray.qat.ranks import QatData, Ranks, thread_reader
 from vitq_ray.qat.state import EpochReport, read_outcome
-from vitq_ray.run.folder import record_bad_images
+from vitq_ray.run.folder import TUNE_FOLDER, record_bad_images
 from vitq_ray.search.asha import Epoch, QatContest, TrainingRun
 
 
@@ -166,12 +166,12 @@ def run_training(
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=str((folder / ".tune").absolute()),
+            storage_path=str((folder / TUNE_FOLDER).absolute()),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=max_failures),
         ),
     )
-    outcome = fit(tuner, folder / ".tune", lambda: scheduler.error)
+    outcome = fit(tuner, folder / TUNE_FOLDER, lambda: scheduler.error)
     if outcome.num_errors:
         raise _cause(outcome.errors[0], len(outcome))
 

@@ -55,7 +55,7 @@ from vitq_ray.measure.metrics import pack_text, unpack_text
 from vitq_ray.measure.racing import Decision, Race, Verdict
 from vitq_ray.models.checkpoint import save_calibrated
 from vitq_ray.quant.vit import apply_plan, quantizers_off, tensor_keys
-from vitq_ray.run.folder import RunFolder, record_bad_images
+from vitq_ray.run.folder import TUNE_FOLDER, RunFolder, record_bad_images
 from vitq_ray.run.log import Log
 from vitq_ray.run.results import SEARCH
 from vitq_ray.search.contest import Candidate, Contest, Listeners, race_rules
@@ -281,7 +281,7 @@ def race(
             contest = Contest(job.model, statistics, job.proposals(), field_of_race, folder, listeners)
         with job.watch.stage("trials"):
             if not contest.over:
-                run_trials(shared, contest, job.resources, folder.path / ".tune")
+                run_trials(shared, contest, job.resources, folder.path / TUNE_FOLDER)
     return contest
 
 

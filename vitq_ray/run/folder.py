@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import time
 import uuid
 from collections.abc import Collection, Mapping
@@ -53,6 +54,7 @@ from vitq_ray.run.results import (
 )
 
 RUN = "run.json"
+TUNE_FOLDER, TRAIN_FOLDER = ".tune", ".train"  # what Ray writes for itself; stays where a run was killed
 # What may differ between a run and its continuation, beside the options that a script names. The start of a training is
 # compared by its fingerprint, with the state of the training.
 _NOT_COMPARED = ("format", "script", "versions", "options", "start", "paths", "id", "space_sha256")
@@ -121,11 +123,16 @@ class RunFolder:
 
     @staticmethod
     def resume(path: Path, script: str) -> RunFolder:
-        """A run that was begun, to go on with. Half a line at the end of its log is cut off; InputError as `find`."""
+        """A run that was begun, to go on with; InputError as `find`.
+
+        Half a line at the end of its log is cut off, and what Ray had written for itself is gone.
+        """
         folder = RunFolder.find(path, script)
         if not folder.finished:
             folder.take()
             folder.log.cut_half_line()
+            for name in (TUNE_FOLDER, TRAIN_FOLDER):
+                shutil.rmtree(path / name, ignore_errors=True)
         return folder
 
     def take(self) -> None:
