@@ -1,17 +1,22 @@
-"""Nothing lost: searches as processes of their own that are killed, interrupted, or lose a node."""
+"""Nothing lost: searches and trainings as processes of their own that are killed, or lose what they use."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from urllib.parse import quote
+from urllib.request import Request, urlopen
 
 import pytest
+import torch
 
 from tests.conftest import ROOT, Project, descendants, hears_ctrl_c, make_project
 
@@ -26,14 +31,14 @@ def environment() -> dict[str, str]:
 
 
 class Run:
-    """`tune_calib.py` as a process of its own."""
+    """A script as a process of its own."""
 
-    def __init__(self, folder: Path, *argv: object) -> None:
+    def __init__(self, folder: Path, *argv: object, script: str = "tune_calib", **variables: str) -> None:
         self.folder = folder
-        command = [sys.executable, ROOT / "scripts" / "tune_calib.py", "--no-dashboard", *argv]
+        command = [sys.executable, ROOT / "scripts" / f"{script}.py", "--no-dashboard", *argv]
         self.process = subprocess.Popen(
             [str(part) for part in command],
-            env=environment(),
+            env=environment() | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -46,13 +51,13 @@ class Run:
         assert self.process.returncode == code, text
         return text
 
-    def wait_until(self, reached: Callable[[list[dict]], bool]) -> None:
+    def wait_until(self, reached: Callable[[list[dict]], bool], pause: float = 0.02) -> None:
         """Until the log has come so far."""
         end = time.monotonic() + 240
         while not reached(events(self.folder)):
             assert self.process.poll() is None, self.process.communicate()[0]
             assert time.monotonic() < end
-            time.sleep(0.02)
+            time.sleep(pause)
 
     def kill(self) -> None:
         """`kill -9` of the driver, at once; then of what Ray left behind, so that it does not disturb."""
@@ -192,6 +197,34 @@ def two_nodes() -> Iterator[tuple[str, subprocess.Popen]]:
         process.communicate(timeout=60)
 
 
+# Clusters -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_workers_that_come_and_go(
+    inputs: Path, undisturbed: Path, two_nodes: tuple[str, subprocess.Popen], tmp_path: Path
+) -> None:
+    """A trial's process is killed, a node joins, another one leaves."""
+    address, nodes = two_nodes
+    folder = tmp_path / "run"
+    run = Run(folder, *options(inputs, folder), "--ray-address", address, "--num-workers", 2)
+    run.wait_until(lambda log: sum(e["event"] == "decision" for e in log) >= 1)
+    trials = [pid for pid in descendants(nodes.pid, "ray::") if b"Trial" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert trials, [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in descendants(nodes.pid, "ray::")]
+    os.kill(trials[0], signal.SIGKILL)
+    assert nodes.stdin is not None
+    for decisions, command in ((3, "add"), (6, "kill")):
+        run.wait_until(lambda log, least=decisions: sum(e["event"] == "decision" for e in log) >= least)
+        nodes.stdin.write(f"{command}\n")
+        nodes.stdin.flush()
+    run.finish()
+    assert_same_outcome(folder, undisturbed)
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
 @pytest.mark.slow
 def test_the_loss_of_a_node(
     inputs: Path, undisturbed: Path, two_nodes: tuple[str, subprocess.Popen], tmp_path: Path
@@ -206,3 +239,151 @@ def test_the_loss_of_a_node(
     run.finish()
     assert_same_outcome(folder, undisturbed)
     assert (folder / "statistics.npz").read_bytes() == (undisturbed / "statistics.npz").read_bytes()
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [each.getsockname()[1] for each in sockets]
+
+
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
+
+
+@pytest.fixture
+def head() -> Iterator[str]:
+    """The dashboard of a Ray that `ray start --head` began, with `python` on its path and a token."""
+    port, dashboard, agent = free_ports(3)
+    command = f"start --head --block --num-cpus 2 --object-store-memory 300000000 --port {port}"
+    command += f" --dashboard-port {dashboard} --dashboard-agent-listen-port {agent}"
+    variables = {**os.environ, **TOKEN, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    variables["PATH"] = f"{Path(sys.executable).parent}:{variables['PATH']}"
+    process = subprocess.Popen([*RAY, *command.split()], env=variables, start_new_session=True)
+    try:
+        url = f"http://127.0.0.1:{dashboard}"
+        end = time.monotonic() + 60
+        request = Request(f"{url}/api/version", headers={"Authorization": f"Bearer {TOKEN['RAY_AUTH_TOKEN']}"})
+        while time.monotonic() < end:
+            with suppress(OSError):
+                urlopen(request, timeout=5).close()
+                break
+            time.sleep(0.5)
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60)
+
+
+RAY = (sys.executable, "-m", "ray.scripts.scripts")
+
+
+@pytest.mark.slow
+def test_a_submitted_job(inputs: Path, undisturbed: Path, head: str, tmp_path: Path) -> None:
+    """As docs/cluster.md says: the repository is sent along, the driver joins the cluster that the job belongs to."""
+    folder = tmp_path / "run"
+    job = ("python", "scripts/tune_calib.py", "--no-dashboard", "--ray-address", "auto", "--num-workers", "2")
+    submit = (*RAY, "job", "submit", "--address", head, "--working-dir", ROOT, "--", *job, *options(inputs, folder))
+    run = subprocess.run(
+        [str(part) for part in submit],
+        cwd=tmp_path,
+        env={**os.environ, **TOKEN},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "succeeded" in run.stdout
+    assert_same_outcome(folder, undisturbed)
+
+
+class Server:
+    """An S3 server that can go away and come back with all that it had."""
+
+    def __init__(self) -> None:
+        (self.port,) = free_ports(1)
+        self.start()
+
+    def start(self) -> None:
+        self._server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", self.port, verbose=False)
+        self._server.start()
+
+    def stop(self) -> None:
+        self._server.stop()
+
+    def away(self, seconds: float) -> None:
+        self.stop()
+        time.sleep(seconds)
+        self.start()
+
+
+@pytest.mark.slow
+def test_a_server_that_is_away_for_a_while(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Twice for 20 s: before images are calibrated on, and before the report's images are read."""
+    boto3 = pytest.importorskip("boto3")
+    server, folder = Server(), tmp_path / "run"
+    endpoint = f"http://127.0.0.1:{server.port}"
+    access = {"aws_access_key_id": "key", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
+    client = boto3.client("s3", endpoint_url=endpoint, **access)
+    client.create_bucket(Bucket="bucket")
+    for path in (inputs / "project").iterdir():
+        client.upload_file(str(path), "bucket", f"data/{path.name}")
+    client.close()
+    query = f"?endpoint_override={quote(endpoint, safe='')}&scheme=http&region=us-east-1"
+    local = [str(part) for part in options(inputs, folder)]
+    remote = {
+        local[1]: f"s3://bucket/data/vit.npz{query}",
+        local[3]: f"s3://bucket/data{query}",
+    }
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+    run = Run(folder, *(remote.get(part, part) for part in local), **keys)
+    try:
+        run.wait_until(lambda _: (folder / "run.json").exists())
+        server.away(20)
+        assert not (folder / "statistics.npz").exists(), "it was not needed"
+        run.wait_until(lambda log: sum(e["event"] == "decision" for e in log) >= 12)
+        server.away(20)
+        assert run.process.poll() is None, "it was not needed"
+        run.finish()
+    finally:
+        server.stop()
+    assert_same_outcome(folder, undisturbed)
+
+
+QAT_MOMENTS: dict[str, Callable[[Path], bool]] = {
+    "calibrated": lambda folder: (folder / "start").exists(),
+    "before the first step": lambda folder: (folder / "run.json").exists(),
+    "in the first epoch": lambda folder: len(lines(folder / "steps.jsonl")) > 3,
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed_training(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed") / "training"
+    Run(folder, *training_options(inputs, folder), script="qat").finish()
+    return folder
+
+
+def training_options(inputs: Path, output: Path) -> list[object]:
+    small = ("--num-calib-batch", 2, "--calib-batchsz", 4, "--batch-size", 4, "--wprec", 4, "--aprec", 4, "--distill")
+    more = ("--num-epochs", 4, "--qat-lr", 1e-3, "--checkpoint-steps", 3, "--output", output)
+    return [*Project(inputs / "project").options, *small, *more]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", QAT_MOMENTS)
+def test_a_killed_training_goes_on(moment: str, inputs: Path, undisturbed_training: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run = Run(folder, *training_options(inputs, folder), script="qat")
+    run.wait_until(lambda _: QAT_MOMENTS[moment](folder), pause=0.002)
+    run.kill()
+    assert not (folder / "result.json").exists()
+    if (folder / "run.json").exists():
+        Run(folder, "--resume", folder, script="qat").finish()
+    else:  # nothing was begun that could go on
+        Run(folder, *training_options(inputs, folder), script="qat").finish()
+    results = [json.loads((f / "result.json").read_text()) for f in (folder, undisturbed_training)]
+    for key in ("float", "ptq", "qat", "epochs", "best_epoch", "images"):
+        assert results[0][key] == results[1][key], key
+    weights = [torch.load(f / "vit_qat.pth", weights_only=True) for f in (folder, undisturbed_training)]
+    assert list(weights[0]) == list(weights[1])
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
