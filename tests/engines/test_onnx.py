@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tests.conftest import plan_by_hand, tiny_vit
 from tests.engines.test_int8 import VARIANTS, changed, variant_of
 from vitq_ray.base.config import InputError
+from vitq_ray.engines.conditions import tensorrt_conditions
 from vitq_ray.engines.execute import Engine, executed
 from vitq_ray.engines.onnx import Encoding, onnx_model
 from vitq_ray.engines.runtimes import METADATA, open_file, read_metadata
@@ -171,7 +172,7 @@ def test_openvino(quant_vit: nn.Module, images: Tensor, tmp_path: Path) -> None:
 
 # What a target refuses ----------------------------------------------------------------------------------------------
 
-SMALL = Shape(tokens=5, head_width=16, width=32, mlp_width=128)
+SMALL = Shape(tokens=5, head_width=16)
 
 
 @pytest.mark.parametrize("mode", ["ort", "openvino", "tensorrt"])
@@ -207,6 +208,35 @@ def test_half_an_attention_and_dead_sites_are_refused(quant_vit: nn.Module, imag
     dead = dataclasses.replace(plan.sites[key], amax=torch.tensor(0.0))
     plan = dataclasses.replace(plan, sites={**plan.sites, key: dead})
     assert list(TARGETS["ort"].problems(plan, SMALL, 2)) == [f"{key}: amax 0"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "off", "not_met"),
+    [
+        ("tensorrt", None, []),
+        ("ort", None, ["int8, zero points 0"]),
+        ("tensorrt", "probabilities", ["attention: both products with Q/DQ on both sides, or none"]),
+        ("tensorrt", "weight", ["Q/DQ on both inputs of every linear layer of the blocks"]),
+        ("trt", None, []),
+        (
+            "ft2",
+            None,
+            [
+                "no Q/DQ behind a linear layer before its bias",
+                "attention: nothing between q·kᵀ and softmax",
+            ],
+        ),
+    ],
+)
+def test_conditions_of_tensorrt_are_looked_up_in_the_file(
+    mode: str, off: str | None, not_met: list[str], quant_vit: nn.Module, images: Tensor
+) -> None:
+    plan = changed(plan_by_hand(quant_vit.eval(), images, mode), lambda family: family == off, on=False)
+    apply_plan(quant_vit, plan)
+    found = tensorrt_conditions(onnx_model(quant_vit, plan, Encoding(TARGETS["tensorrt"]), {}), SMALL)
+    assert [text for text, met in found.items() if not met] == not_met
+    wide = tensorrt_conditions(onnx_model(quant_vit, plan, Encoding(TARGETS["tensorrt"]), {}), Shape(577, 80))
+    assert [wide[text] for text in wide if "fuses attention" in text] == [False, False]
 
 
 # Files of others ----------------------------------------------------------------------------------------------------

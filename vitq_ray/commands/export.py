@@ -27,11 +27,12 @@ from vitq_ray.commands.screen import SILENT, Screen, percent, result_line, warn_
 from vitq_ray.data.loader import iter_batches
 from vitq_ray.data.samples import SampleIndex
 from vitq_ray.data.transforms import EvalTransform
+from vitq_ray.engines.conditions import tensorrt_conditions
 from vitq_ray.engines.execute import evaluation_batch, executed, find_engine
 from vitq_ray.engines.gemm import HAS_VNNI
 from vitq_ray.engines.onnx import Encoding, needed, onnx_model
 from vitq_ray.engines.runtimes import METADATA, OPENVINO, ORT, Census, open_file
-from vitq_ray.engines.targets import TARGETS, Shape, Target, reduced_range
+from vitq_ray.engines.targets import TARGETS, TENSORRT, Shape, Target, reduced_range
 from vitq_ray.measure.comparison import Comparison, compare
 from vitq_ray.measure.evaluation import Evaluation, evaluate_variants
 from vitq_ray.measure.latency import milliseconds
@@ -159,8 +160,7 @@ def prepare(options: ExportOptions, screen: Screen) -> ExportJob:
     calibrated, target = load_calibrated(options.pretrained_dir), TARGETS[options.target]
     require_as_calibrated(options, calibrated.sidecar)
     geometry, plan = calibrated.loaded.geometry, calibrated.plan
-    shape = Shape(geometry.num_tokens, geometry.width // geometry.heads, geometry.width, geometry.mlp_width)
-    problems = list(target.problems(plan, shape, geometry.depth))
+    problems = list(target.problems(plan, shape_of(calibrated), geometry.depth))
     if problems and not options.force:
         raise InputError(
             f"{options.name_of('target')}: {target.name}: {'; '.join(problems)}; {options.name_of('force')} exports it "
@@ -225,7 +225,7 @@ def verify(job: ExportJob, options: ExportOptions, file: Path, screen: Screen) -
         screen.say(line_of(name, evaluations[name], kl.get(name), agree.get(name), census.get(name)))
     ratio = file.stat().st_size / bytes_of_float
     screen.say(f"size: {file.stat().st_size} bytes, {percent(ratio)} of the float weights")
-    notes = list(remarks(job, options, kl, agree))
+    notes = remarks(job, options, file, kl, agree)
     for note in notes:
         screen.warn(note)
     own = OPENVINO if job.target.name == OPENVINO else ORT
@@ -246,7 +246,7 @@ def verify(job: ExportJob, options: ExportOptions, file: Path, screen: Screen) -
             for name in variants
         },
         "latency": latency,
-        "conditions": conditions(job),
+        "conditions": conditions(job, file),
         "notes": notes,
         "versions": versions() | {name: needed(name, "onnx").__version__ for name in ("onnx", "onnxruntime")},
     }
@@ -284,15 +284,24 @@ def measured(
     return rows
 
 
-def conditions(job: ExportJob) -> dict[str, bool]:
-    """What the target asks of a model's shape, and whether it is so."""
-    geometry = job.calibrated.loaded.geometry
-    shape = Shape(geometry.num_tokens, geometry.width // geometry.heads, geometry.width, geometry.mlp_width)
-    return job.target.conditions(shape)
+def conditions(job: ExportJob, file: Path) -> dict[str, bool]:
+    """What TensorRT's fusions ask of the file, and whether it is so."""
+    if job.target.name != TENSORRT:
+        return {}
+    return tensorrt_conditions(needed("onnx", "onnx").load(file), shape_of(job.calibrated))
+
+
+def shape_of(calibrated: CalibratedModel) -> Shape:
+    geometry = calibrated.loaded.geometry
+    return Shape(geometry.num_tokens, geometry.width // geometry.heads)
 
 
 def remarks(
-    job: ExportJob, options: ExportOptions, to_float: dict[str, Comparison], to_plan: dict[str, Comparison]
+    job: ExportJob,
+    options: ExportOptions,
+    file: Path,
+    to_float: dict[str, Comparison],
+    to_plan: dict[str, Comparison],
 ) -> list[str]:
     """What a reader must know."""
     notes = []
@@ -307,8 +316,9 @@ def remarks(
             f"ort: integer kernels saturate on this CPU, which has no VNNI: KL to float {kernels:.4f}, {exact:.4f} "
             f"without them; {options.name_of('unsigned_weights')} does not, nor does {options.name_of('reduce_range')}"
         )
-    if job.target.name == "tensorrt":
+    if job.target.name == TENSORRT:
         notes.append("tensorrt: no engine was built here; what was run is the file in ONNX Runtime")
+        notes += [f"tensorrt: not met: {text}" for text, met in conditions(job, file).items() if not met]
     return notes
 
 

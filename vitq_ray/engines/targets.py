@@ -13,18 +13,17 @@ from dataclasses import dataclass
 from vitq_ray.quant.plan import Plan, SitePlan
 from vitq_ray.quant.sites import MODES, WEIGHT, Site, sites_of_blocks
 
+TENSORRT = "tensorrt"
 RIGHT = ("attn.matmul_k_input_quantizer", "attn.matmul_v_input_quantizer")  # activations that stand like weights
 ATTENTION = ("attn.matmul_q_input_quantizer", RIGHT[0], "attn.matmul_a_input_quantizer", RIGHT[1])
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What rules ask of a model: N tokens, D head width, C width, MLP width."""
+    """What rules ask of a model: N tokens, D head width."""
 
     tokens: int
     head_width: int
-    width: int
-    mlp_width: int
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ TARGETS: dict[str, Target] = {
     for target in (
         Target("ort", unsigned=True, gelu=True),
         Target("openvino", unsigned=False, gelu=True),
-        Target("tensorrt", unsigned=False, gelu=False, asymmetric=False, conditions=_tensorrt),
+        Target(TENSORRT, unsigned=False, gelu=False, asymmetric=False, conditions=_tensorrt),
     )
 }
 
