@@ -50,7 +50,7 @@ def race_of(results: np.ndarray, rules: RaceRules) -> Race:
     for i, row in enumerate(results):
         race.enter(str(i))
         for start, end in chunks_left(rules, 0):
-            race.record(str(i), start, row[start:end])
+            race.record(str(i), start, {"correct": row[start:end]})
             race.judge()
             if race.decision(str(i)) is not None:
                 break

@@ -61,7 +61,8 @@ def statistics(quant_vit: VisionTransformer, images: torch.Tensor) -> Calibratio
 def image_set(count: int = 33) -> ImageSet:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
-    return ImageSet([pixels], rng.integers(0, 7, count), np.arange(count) * 2)
+    logits = rng.normal(size=(count, 7)).astype(np.float32)
+    return ImageSet([pixels], rng.integers(0, 7, count), np.arange(count) * 2, [logits])
 
 
 def test_image_set_batches() -> None:
@@ -76,7 +77,7 @@ def stored(images: ImageSet, part_images: int = 1000) -> StoredImages:
     """The images in the object store, `part_images` or more to a part."""
     store = ImageStore(part_images * 16 * 16 * 3)
     for batch in images.batches(5):
-        store.add(batch)
+        store.add(batch, batch.float_logits)
     return store.stored()
 
 
@@ -87,7 +88,7 @@ def test_images_come_back_from_the_object_store_in_parts(ray_cluster: None) -> N
     for size, start, end in ((33, 0, 33), (4, 0, 33), (9, 8, 22), (1, 10, 11)):
         wanted = list(images.batches(size, start, end))
         for here, there in zip(wanted, back.fetch().batches(size, start, end), strict=True):
-            for name in ("images", "labels", "sample_ids"):
+            for name in ("images", "labels", "sample_ids", "float_logits"):
                 assert torch.equal(getattr(here, name), getattr(there, name))
     with pytest.raises(InputError, match="no readable image"):
         ImageStore().stored()
@@ -105,9 +106,9 @@ def test_no_process_keeps_a_copy_of_the_stored_images(ray_cluster: None) -> None
             assert len(pixels) <= 3, "batches that wait to be put, and the one that is passed on"
 
     store = ImageStore(10 * 16 * 16 * 3)
-    for _ in store.passing(batches()):
-        pass
-    del _
+    for batch in batches():
+        store.add(batch, torch.zeros(len(batch.labels), 7))
+    del batch
     images = store.stored()
     assert len(pixels) == 0
     held = images.fetch().parts[0]

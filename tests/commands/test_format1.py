@@ -17,6 +17,7 @@ import pytest
 
 from tests.conftest import DATA, load_script
 from vitq_ray.commands.tune_qat import save_starts
+from vitq_ray.measure.racing import OBJECTIVES
 from vitq_ray.models.checkpoint import load_calibrated
 
 CHECKPOINTS = ("calib/vit_calib", "calib-mse/vit_calib", "search/best/vit_calib", "qat/vit_qat")
@@ -134,7 +135,7 @@ def test_starts_of_an_old_training_are_kept(old: Path) -> None:
     for ending in ("pth", "json"):
         shutil.copy(f"search/best/vit_calib.{ending}", home / f"c000_calib.{ending}")
     before = {path.name: path.read_bytes() for path in home.iterdir()}
-    race = SimpleNamespace(names=("c000",), correct=lambda name: np.ones(3, bool))
+    race = SimpleNamespace(names=("c000",), mean=lambda name: 1.0, objective=OBJECTIVES["top1"])
     candidate = SimpleNamespace(setting=start.sidecar.setting, plan=start.plan)
     contest: Any = SimpleNamespace(race=race, outcome=lambda: {"c000": "best"}, candidates={"c000": candidate})
     job: Any = SimpleNamespace(model=start.loaded.model)

@@ -59,7 +59,7 @@ def job_of(folder: str) -> TuneJob:
 
 def contest_of(job: TuneJob, folder: RunFolder) -> Contest:
     options = job.options
-    rules = race_rules(30, options.chunk_images, options.batch_size, options.alpha, options.tie_margin)
+    rules = race_rules(30, options.chunk_images, options.batch_size, options.alpha, options.tie_margin, "top1")
     return Contest(job.model, read_statistics(job, folder), job.proposals(), Race(rules), folder, Listeners())
 
 

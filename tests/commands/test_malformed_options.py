@@ -104,7 +104,7 @@ def test_places(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert message.endswith("longer than 255 bytes")
     assert getattr(typed(kind, name, "b" * 255), name) == "b" * 255
     assert message_of(lambda: typed(kind, name, "a/" * 2001)).endswith("is longer than 4000 bytes")
-    if name in ("pretrained_dir", "data_path", "teacher"):
+    if name in ("pretrained_dir", "data_path", "teacher", "reference"):
         assert getattr(typed(kind, name, "s3://bucket/key"), name) == "s3://bucket/key"
     else:
         for text in ("s3://bucket/key", "gs://b", "file:///tmp/a", "s3:/bucket/key"):

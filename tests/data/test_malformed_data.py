@@ -133,6 +133,7 @@ def pipe(root: Path) -> None:
     os.mkfifo(root / "val/a/2.png")
 
 
+NO_TEXT = "1 are no images (first: 2.txt)"
 ONE: dict[str, bytes | Link | None] = {"a/1.png": png()}
 GONE = "cannot be read: No such file or directory"
 NO_IMAGE = "not a readable image: cannot identify image file"
@@ -152,7 +153,13 @@ FOLDERS: dict[str, Case] = {
     "an empty val": Case(tree_of({"val": None}), NO_IMAGES),
     "empty class folders": Case(val({"a": None, "b": None}), NO_IMAGES),
     "an empty class folder beside another": Case(val({**ONE, "b": None}), {"a/1.png": 0}),
-    "no class folders": Case(val({"1.png": png()}), f"{NO_IMAGES}. Left out: 1 lie in no class folder (first: 1.png)"),
+    "no class folders": Case(val({"1.png": png(), "3.png": png(), "2.txt": b""}), {"1.png": -1, "3.png": -1}, NO_TEXT),
+    "images and nothing else": Case(
+        tree_of({"1.png": png(), "2.txt": b"", "out/3.png": png()}), {"1.png": -1}, NO_TEXT
+    ),
+    "hidden folders beside images": Case(
+        val({"1.png": png(), ".x/2.png": png()}), {"1.png": -1}, f"1 {HIDDEN} (first: .x)"
+    ),
     "stray images": Case(val({**ONE, "2.png": png()}), {"a/1.png": 0}, "1 lie in no class folder (first: 2.png)"),
     "only text": Case(val({"a/1.txt": b"x"}), f"{NO_IMAGES}. Left out: 1 are no images (first: a/1.txt)"),
     "text beside images": Case(
@@ -376,8 +383,19 @@ ZIPS: dict[str, Case] = {
     ),
     "bytes behind the end": Case(packed(WHOLE + b"\n"), NO_ZIP),
     "an empty zip": Case(zipped([]), f"<root>/val_map.txt: line 1: 'a/1.png' {NOT_THERE}".replace("(2 ", "(0 ")),
-    "no map": Case(
-        tree_of({"val.zip": WHOLE}), "<root>/val_map.txt: no such file; expected lines of relative/path<TAB>label"
+    "no map": Case(tree_of({"val.zip": WHOLE}), dict.fromkeys(BOTH, -1)),
+    "no map, and what is no image": Case(
+        tree_of({"val.zip": zip_bytes([RESOURCE, DOG, Member(b"a/x.txt", b""), CAT])}),
+        dict.fromkeys(BOTH, -1),
+        "1 are hidden or of a tool (first: __MACOSX/top/a/._1.png); 1 are no images (first: a/x.txt)",
+    ),
+    "no map and no image": Case(
+        tree_of({"val.zip": zip_bytes([Member(b"x.txt", b"")])}),
+        "<root>/val.zip: no images. Left out: 1 are no images (first: x.txt)",
+    ),
+    "no map, encrypted": Case(
+        tree_of({"val.zip": zip_bytes([replace(DOG, flags=1)])}),
+        "<root>/val.zip!b/2.png: is encrypted; expected a stored (0) or deflated (8) member",
     ),
     "a map that is a folder": Case(
         tree_of({"val.zip": WHOLE, "val_map.txt": None}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -11,18 +12,21 @@ import pytest
 
 from vitq_ray.base.config import InputError
 from vitq_ray.measure.racing import (
+    OBJECTIVES,
     Decision,
+    Pair,
     Race,
     RaceRules,
     Verdict,
     chunks_left,
     discordant,
     log_evidence,
+    relative_excess,
     standings,
 )
 
 
-def capital(pairs: list[int], margin: Fraction) -> Fraction:
+def capital(pairs: Sequence[int | Fraction], margin: Fraction) -> Fraction:
     """The gambler's mean capital, bet by bet in exact arithmetic."""
     total = Fraction(0)
     for j in range(32):
@@ -88,7 +92,7 @@ def run(results: np.ndarray, rules: RaceRules, order: list[int] | None = None) -
         for start, end in chunks_left(rules, 0):
             if race.decision(name) is not None:
                 break
-            race.record(name, start, results[i, start:end])
+            race.record(name, start, {"correct": results[i, start:end]})
             race.judge()
     return race
 
@@ -164,13 +168,14 @@ def test_decisions_do_not_depend_on_arrival(seed: int) -> None:
     while running := [n for n in left if left[n] and race.decision(n) is None]:
         name = running[int(rng.integers(len(running)))]
         start, end = left[name].pop(0)
-        race.record(name, start, results[int(name[1:]), start:end])
+        race.record(name, start, {"correct": results[int(name[1:]), start:end]})
         race.judge()
     assert race.over
     assert [race.decision(n) for n in race.names] == [expected.decision(n) for n in expected.names]
     assert race.leader() == expected.leader()
     for name in race.names:
-        assert np.array_equal(race.correct(name), expected.correct(name)), "results past a decision are discarded"
+        here, there = (r.results(name)["correct"] for r in (race, expected))
+        assert np.array_equal(here, there), "results past a decision are discarded"
 
 
 def test_chunks_may_come_twice_but_leave_no_gap() -> None:
@@ -178,11 +183,11 @@ def test_chunks_may_come_twice_but_leave_no_gap() -> None:
     race.enter("a")
     with pytest.raises(ValueError, match="in the race already"):
         race.enter("a")
-    assert race.record("a", 0, np.ones(4, bool))
-    assert not race.record("a", 0, np.zeros(4, bool))
-    assert race.correct("a").all()
+    assert race.record("a", 0, {"correct": np.ones(4, bool)})
+    assert not race.record("a", 0, {"correct": np.zeros(4, bool)})
+    assert race.results("a")["correct"].all()
     with pytest.raises(ValueError, match="results 8 to 10, 4 seen"):
-        race.record("a", 8, np.ones(2, bool))
+        race.record("a", 8, {"correct": np.ones(2, bool)})
 
 
 def test_looks_and_chunks() -> None:
@@ -200,6 +205,7 @@ def test_looks_and_chunks() -> None:
         ({"alpha": 0.0}, "alpha: expected a number between 0 and 1, got 0.0"),
         ({"alpha": float("nan")}, "alpha: .* got nan"),
         ({"tie_margin": -0.1}, "tie margin: .* got -0.1"),
+        ({"objective": "kl"}, "objective: 'kl' is not one of fidelity, top1"),
         ({"images": 0}, "images of a race: expected an integer >= 1, got 0"),
         ({"chunk": 0}, "images of a chunk: "),
     ],
@@ -236,3 +242,129 @@ def test_the_simulation_can_fail() -> None:
     rules = RaceRules(2000, 50, alpha=0.999999, tie_margin=0.0)
     lost, _ = lost_best([0.9, 0.9, 0.9, 0.900001], 100, rules, seed=4)
     assert lost > 10
+
+
+# By fidelity ---------------------------------------------------------------------------------------------------------
+
+
+def race_by_fidelity(kl: np.ndarray, correct: np.ndarray | None = None, **rules: float) -> Race:
+    """A whole race of (candidates, images) KL, and results of top-1 where there are labels."""
+    images = kl.shape[1]
+    race = Race(RaceRules(**({"images": images, "chunk": images // 20, "objective": "fidelity"} | rules)))
+    for i in range(len(kl)):
+        race.enter(f"c{i}")
+    for i in range(len(kl)):
+        for start, end in chunks_left(race.rules, 0):
+            if race.decision(f"c{i}") is None:
+                part = {"kl": kl[i, start:end].astype(np.float32)}
+                race.record(f"c{i}", start, part if correct is None else {**part, "correct": correct[i, start:end]})
+                race.judge()
+    return race
+
+
+@pytest.mark.parametrize(
+    ("ours", "other"),
+    [
+        ([3.0], [1.0]),
+        ([0.0, 1.0], [0.0, 0.0]),
+        ([0.25, 0.5, 1.0, 0.0], [0.75, 0.5, 0.0, 1.0]),
+        ([1.0] * 30, [3.0] * 30),
+    ],
+)
+def test_evidence_of_fidelity_is_the_mean_capital(ours: list[float], other: list[float]) -> None:
+    x = [Fraction(a - b) / Fraction(a + b) if a + b else Fraction(0) for a, b in zip(ours, other, strict=True)]
+    assert relative_excess(np.array(other), np.array(ours)).tolist() == [float(value) for value in x]
+    opponent, candidate = {"kl": np.array(other, np.float32)}, {"kl": np.array(ours, np.float32)}
+    for cut in range(len(x)):  # in two parts, which add up
+        pair = Pair().extended(opponent, candidate, ("correct", "kl"), cut)
+        pair = pair.extended(opponent, candidate, ("correct", "kl"), len(x))
+        wanted = math.log(capital(x, Fraction(0)))
+        assert OBJECTIVES["fidelity"].evidence(pair, 0.0) == pytest.approx(wanted, abs=1e-9)
+        counts = (sum(value > 0 for value in x), sum(value < 0 for value in x))
+        assert OBJECTIVES["fidelity"].counts(pair) == counts
+
+
+def test_those_that_are_further_from_float_stop_early() -> None:
+    rng = np.random.default_rng(0)
+    kl = rng.lognormal(-7, 1.5, 4000) * np.array([[2.0], [1.0], [4.0], [1.0]]) * rng.lognormal(0, 0.3, (4, 4000))
+    race = race_by_fidelity(kl)
+    decisions = {name: race.decision(name) for name in race.names}
+    assert decisions["c2"].verdict is Verdict.BEATEN  # type: ignore[union-attr]
+    assert decisions["c2"].images == 200  # type: ignore[union-attr]
+    assert decisions["c2"].against == "c1"  # type: ignore[union-attr]
+    assert decisions["c2"].wins > decisions["c2"].losses  # type: ignore[union-attr]
+    means = kl.astype(np.float32).mean(axis=1, dtype=float)
+    best, tied = sorted(("c1", "c3"), key=lambda name: means[int(name[1:])])
+    assert standings(race) == {"c0": "beaten", "c2": "beaten", best: "best", tied: "tied"}
+    assert race.mean("c1") == pytest.approx(means[1])
+
+
+def test_more_images_classified_correctly_than_the_opponent_keep_a_candidate() -> None:
+    """By KL it is beaten at the first look; it gets 3 of 400 right that the other does not, and 2 are the margin."""
+    kl = np.outer([1.0, 3.0], np.ones(400))
+    correct = np.ones((2, 400), bool)
+    correct[0, :3] = False
+    beaten = race_by_fidelity(kl, correct, tie_margin=0.0076).decision("c1")
+    assert beaten is not None
+    assert beaten.images > 380, "only there are 3 images no more than the margin"
+    assert race_by_fidelity(kl, correct, tie_margin=0.005).decision("c1").verdict is Verdict.FINISHED  # type: ignore[union-attr]
+    assert race_by_fidelity(kl).decision("c1").images == 20  # type: ignore[union-attr]
+
+
+def test_the_lower_mean_keeps_a_candidate() -> None:
+    """On nine images of ten it is the one further off, on the tenth far closer: X is against it, the mean is not."""
+    kl = np.array([[*[1.0] * 9, 100.0] * 40, [*[2.0] * 9, 1.0] * 40])
+    race = race_by_fidelity(kl)
+    assert race.decision("c1").verdict is Verdict.FINISHED  # type: ignore[union-attr]
+    assert race.leader() == "c1"
+    assert standings(race)["c0"] == "tied"
+
+
+@pytest.mark.parametrize(("lost", "leader"), [(3, "c0"), (30, "c1")])
+def test_the_winner_is_not_proven_worse_in_top1(lost: int, leader: str) -> None:
+    kl = np.outer([1.0, 1.0001], np.ones(400))
+    correct = np.ones((2, 400), bool)
+    correct[0, :lost] = False
+    race = race_by_fidelity(kl, correct)
+    assert race.leader() == leader
+    assert standings(race) == ({"c0": "best", "c1": "tied"} if lost == 3 else {"c0": "beaten", "c1": "best"})
+
+
+def test_equal_results_are_a_tie() -> None:
+    race = race_by_fidelity(np.zeros((3, 400)))
+    assert race.leader() == "c0"
+    assert set(standings(race).values()) == {"best", "tied"}
+
+
+def test_results_without_what_decides_are_refused() -> None:
+    race = Race(RaceRules(10, 4, objective="fidelity"))
+    race.enter("a")
+    with pytest.raises(ValueError, match="candidate 'a': results without 'kl', which the race is decided by"):
+        race.record("a", 0, {"correct": np.ones(4, bool)})
+
+
+def fair(kind: str, images: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """KL of opponent and candidate with E[X] = 0."""
+    if kind == "exchangeable":
+        return tuple(rng.lognormal(-6, 1.5, (2, images)))  # type: ignore[return-value]
+    up = {"coin": 0.5, "skewed": 0.1}[kind]
+    high = rng.random(images) < up  # X is (1 - up) with chance up, else -up
+    x = np.where(high, 1 - up, -up)
+    scale = rng.lognormal(-6, 1, images)
+    return (1 - x) * scale, (1 + x) * scale
+
+
+@pytest.mark.parametrize("kind", ["exchangeable", "coin", "skewed"])
+def test_few_are_stopped_that_are_not_worse(kind: str) -> None:
+    """400 races at α = 0.1, without the guards: 40 may go wrong."""
+    rng, wrong = np.random.default_rng(5), 0
+    for _ in range(400):
+        opponent, candidate = fair(kind, 600, rng)
+        x, pair = relative_excess(opponent, candidate), Pair()
+        assert abs(x.mean()) < 0.2
+        for look in range(20, 620, 20):
+            pair = pair.extended({"kl": opponent}, {"kl": candidate}, ("kl",), look)
+            if OBJECTIVES["fidelity"].evidence(pair, 0.0) >= math.log(1 / 0.1):
+                wrong += 1
+                break
+    assert 2 <= wrong <= 40, "it can go wrong, and rarely does"

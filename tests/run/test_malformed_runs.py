@@ -271,7 +271,7 @@ def test_best_weights_of_another_model(runs: Path) -> None:
 # The log -------------------------------------------------------------------------------------------------------------
 
 EVENTS = {
-    '{"event": "chunk", "name": "c0", "start": 0, "images": 8}': "correct is missing",
+    '{"event": "chunk", "name": "c0", "start": 0, "images": 8}': "none of correct, correct5, kl, agree is there",
     '{"event": "chunk", "name": "c0", "start": "0", "images": 8, "correct": "/w=="}': "start is '0', expected an int",
     '{"event": "chunk", "name": 7, "start": 0, "images": 8, "correct": "/w=="}': "name is 7, expected text",
     '{"event": "chunk", "name": "c0", "start": 0, "images": 8, "correct": null}': "correct is None, expected text",
@@ -290,7 +290,7 @@ EVENTS = {
     "3": "not an event: b'3'",
     "": "not an event: b''",
     "{": "not an event: b'{'",
-    '{"event": "begun", "format": 4}': "in format 4; this version reads formats up to 3",
+    '{"event": "begun", "format": 5}': "in format 5; this version reads formats up to 4",
     '{"event": "begun", "format": 3}': "line 1: was changed",
 }
 

@@ -43,7 +43,7 @@ def test_events_are_appended_line_by_line(tmp_path: Path) -> None:
     begun, first, second = map(json.loads, (tmp_path / "run" / "trials.jsonl").read_text().splitlines())
     assert len(begun.pop("check")) == 8
     run = folder.read_run()["id"]
-    assert begun == {"event": "begun", "format": 3, "vitq_ray": metadata.version("vitq_ray"), "run": run}
+    assert begun == {"event": "begun", "format": 4, "vitq_ray": metadata.version("vitq_ray"), "run": run}
     assert all(len(line.pop("check")) == 8 for line in (first, second))
     assert folder.events() == [first, second]
     assert (first["event"], first["setting"]) == ("candidate", {"mode": "ft1"})
@@ -109,7 +109,7 @@ def raced(shares: list[float], images: int = 400) -> tuple[Race, dict[str, str]]
         correct = np.arange(images) % 100 < 100 * share
         for start, end in chunks_left(race.rules, 0):
             if race.decision(name) is None:
-                race.record(name, start, correct[start:end])
+                race.record(name, start, {"correct": correct[start:end]})
                 race.judge()
     return race, {name: f"setting number {name[1:]}" for name in names}
 
@@ -152,14 +152,14 @@ def test_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> N
         decision = race.decision("c1")
         assert decision is not None
         live.decided(decision)
-    line = "[2/3] c1 setting number 1: 50.00 % (40.38 to 59.62) of 100 images, beaten 0:40 against c0\n"
+    line = "[2/3] c1 setting number 1: top-1 50.00 % (40.38 to 59.62) of 100 images, beaten 0:40 against c0\n"
     assert capsys.readouterr().out == line
 
 
 # Resuming, and whose files they are ---------------------------------------------------------------------------------
 
 NEWER = {"format": 99, "versions": {"vitq_ray": "9.1"}}
-REFUSED = r"written by vitq_ray 9\.1 in format 99; this version reads formats up to 3"
+REFUSED = r"written by vitq_ray 9\.1 in format 99; this version reads formats up to 4"
 
 
 PARTS = {part: {"images": 10, "top1_correct": 4} for part in ("selection", "report", "val")}
@@ -187,7 +187,7 @@ def a_result(script: str) -> dict[str, object]:
 def test_the_schema_of_a_result(tmp_path: Path) -> None:
     write_result(tmp_path, a_result(EVALUATION))
     found = read_result(tmp_path)
-    assert (found["format"], found["script"], found["images"], found["top1_correct"]) == (3, "evaluate", 10, 4)
+    assert (found["format"], found["script"], found["images"], found["top1_correct"]) == (4, "evaluate", 10, 4)
     assert found["bad_images"] == [{"image": "a.jpg", "reason": "broken"}]
     assert {"options", "setting", "weights_fingerprint", "data_fingerprint", "versions", "seconds"} <= set(found)
     assert found["own"] == [1, 2]

@@ -18,7 +18,7 @@ from vitq_ray.base.config import InputError
 from vitq_ray.calibration.scales import require_possible
 from vitq_ray.calibration.statistics import CalibrationStatistics, collect_statistics
 from vitq_ray.measure.metrics import METRICS, Metric
-from vitq_ray.measure.racing import Race, RaceRules
+from vitq_ray.measure.racing import OBJECTIVES, Race, RaceRules
 from vitq_ray.run.folder import RunFolder
 from vitq_ray.run.results import SEARCH
 from vitq_ray.search.contest import Contest, Listeners, race_rules
@@ -40,9 +40,14 @@ def statistics(quant_vit: VisionTransformer, images: torch.Tensor) -> Calibratio
 
 
 def make(
-    model: VisionTransformer, statistics: CalibrationStatistics, folder: RunFolder, source: Proposals | None = None
+    model: VisionTransformer,
+    statistics: CalibrationStatistics,
+    folder: RunFolder,
+    source: Proposals | None = None,
+    objective: str = "top1",
 ) -> Contest:
-    return Contest(model, statistics, source or ListProposals(SETTINGS), Race(RULES), folder, Listeners())
+    race = Race(replace(RULES, objective=objective))
+    return Contest(model, statistics, source or ListProposals(SETTINGS), race, folder, Listeners())
 
 
 def results_of(contest: Contest, name: str) -> np.ndarray:
@@ -54,7 +59,9 @@ def results_of(contest: Contest, name: str) -> np.ndarray:
 
 def chunk_of(correct: np.ndarray) -> dict[str, np.ndarray]:
     """A chunk's results: every metric of the table."""
+    kl = np.where(correct, np.float32(0.1), np.float32(0.7))
     made = {"correct": correct, "correct5": np.ones(len(correct), bool), "margin": correct.astype(np.float32) - 0.25}
+    made |= {"kl": kl, "agree": correct}
     return {name: made[name] for name in METRICS}
 
 
@@ -133,26 +140,28 @@ def test_everything_is_logged(quant_vit: VisionTransformer, statistics: Calibrat
     assert contest.outcome()["c001"] == contest.outcome()["c000"]
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("stop_after", range(7))
 def test_a_contest_made_from_its_log_goes_on(
-    stop_after: int, quant_vit: VisionTransformer, statistics: CalibrationStatistics, tmp_path: Path
+    stop_after: int, objective: str, quant_vit: VisionTransformer, statistics: CalibrationStatistics, tmp_path: Path
 ) -> None:
     (tmp_path / "whole").mkdir()
-    whole = make(quant_vit, statistics, RunFolder(tmp_path / "whole"))
+    whole = make(quant_vit, statistics, RunFolder(tmp_path / "whole"), objective=objective)
     total = run(whole)
 
     (tmp_path / "cut").mkdir()
-    first = run(make(quant_vit, statistics, RunFolder(tmp_path / "cut")), stop_after)
+    first = run(make(quant_vit, statistics, RunFolder(tmp_path / "cut"), objective=objective), stop_after)
     with open(tmp_path / "cut" / "trials.jsonl", "ab") as stream:
         stream.write(b'{"event": "chunk", "na')  # a kill in the middle of a line
     (tmp_path / "cut" / "run.json").write_text(json.dumps(RUN_DESCRIPTION))
-    again = make(quant_vit, statistics, RunFolder.resume(tmp_path / "cut", SEARCH))
+    again = make(quant_vit, statistics, RunFolder.resume(tmp_path / "cut", SEARCH), objective=objective)
     assert run(again) == total - first, "nothing is repeated"
     assert again.race.leader() == whole.race.leader()
     assert [again.race.decision(n) for n in again.race.names] == [whole.race.decision(n) for n in whole.race.names]
     for name in whole.race.names:
-        for metric, values in whole.results[name].items():
-            assert np.array_equal(again.results[name][metric], values)
+        assert list(whole.race.results(name)) == list(METRICS)
+        for metric, values in whole.race.results(name).items():
+            assert np.array_equal(again.race.results(name)[metric], values)
 
     def bare(folder: str) -> list[str]:
         events = [{k: v for k, v in e.items() if k not in ("time", "check", "run")} for e in lines(tmp_path / folder)]
@@ -181,6 +190,7 @@ UNFIT: dict[str, tuple[str, dict[str, object]]] = {  # message: the first event 
     "decision of 'c0', which is no candidate before it": ("decision", {"name": "c0"}),
     "results of c000: candidate 'c000': results 20 to 40, 0 seen": ("chunk", {"start": 20}),
     "results of c000: candidate 'c000': results -20 to 0": ("chunk", {"start": -20}),
+    "results of c000: candidate 'c000': results without 'correct'": ("chunk", {"correct": None}),
     "results of c000: correct: not base64": ("chunk", {"correct": "?"}),
     "results of c000: correct: not the results of 20 images": ("chunk", {"correct": "AAAAAA=="}),
     "results of c000: correct: not the results of 19 images": ("chunk", {"images": 19, "correct": "////"}),
@@ -200,7 +210,8 @@ def test_a_log_that_does_not_fit_is_refused(
     first = next(event for event in events if event["event"] == kind)
     again = RunFolder(tmp_path)
     for event in events:
-        again.append(**{k: v for k, v in {**event, **(changes if event is first else {})}.items() if k != "time"})
+        changed = {**event, **(changes if event is first else {})}
+        again.append(**{k: v for k, v in changed.items() if k != "time" and (v is not None or k == "same_as")})
     with pytest.raises(InputError) as caught:
         make(quant_vit, statistics, again)
     assert str(caught.value).startswith(f"{folder.log.path}: {message}")
@@ -306,7 +317,7 @@ def test_a_space_smaller_than_the_samples_asked_for() -> None:
     ("images", "chunk", "batch", "expected"), [(5000, None, 100, 200), (90, None, 100, 90), (5000, 300, 100, 300)]
 )
 def test_chunks_are_whole_batches(images: int, chunk: int | None, batch: int, expected: int) -> None:
-    assert race_rules(images, chunk, batch, 0.05, 0.0).chunk == expected
+    assert race_rules(images, chunk, batch, 0.05, 0.0, "top1").chunk == expected
 
 
 def test_one_that_has_seen_everything_and_waits_is_not_handed_out_again(
@@ -343,6 +354,6 @@ def test_a_further_metric_is_logged_and_replayed_and_logs_without_it_go_on(
     new = contests["new"].evaluations(labels, labels)["c000"]
     assert np.array_equal(new.results["margin"], new.correct.astype(np.float32) - 0.25)
     old = contests["old"].evaluations(labels, labels)
-    assert list(old["c000"].results) == ["correct", "correct5"], "not known for all of its images"
+    assert list(old["c000"].results) == ["correct", "correct5", "kl", "agree"], "not known for all of its images"
     assert "margin" in old["c003"].results
     assert np.array_equal(old["c000"].correct, new.correct)

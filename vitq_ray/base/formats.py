@@ -12,9 +12,9 @@ from vitq_ray import __version__
 from vitq_ray.base.config import InputError
 
 FORMATS: dict[str, int] = {
-    "run": 3,  # run.json
-    "result": 3,  # result.json
-    "log": 3,  # trials.jsonl, in its first line
+    "run": 4,  # run.json
+    "result": 4,  # result.json
+    "log": 4,  # trials.jsonl, in its first line
     "statistics": 3,  # statistics.npz
     "sidecar": 3,  # <name>_calib.json, <name>_qat.json
     "training state": 2,  # state.pt

@@ -27,13 +27,20 @@ RAY_METRICS: dict[str, RayMetric] = {
     "vitq_candidate_accuracy": RayMetric(
         Gauge, "top-1 of a candidate on the images it has seen, a fraction", ("run", "candidate")
     ),
-    "vitq_best_accuracy": RayMetric(Gauge, "largest selection top-1 of the finished candidates, a fraction"),
+    "vitq_candidate_kl": RayMetric(
+        Gauge, "mean KL to the float model of a candidate on the images it has seen, nats", ("run", "candidate")
+    ),
+    "vitq_best_accuracy": RayMetric(Gauge, "selection top-1 of the best finished candidate, a fraction"),
+    "vitq_best_kl": RayMetric(Gauge, "selection mean KL to the float model of the best finished candidate, nats"),
     "vitq_qat_epoch": RayMetric(Gauge, "epoch of QAT"),
     "vitq_qat_step": RayMetric(Gauge, "step of QAT, over all epochs"),
     "vitq_qat_loss": RayMetric(Gauge, "training loss of the last step"),
     "vitq_qat_images_per_second": RayMetric(Gauge, "training speed of the last step"),
     "vitq_qat_selection_top1": RayMetric(Gauge, "top-1 on the selection images after the last epoch, a fraction"),
 }
+
+CANDIDATE_GAUGES = {"correct": "vitq_candidate_accuracy", "kl": "vitq_candidate_kl"}  # of means of `METRICS`
+BEST_GAUGES = {"correct": "vitq_best_accuracy", "kl": "vitq_best_kl"}
 
 
 class Metrics:

@@ -50,13 +50,20 @@ class BatchWorker:
     """One process with a model of its own."""
 
     def __init__(
-        self, model: nn.Module, transform: EvalTransform, threads: int, use_gpu: bool, engine: Engine | None
+        self,
+        model: nn.Module,
+        transform: EvalTransform,
+        threads: int,
+        use_gpu: bool,
+        engine: Engine | None,
+        float_model: nn.Module | None = None,
     ) -> None:
         torch.set_num_threads(threads)
         self._device = torch.device("cuda" if use_gpu else "cpu")
         # A copy: what comes from the object store is read-only memory.
         self._model = copy.deepcopy(model).to(self._device).eval()
         self._run = self._model if engine is None else Execution(self._model, engine)
+        self._float = None if float_model is None else copy.deepcopy(float_model).to(self._device).eval()
         self._transform = transform
 
     def _input(self, images: Tensor) -> Tensor:
@@ -73,10 +80,10 @@ class BatchWorker:
         return statistics, logits[0]
 
     def classify(self, batch: Batch) -> tuple[Evaluation, Tensor]:
-        """Which images of a batch are classified correctly, and the logits (B, classes)."""
+        """What every image of a batch came to, and the logits (B, classes)."""
         logits: list[Tensor] = []
         ours = Batch(batch.images, batch.labels.clone(), batch.sample_ids.clone())
-        evaluation = evaluate(self._run, [ours], self._input, lambda _, y: logits.append(y.cpu()))
+        evaluation = evaluate(self._run, [ours], self._input, lambda _, y: logits.append(y.cpu()), self._float)
         return evaluation, logits[0]
 
 
@@ -91,15 +98,17 @@ class WorkerPool:
         threads: int = 1,
         num_gpus: float = 0.0,
         engine: Engine | None = None,
+        float_model: nn.Module | None = None,
     ) -> None:
-        """`engine` runs a quantized model; None runs the model as it is.
+        """`engine` runs a quantized model; None runs the model as it is. `float_model` is what it is compared with.
 
         Raises InputError where the cluster cannot hold `count` workers at once.
         """
         cpus = ray.cluster_resources().get("CPU", 0.0)
         share = min(float(threads), cpus / count)
         _require_gpus(count * num_gpus)
-        model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        models = [model] if float_model is None else [model, float_model]
+        model_bytes = sum(p.numel() * p.element_size() for m in models for p in m.parameters())
         require_memory(count, PROCESS_BYTES + model_bytes, ray_nodes())
         if count * threads > cpus:
             _log.warning("%d workers of %d threads share %g CPUs, and are no faster than fewer", count, threads, cpus)
@@ -109,9 +118,9 @@ class WorkerPool:
             max_restarts=3,
             max_task_retries=3,
         )(BatchWorker)
-        shared = ray.put(copy.deepcopy(model).cpu())
+        shared = [ray.put(copy.deepcopy(m).cpu()) for m in models]
         self._workers: list[Any] = [
-            actor.remote(shared, transform, threads, num_gpus > 0, engine) for _ in range(count)
+            actor.remote(shared[0], transform, threads, num_gpus > 0, engine, *shared[1:]) for _ in range(count)
         ]
 
     def map(self, method: str, items: Iterable[tuple[Any, ...]]) -> Iterator[Any]:

@@ -33,7 +33,15 @@ from vitq_ray.commands.inputs import (
 from vitq_ray.commands.options import CalibrateOptions, OneSettingOptions
 from vitq_ray.commands.outputs import require_apart
 from vitq_ray.commands.passes import ValImages, Workers, collector, engine_for, evaluate_val, ray_for, workers_of
-from vitq_ray.commands.screen import SILENT, Screen, result_line, seconds_line, warn_of_bad_images, warn_of_left_out
+from vitq_ray.commands.screen import (
+    SILENT,
+    Screen,
+    result_line,
+    seconds_line,
+    warn_of_bad_images,
+    warn_of_left_out,
+    warn_of_no_labels,
+)
 from vitq_ray.data.copies import without_images_of
 from vitq_ray.data.loader import Batch, iter_batches
 from vitq_ray.data.samples import SampleIndex
@@ -45,7 +53,7 @@ from vitq_ray.measure.evaluation import Evaluation, sanity_problem
 from vitq_ray.models.checkpoint import Sidecar, save_calibrated
 from vitq_ray.models.load import LoadedModel, load_model
 from vitq_ray.quant.plan import Plan
-from vitq_ray.quant.vit import apply_plan, quantize_vit, site_weights
+from vitq_ray.quant.vit import apply_plan, float_copy, quantize_vit, site_weights
 from vitq_ray.run.results import CALIBRATION, Stopwatch, left_out_rows, result_of, versions, write_result
 
 
@@ -111,6 +119,8 @@ def calibrate(options: CalibrateOptions, screen: Screen = SILENT) -> CalibrateRe
         require_apart(options)
         job = prepare(options, options.calib_split, options.calib_order)
         warn_of_left_out(screen, job.splits)
+        if not job.val.has_labels:
+            warn_of_no_labels(screen, job.val)
         size = options.batch_size or evaluation_batch(job.model, job.device)
         require_batch_fits(options, job.loaded.geometry, min(size, len(job.val)), sees_attention=True)
         workers = workers_of(options, options.use_gpu)
@@ -129,7 +139,7 @@ def calibrate(options: CalibrateOptions, screen: Screen = SILENT) -> CalibrateRe
     calibration = {
         **calibration_of(job, options),
         "images_also_evaluated": overlap,
-        "float_top1": seen.evaluation.top1,
+        **({"float_top1": seen.evaluation.top1} if seen.evaluation.has_accuracy else {}),
     }
     with watch.stage("save"):
         sidecar = Sidecar.of(
@@ -250,9 +260,10 @@ def apply(job: CalibrationJob, look: Look, images: Tensor | None, screen: Screen
 
 
 def evaluate_all(job: CalibrationJob, options: CalibrateOptions, engine: Engine, screen: Screen) -> Evaluation:
-    """All of val, by the quantized model."""
+    """All of val, by the quantized model, compared with the float model where that was asked for or all there is."""
     images = ValImages(job.val, range(len(job.val)), job.transform, job.device, job.to_input, job.bad_images)
-    return evaluate_val(job.model, images, options, screen, engine)
+    float_model = float_copy(job.model) if options.fidelity or not job.val.has_labels else None
+    return evaluate_val(job.model, images, options, screen, engine, float_model=float_model)
 
 
 def images_also_evaluated(job: CalibrationJob, seen: CalibrationPass) -> int:

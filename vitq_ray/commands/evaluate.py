@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
 from vitq_ray.base.files import output_file, output_folder
@@ -18,10 +18,12 @@ from vitq_ray.commands.inputs import (
     eval_transform,
     images_as,
     images_calibrated_on,
+    load_float,
     open_images,
     paths_of,
     require_as_calibrated,
     require_batch_fits,
+    require_labels,
     setting_by_hand,
     with_sample,
 )
@@ -64,7 +66,7 @@ class EvaluateResult:
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """What is evaluated on what; `sidecar` is that of a calibrated checkpoint."""
+    """What is evaluated on what. `sidecar` is that of a calibrated checkpoint, `float_model` what it is compared to."""
 
     loaded: LoadedModel
     sidecar: Sidecar | None
@@ -72,6 +74,7 @@ class EvaluationJob:
     device: torch.device
     index: SampleIndex
     ids: range
+    float_model: nn.Module | None
     bad_images: list[tuple[str, str]] = field(default_factory=list)
 
     @property
@@ -125,6 +128,11 @@ def prepare(options: EvaluateOptions) -> EvaluationJob:
     loaded, sidecar = load(options)
     loaded.model.to(device)
     index = open_images(options, "val", loaded.geometry.num_classes)
+    float_model = None if options.reference is None else load_float(options, "reference", loaded, "the checkpoint")
+    if float_model is not None:
+        float_model.to(device)
+    else:
+        require_labels(index, f"expected a float checkpoint to compare with, {options.name_of('reference')}")
     ids = range(min(len(index), options.limit or len(index)))
     size = min(options.batch_size or evaluation_batch(loaded.model, device), len(ids))
     require_batch_fits(options, loaded.geometry, size, sees_attention=sidecar is not None)
@@ -132,7 +140,7 @@ def prepare(options: EvaluateOptions) -> EvaluationJob:
     if options.save_logits:
         output_file(options.save_logits, options.name_of("save_logits"))
     transform = eval_transform(loaded, options.crop_pct if sidecar is None else sidecar.crop_pct)
-    return EvaluationJob(loaded, sidecar, transform, device, index, ids)
+    return EvaluationJob(loaded, sidecar, transform, device, index, ids, float_model)
 
 
 def load(options: EvaluateOptions) -> tuple[LoadedModel, Sidecar | None]:
@@ -155,7 +163,7 @@ def classify_all(
     """Every image, here or on workers; logits are kept where they are to be saved."""
     images = ValImages(job.index, job.ids, job.transform, job.device, job.to_input, job.bad_images)
     on_batch = kept.add if options.save_logits else ignore
-    return evaluate_val(job.loaded.model, images, options, screen, engine, on_batch)
+    return evaluate_val(job.loaded.model, images, options, screen, engine, on_batch, job.float_model)
 
 
 def describe(

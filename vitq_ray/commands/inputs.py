@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 
 from vitq_ray.base.config import InputError
 from vitq_ray.base.memory import machine_memory, size_text
@@ -18,7 +19,7 @@ from vitq_ray.commands.screen import Screen
 from vitq_ray.data.copies import without_images_of
 from vitq_ray.data.samples import Ids, SampleIndex, open_split
 from vitq_ray.data.transforms import EvalTransform
-from vitq_ray.models.checkpoint import Sidecar
+from vitq_ray.models.checkpoint import CalibratedModel, Sidecar, open_checkpoint
 from vitq_ray.models.geometry import AUTO, Geometry, named_geometry
 from vitq_ray.models.load import LoadedModel, prepared_for
 
@@ -51,6 +52,12 @@ def paths_of(options: ModelOptions) -> tuple[str, str]:
 def open_images(options: ModelOptions, split: str, num_classes: int) -> SampleIndex:
     """A split of the data that the options name. InputError as `open_split`."""
     return open_split(paths_of(options)[1], split, num_classes, options.class_order)
+
+
+def require_labels(index: SampleIndex, why: str) -> None:
+    """Raise InputError where the images have no labels; `why` continues "has no labels"."""
+    if not index.has_labels:
+        raise InputError(f"{index.no_labels}; {why}")
 
 
 def training_ids(train: SampleIndex, val: SampleIndex, screen: Screen) -> Ids:
@@ -110,6 +117,25 @@ def require_as_calibrated(options: ModelOptions, sidecar: Sidecar) -> None:
     for what, given, there in rows:
         if given != there:
             raise InputError(f"{what}: {given} given, but {options.pretrained_dir} was calibrated with {there}")
+
+
+def load_float(options: ModelOptions, option: str, model: LoadedModel, what: str) -> nn.Module:
+    """The float model of the checkpoint that an option names, on images as `model`, here called `what`, takes them.
+
+    Raises InputError where it is a calibrated one, or of other classes or images.
+    """
+    place = getattr(options, option)
+    named = f"{options.name_of(option)}: {place}"
+    loaded = open_checkpoint(place, options.model_type, options.img_size, options.heads)
+    if isinstance(loaded, CalibratedModel):
+        raise InputError(f"{named} is a calibrated checkpoint; expected a float one")
+    classes = model.geometry.num_classes
+    if loaded.geometry.num_classes != classes:
+        raise InputError(f"{named} has {loaded.geometry.num_classes} classes, {what} {classes}")
+    images = [(m.geometry.img_size, m.mean, m.std, m.interpolation) for m in (loaded, model)]
+    if images[0] != images[1]:
+        raise InputError(f"{named} takes images of (size, mean, std, interpolation) {images[0]}, {what} {images[1]}")
+    return loaded.model.eval()
 
 
 def setting_by_hand(options: ModelOptions) -> Setting | None:

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from vitq_ray.commands.screen import Screen, accuracy, accuracy_of
-from vitq_ray.measure.evaluation import Evaluation
+from vitq_ray.commands.screen import Screen, fidelity_of, results_text, top1_of
+from vitq_ray.measure.evaluation import Counts, Evaluation
 from vitq_ray.measure.racing import Decision, Race, Verdict
 
 _ROWS = 18
@@ -31,8 +31,8 @@ class Row:
     """One candidate as shown."""
 
     label: str
-    images: int
-    correct: int
+    counts: Counts
+    merit: float  # what candidates are ranked by, in the mean: the larger, the better
     state: str
     note: str
 
@@ -41,18 +41,24 @@ def rows_of(race: Race, labels: Mapping[str, str]) -> list[Row]:
     """Finished ones first, then those that race, the waiting ones, those stopped last; best first in each."""
     rank = {"finished": 0, "racing": 1, "tied": 2, "waiting": 3, "behind": 4, "beaten": 4}
     rows = [_row(race, name, label) for name, label in labels.items()]
-    return sorted(rows, key=lambda r: (rank[r.state], -r.correct / max(r.images, 1)))
+    return sorted(rows, key=lambda r: (rank[r.state], -r.merit))
 
 
 def _row(race: Race, name: str, label: str) -> Row:
-    correct = race.correct(name)
+    counts = counts_of(race, name)
     decision = race.decision(name)
-    state = decision.verdict.value if decision else "racing" if len(correct) else "waiting"
-    return Row(label, len(correct), int(correct.sum()), state, note_of(decision))
+    state = decision.verdict.value if decision else "racing" if counts.images else "waiting"
+    merit = race.objective.sign * race.mean(name) if counts.images else 0.0
+    return Row(label, counts, merit, state, note_of(decision))
+
+
+def counts_of(race: Race, name: str) -> Counts:
+    """Of a candidate's results that count."""
+    return Counts.summed(race.results(name))
 
 
 def note_of(decision: Decision | None) -> str:
-    """Why a candidate was stopped: discordant pairs against its opponent."""
+    """Why a candidate was stopped: images that speak for it and for its opponent."""
     if decision is None or decision.verdict is Verdict.FINISHED:
         return ""
     return f"{decision.losses}:{decision.wins} against {decision.against}"
@@ -98,12 +104,11 @@ class LiveRace:
         """Without a terminal: one line for every decision."""
         if self._live is not None:
             return
-        correct = int(self._race.correct(decision.name).sum())
+        results = results_text(counts_of(self._race, decision.name))
         done = sum(self._race.decision(name) is not None for name in self._labels)
         what = f"{decision.verdict.value} {note_of(decision)}".rstrip()
         self._say(
-            f"[{done}/{len(self._labels)}] {self._labels[decision.name]}: "
-            f"{accuracy(correct, decision.images)} of {decision.images} images, {what}"
+            f"[{done}/{len(self._labels)}] {self._labels[decision.name]}: {results} of {decision.images} images, {what}"
         )
 
     @property
@@ -121,14 +126,16 @@ class LiveRace:
             f"{self.images_per_second:,.0f} images/s",
             title_justify="left",
         )
-        for column in ("candidate", "images", "top-1 (95 % interval)", "state", "images won:lost"):
+        for column in ("candidate", "images", "top-1 (95 % interval)", "KL, agreement", "state", "images won:lost"):
             table.add_column(column, justify="left" if column in ("candidate", "state") else "right", no_wrap=True)
-        table.add_row("float", str(self._baseline.images), accuracy_of(self._baseline), "", "", style="bold")
+        of_float = Counts.of(self._baseline)
+        table.add_row("float", str(of_float.images), top1_of(of_float), "", "", "", style="bold")
         hidden = max(0, len(rows) - _ROWS)
         for row in rows[: _ROWS - 1] if hidden else rows:
-            shown = accuracy(row.correct, row.images) if row.images else ""
+            images = row.counts.images
+            shown = (str(images), top1_of(row.counts), fidelity_of(row.counts)) if images else ("", "", "")
             style = _STYLES[row.state]
-            table.add_row(row.label, str(row.images or ""), shown, f"[{style}]{row.state}[/]", row.note)
+            table.add_row(row.label, *shown, f"[{style}]{row.state}[/]", row.note)
         if hidden:
-            table.add_row(f"… {hidden + 1} more …", "", "", "", "", style="dim")
+            table.add_row(f"… {hidden + 1} more …", "", "", "", "", "", style="dim")
         return table

@@ -22,6 +22,7 @@ from vitq_ray.engines.execute import AUTO as AUTO_ENGINE
 from vitq_ray.engines.execute import ENGINES
 from vitq_ray.engines.runtimes import RUNTIMES
 from vitq_ray.engines.targets import TARGETS
+from vitq_ray.measure.racing import FIDELITY, OBJECTIVES
 from vitq_ray.models.geometry import AUTO
 from vitq_ray.qat.recipe import MOST_SEED, RECIPE_OPTIONS, RecipeOption
 from vitq_ray.quant.plan import MAX_BITS, MIN_BITS
@@ -58,7 +59,10 @@ class ModelOptions(Options):
         _INPUT, None, "checkpoint file: .npz, .pth, .safetensors, or *_calib.pth (path or URI)", "--pretrained_dir"
     )
     data_path: str | None = option(
-        _INPUT, None, "folder with train.zip, val.zip and their maps, or with train/ and val/"
+        _INPUT,
+        None,
+        "folder with train.zip, val.zip and their maps, or with train/ and val/; or of images without labels: a zip "
+        "without its map, or files without class folders (then only KL to the float model and agreement are told)",
     )
     model_type: str = option(Name(), AUTO, "ViT-B_16, …, a timm name, or auto: read it from the file", "--model_type")
     img_size: int | None = option(
@@ -198,6 +202,11 @@ class CalibrateOptions(OneSettingOptions, WorkerOptions):
     calib_order: str = option(Choice(("shuffled", "map")), "shuffled", "which images of the split")
     batch_size: int | None = option(Number(int, 1), None, _BATCH_HELP)
     engine: str = _engine()
+    fidelity: bool = option(
+        Flag(),
+        False,
+        "run the float model on val, too, and tell KL and agreement: about as long again; always so without labels",
+    )
     calib_output_path: str = option(Place(), "runs/calib", "folder for checkpoint and results")
     calib: bool = option(Flag(), False, "accepted for the old toolkit's command lines")
     name: str | None = option(Text(), None, "name of the experiment, kept in result.json")
@@ -225,6 +234,9 @@ class EvaluateOptions(ModelOptions, DecodeOptions, WorkerOptions):
     quant_mode: str | None = option(_MODE, None, "mode of a calibrated checkpoint, if it has no sidecar")
     wprec: int | None = option(Number(int, MIN_BITS, MAX_BITS), None, "bits of its weights, if it has no sidecar")
     aprec: int | None = option(Number(int, MIN_BITS, MAX_BITS), None, "bits of its activations, if it has no sidecar")
+    reference: str | None = option(
+        _INPUT, None, "float checkpoint to compare with: KL and agreement; needed where val has no labels"
+    )
     limit: int | None = option(Number(int, 1), None, "evaluate only the first N images of val")
     save_logits: str | None = option(Place(), None, "file (.npz) for the logits of every image")
     output: str = option(Place(), "runs/evaluate", "folder for result.json")
@@ -277,8 +289,9 @@ class TuneOptions(ModelOptions, SettingOptions, RayOptions):
         {command} --resume runs/search                # go on after a kill, with the options of before
 
     Calibration images come from train, drawn by --split-seed; val is halved: settings are compared on one half
-    (selection), and the winner is reported on the other (report), which no decision has seen. Writes run.json,
-    statistics.npz, trials.jsonl, correct.parquet, result.json and best/ into the output folder.
+    (selection), and the winner is reported on the other (report), which no decision has seen. Settings are compared by
+    KL to the float model, which also images without labels tell. Writes run.json, statistics.npz, trials.jsonl,
+    correct.parquet, result.json and best/ into the output folder.
     """
 
     max_trials_in_flight: int | None = option(_WORKERS, None, "trials at once; default: as many as fit")
@@ -301,8 +314,13 @@ class TuneOptions(ModelOptions, SettingOptions, RayOptions):
     batch_size: int | None = option(Number(int, 1), None, _BATCH_HELP)
     engine: str = _engine()
     chunk_images: int | None = option(Number(int, 1), None, "images between two looks; default: a 25th of all")
+    objective: str = option(
+        Choice(tuple(OBJECTIVES)),
+        FIDELITY,
+        "what is best: the least mean KL to the float model (it needs few images and no labels), or the largest top-1",
+    )
     alpha: float = option(Number(float, 1e-9, 0.999), 0.05, "chance of losing the best (racing.py)")
-    tie_margin: float = option(Number(float, 0, 0.5), 0.005, "accuracy not worth telling apart, a fraction")
+    tie_margin: float = option(Number(float, 0, 0.5), 0.005, "top-1 not worth telling apart, a fraction")
     from_run: str | None = option(
         Place(), None, "folder of a finished search: try its best and tied settings instead of the space's"
     )

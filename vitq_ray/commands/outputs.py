@@ -51,7 +51,7 @@ def _inputs(options: ModelOptions) -> Iterator[tuple[str, Path]]:
     for name, value in options.to_dict().items():
         if value is None or "://" in str(value):
             continue
-        if name in ("pretrained_dir", "teacher"):
+        if name in ("pretrained_dir", "teacher", "reference"):
             yield name, Path(value).absolute()
             yield name, Path(value).absolute().with_suffix(".json")
         elif name == "search_space" and Path(value).is_file():

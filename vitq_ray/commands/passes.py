@@ -39,10 +39,16 @@ class Workers:
         """Threads that PyTorch and the engines have where the model runs."""
         return torch.get_num_threads() if self.count is None else self.threads
 
-    def pool(self, model: nn.Module, transform: EvalTransform, engine: Engine | None = None) -> WorkerPool:
-        """The workers, with the model as it is now. Ray is running."""
+    def pool(
+        self,
+        model: nn.Module,
+        transform: EvalTransform,
+        engine: Engine | None = None,
+        float_model: nn.Module | None = None,
+    ) -> WorkerPool:
+        """The workers, with the models as they are now. Ray is running."""
         assert self.count is not None
-        return WorkerPool(model, transform, self.count, self.threads, self.gpus, engine)
+        return WorkerPool(model, transform, self.count, self.threads, self.gpus, engine, float_model)
 
 
 IN_THIS_PROCESS = Workers(None)
@@ -85,12 +91,16 @@ def evaluation_pass(
     workers: Workers,
     engine: Engine | None = None,
     on_batch: OnBatch = ignore,
+    float_model: nn.Module | None = None,
 ) -> Evaluation:
-    """Classify every image, a quantized model by an engine; the same counts, however many workers there are."""
+    """Classify every image, a quantized model by an engine; the same counts, however many workers there are.
+
+    `float_model` is what the model is compared with, where it is.
+    """
     if workers.count is None:
         with nullcontext(model) if engine is None else executed(model, engine) as run:
-            return evaluate(run, batches, to_input, on_batch)
-    with workers.pool(model, transform, engine) as pool:
+            return evaluate(run, batches, to_input, on_batch, float_model)
+    with workers.pool(model, transform, engine, float_model) as pool:
         return evaluate_on(pool, batches, on_batch)
 
 
@@ -119,8 +129,12 @@ def evaluate_val(
     screen: Screen,
     engine: Engine | None = None,
     on_batch: OnBatch = ignore,
+    float_model: nn.Module | None = None,
 ) -> Evaluation:
-    """Classify images of val, here or on workers, with progress shown. InputError where none can be read."""
+    """Classify images of val, here or on workers, with progress shown; compared with `float_model` where there is one.
+
+    Raises InputError where none can be read.
+    """
     workers = workers_of(options, options.use_gpu)
     # As many images for every thread: an engine's threads take images of their own.
     many = evaluation_batch(model, images.device) * workers.torch_threads
@@ -129,7 +143,7 @@ def evaluate_val(
         images.index, images.ids, transform, size, options.decode_threads, options.on_bad_image, images.bad_images
     )
     shown = screen.track(batches, -(-len(images.ids) // size), "evaluate")
-    evaluation = evaluation_pass(model, shown, images.to_input, transform, workers, engine, on_batch)
+    evaluation = evaluation_pass(model, shown, images.to_input, transform, workers, engine, on_batch, float_model)
     if evaluation.images == 0:
         raise InputError(f"{options.data_path}: no readable image in val")
     return evaluation

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -20,7 +20,7 @@ from vitq_ray.base.files import one_line, shortened
 from vitq_ray.base.uris import without_keys
 from vitq_ray.data.folders import left_out_text
 from vitq_ray.data.samples import SampleIndex
-from vitq_ray.measure.evaluation import Evaluation, wilson_interval
+from vitq_ray.measure.evaluation import Counts, Evaluation, wilson_interval
 
 T = TypeVar("T")
 
@@ -121,18 +121,58 @@ def accuracy_of(counts: Counted) -> str:
     return accuracy(counts.top1_correct, counts.images)
 
 
+def fidelity_of(counts: Counts) -> str:
+    """Mean KL in nats and agreement with the float model, e.g. `0.01234, 97.31 %`; empty where they are not known."""
+    means = counts.means
+    return f"{means['kl']:.5f}, {percent(means['agreement'])}" if "kl" in means else ""
+
+
+def top1_of(counts: Counts) -> str:
+    """As `accuracy`; empty without labels."""
+    return accuracy_of(counts) if counts.has_accuracy else ""
+
+
+def results_text(counts: Counts, top5: bool = False) -> str:
+    """E.g. `top-1 91.39 % (90.82 to 91.92), KL to float 0.00123 nats, agreement 98.12 %`, as far as it is known."""
+    parts, means = [], counts.means
+    if counts.has_accuracy:
+        parts.append(f"top-1 {accuracy_of(counts)}")
+    if top5 and "top5" in means:
+        parts.append(f"top-5 {percent(means['top5'])}")
+    if "kl" in means:
+        parts.append(f"KL to float {means['kl']:.5f} nats, agreement {percent(means['agreement'])}")
+    return ", ".join(parts)
+
+
 def result_line(name: str, evaluation: Evaluation) -> str:
     """E.g. `float: top-1 91.39 % (90.82 to 91.92), top-5 99.80 % of 10000 images`; in brackets the 95 % interval."""
-    return f"{name}: top-1 {accuracy_of(evaluation)}, top-5 {percent(evaluation.top5)} of {evaluation.images} images"
+    return f"{name}: {results_text(Counts.of(evaluation), top5=True)} of {evaluation.images} images"
 
 
-def result_table(rows: Sequence[tuple[str, Counted | None, Counted | None, str]]) -> str:
-    """Rows of name, results on the selection and on the report images, and a label: top-1 with 95 % intervals."""
-    lines = [f"{'':8}{'on selection':>26}   {'images':>6}   {'on report':>26}"]
-    for name, selection, report, label in rows:
-        images = "" if selection is None else str(selection.images)
-        shown = ["" if counts is None else accuracy_of(counts) for counts in (selection, report)]
-        lines.append(f"{name:8}{shown[0]:>26}   {images:>6}   {shown[1]:>26}   {label}".rstrip())
+_COLUMNS: tuple[tuple[str, Callable[[Counts], str]], ...] = (("top-1", top1_of), ("KL, agreement", fidelity_of))
+
+
+def result_table(rows: Sequence[tuple[str, Counts | None, Counts | None, str]]) -> str:
+    """Rows of name, results on the selection and on the report images, and a label.
+
+    Results are top-1 with 95 % intervals, and KL in nats and agreement with the float model, where any row has them.
+    """
+    halves = [[row[1] for row in rows], [row[2] for row in rows]]
+    table = [["", *(row[0] for row in rows)]]
+    for half, name in zip(halves, ("selection", "report"), strict=True):
+        for title, text_of in _COLUMNS:
+            texts = ["" if counts is None else text_of(counts) for counts in half]
+            if any(texts):
+                table.append([f"{name}: {title}", *texts])
+        if name == "selection":
+            table.append(["images", *("" if counts is None else str(counts.images) for counts in half)])
+    widths = [max(map(len, column)) for column in table]
+    labels = ["", *(row[3] for row in rows)]
+    lines = []
+    for i, label in enumerate(labels):
+        first, *others = (column[i] for column in table)
+        cells = [f"{text:>{width}}" for text, width in zip(others, widths[1:], strict=True)]
+        lines.append("   ".join((f"{first:<{widths[0]}}", *cells, label)).rstrip())
     return "\n".join(lines)
 
 
@@ -152,6 +192,11 @@ def warn_of_left_out(screen: Screen, splits: Mapping[str, SampleIndex]) -> None:
     for split, index in splits.items():
         if index.left_out:
             screen.warn(f"{split}: left out: {left_out_text(index.left_out)}")
+
+
+def warn_of_no_labels(screen: Screen, index: SampleIndex) -> None:
+    """Say that a split has no labels."""
+    screen.warn(f"{index.no_labels}: settings are judged by their agreement with the float model alone")
 
 
 def dashboard_hint(url: str | None) -> str:

@@ -7,7 +7,7 @@ float model ──► teacher, with distillation                    ──► fl
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,10 +28,12 @@ from vitq_ray.commands.inputs import (
     device_of,
     eval_transform,
     images_calibrated_on,
+    load_float,
     open_images,
     paths_of,
     require_as_calibrated,
     require_batch_fits,
+    require_labels,
     setting_by_hand,
     training_ids,
     with_sample,
@@ -241,6 +243,7 @@ def prepare(
     with watch.stage("load"):
         classes = start.loaded.geometry.num_classes
         train_images, val = (open_images(options, split, classes) for split in ("train", "val"))
+        require_labels_of([train_images, val])
         warn_of_left_out(screen, {"train": train_images, "val": val})
         halves = halves_of_val(options, start.sidecar, train_images, val)
         transform = eval_transform(start.loaded, start.sidecar.crop_pct)
@@ -252,6 +255,11 @@ def prepare(
     least, count = options.workers
     workers = TrainWorkers(count, options.use_gpu, options.max_failures, None if least == count else least)
     return TrainJob(replace(options, split_seed=halves.split_seed), folder, task, workers, device, halves.source)
+
+
+def require_labels_of(splits: Sequence[SampleIndex]) -> None:
+    for index in splits:
+        require_labels(index, "which training needs")
 
 
 def load_start(options: TrainOptions, folder: Path, watch: Stopwatch, screen: Screen) -> CalibratedModel:
@@ -277,6 +285,7 @@ def calibrate_start(options: TrainOptions, loaded: LoadedModel, folder: Path, wa
     """Calibrate a float checkpoint on images of train, as `calib` does, and write it into `folder`."""
     with watch.stage("load"):
         job = prepare_calibration(options, "train", "shuffled", loaded)
+        require_labels_of([job.images, job.val])
     with watch.stage("calibrate"):
         _, look, images = collect(job, options, IN_THIS_PROCESS, screen, unseen=True)
         plan = apply(job, look, images, screen)
@@ -346,22 +355,7 @@ def load_teacher(options: TrainOptions, start: CalibratedModel) -> nn.Module | N
         return None
     if options.teacher is None:
         return float_copy(start.loaded.model).eval()
-    what = f"{options.name_of('teacher')}: {options.teacher}"
-    loaded, student = (
-        open_checkpoint(options.teacher, options.model_type, options.img_size, options.heads),
-        start.loaded,
-    )
-    if isinstance(loaded, CalibratedModel):
-        raise InputError(f"{what} is a calibrated checkpoint; expected a float one")
-    classes = student.geometry.num_classes
-    if loaded.geometry.num_classes != classes:
-        raise InputError(f"{what} has {loaded.geometry.num_classes} classes, the student {classes}")
-    images = [(m.geometry.img_size, m.mean, m.std, m.interpolation) for m in (loaded, student)]
-    if images[0] != images[1]:
-        raise InputError(
-            f"{what} takes images of (size, mean, std, interpolation) {images[0]}, the student {images[1]}"
-        )
-    return loaded.model.eval()
+    return load_float(options, "teacher", start.loaded, "the student")
 
 
 # Running ------------------------------------------------------------------------------------------------------------

@@ -15,9 +15,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
-
-from torch import Tensor
+from typing import Any
 
 from vitq_ray.base.config import InputError
 from vitq_ray.base.files import write_json
@@ -25,7 +23,7 @@ from vitq_ray.base.records import own_error
 from vitq_ray.calibration.setting import Setting, read_setting
 from vitq_ray.calibration.statistics import CalibrationStatistics
 from vitq_ray.cluster.images import ImageStore, StoredImages
-from vitq_ray.cluster.metrics import Metrics
+from vitq_ray.cluster.metrics import BEST_GAUGES, CANDIDATE_GAUGES, Metrics
 from vitq_ray.cluster.start import cluster
 from vitq_ray.cluster.trials import require_room, run_trials, share
 from vitq_ray.cluster.workers import torch_threads
@@ -36,6 +34,7 @@ from vitq_ray.commands.passes import Workers, collector
 from vitq_ray.commands.resume import stored_run, with_stored
 from vitq_ray.commands.screen import SILENT, Screen, accuracy_of, dashboard_hint, seconds_line
 from vitq_ray.commands.tune_job import (
+    BEFORE_FORMAT_4,
     FREE_OPTIONS,
     TuneJob,
     calibrated_on,
@@ -51,6 +50,7 @@ from vitq_ray.commands.tune_qat import escalate, misses_target
 from vitq_ray.engines.execute import executed
 from vitq_ray.measure.calibration import calibration_pass
 from vitq_ray.measure.evaluation import Evaluation, evaluate, evaluate_variants, sanity_problem
+from vitq_ray.measure.fidelity import float_part
 from vitq_ray.measure.metrics import pack_text, unpack_text
 from vitq_ray.measure.racing import Decision, Race, Verdict
 from vitq_ray.models.checkpoint import save_calibrated
@@ -96,7 +96,7 @@ def tune(options: TuneOptions, screen: Screen = SILENT) -> TuneResult:
         stored = stored_run(options.resume, SEARCH)
         if "search_space" not in options.given:  # nothing is executed that the user has not named
             space = space_of_run(stored, Path(options.resume))
-        options = with_stored(options, stored["options"], FREE_OPTIONS)
+        options = with_stored(options, {**BEFORE_FORMAT_4, **stored["options"]}, FREE_OPTIONS)
     job = prepare(options, screen, space)
     with open_folder(job, screen) as folder:
         return search(job, folder, began, screen)
@@ -148,7 +148,12 @@ def run(job: TuneJob, folder: RunFolder, screen: Screen) -> dict[str, Any]:
         images, baseline = evaluate_float(job, folder, screen)
     if problem := sanity_problem(baseline, job.loaded.geometry.num_classes, job.options.min_float_top1):
         raise InputError(f"{job.options.pretrained_dir}: {problem}; nothing was searched")
-    screen.say(f"float: {accuracy_of(baseline)} on the {baseline.images} selection images")
+    on_selection = f"{baseline.images} selection images"
+    screen.say(
+        f"float: {accuracy_of(baseline)} on the {on_selection}"
+        if baseline.has_accuracy
+        else f"{on_selection}, without labels: settings are compared with the float model"
+    )
     screen.say(f"engine: {job.engine}")
     folder.append("engine", **job.engine.to_dict())  # of this start: a resumed search may run elsewhere
     contest = race(job, folder, statistics, images, baseline, metrics, screen)
@@ -215,29 +220,31 @@ def read_statistics(job: TuneJob, folder: RunFolder) -> CalibrationStatistics:
 def evaluate_float(job: TuneJob, folder: RunFolder, screen: Screen) -> tuple[StoredImages, Evaluation]:
     """The selection images, decoded, in the order of the race, and the float model's results on them.
 
-    Images go to the object store as they come; this process keeps none.
+    Images go to the object store as they come, with the float model's logits; this process keeps none. A run that goes
+    on computes the logits again; what the log says of the float model counts.
     """
     ids, size = job.splits.selection, job.batch_size
     store = ImageStore()
-    batches = screen.track(store.passing(job.stream(job.val, ids, size)), -(-len(ids) // size), "float model")
+    batches = screen.track(job.stream(job.val, ids, size), -(-len(ids) // size), "float model")
+    with quantizers_off(job.model):
+        baseline = evaluate(job.model, batches, job.to_input, store.add)
+    images = store.stored()
     logged = [event for event in folder.events() if event["event"] == "float"]
     if logged:
-        for _ in batches:
-            pass
-        images = store.stored()
-        return images, _float_from(logged[-1], images, folder.log)
-    with quantizers_off(job.model):
-        baseline = evaluate(job.model, batches, job.to_input)
+        return images, _float_from(logged[-1], images, job.val.has_labels, folder.log)
     folder.append("float", sample_ids=baseline.sample_ids.tolist(), **pack_text(baseline.results))
-    return store.stored(), baseline
+    return images, baseline
 
 
-def _float_from(event: Mapping[str, Any], images: StoredImages, log: Log) -> Evaluation:
+def _float_from(event: Mapping[str, Any], images: StoredImages, has_labels: bool, log: Log) -> Evaluation:
     """The float model's results as logged; the same images must have been readable then as now."""
     if event["sample_ids"] != images.sample_ids.tolist():
         raise InputError("selection: other images can be read now than when the run was begun")
     try:
-        return Evaluation(images.sample_ids, images.labels, unpack_text(event, len(images)))
+        logged = Evaluation(images.sample_ids, images.labels, unpack_text(event, len(images)))
+        if logged.has_accuracy != has_labels:
+            raise InputError("correct is missing" if has_labels else "correct is there, but there are no labels")
+        return logged
     except InputError as error:
         raise log.error(None, f"results of the float model: {error}") from None
 
@@ -253,7 +260,9 @@ def race(
 ) -> Contest:
     """Race the settings of the space on the selection images."""
     options = job.options
-    rules = race_rules(len(images), options.chunk_images, job.batch_size, options.alpha, options.tie_margin)
+    rules = race_rules(
+        len(images), options.chunk_images, job.batch_size, options.alpha, options.tie_margin, options.objective
+    )
     field_of_race = Race(rules)
     with (
         share(job.model, images, rules, job.transform, job.batch_size, job.engine, job.resources) as shared,
@@ -267,14 +276,18 @@ def race(
         def on_chunk(name: str, images: int) -> None:
             metrics.add("vitq_images_evaluated", images, candidate=name)
             metrics.set("vitq_images_per_second", table.images_per_second)
-            metrics.set("vitq_candidate_accuracy", float(field_of_race.correct(name).mean()), candidate=name)
+            for metric, values in field_of_race.results(name).items():
+                if metric in CANDIDATE_GAUGES:
+                    metrics.set(CANDIDATE_GAUGES[metric], float(values.mean(dtype=float)), candidate=name)
             _count_states(field_of_race, metrics)
 
         def on_decision(decision: Decision) -> None:
             table.decided(decision)
             _count_states(field_of_race, metrics)
             if (leader := field_of_race.leader()) is not None:
-                metrics.set("vitq_best_accuracy", float(field_of_race.correct(leader).mean()))
+                for metric, values in field_of_race.results(leader).items():
+                    if metric in BEST_GAUGES:
+                        metrics.set(BEST_GAUGES[metric], float(values.mean(dtype=float)))
 
         listeners = Listeners(on_candidate, on_chunk, on_decision)
         with job.watch.stage("scales"):
@@ -300,12 +313,8 @@ def evaluate_report(job: TuneJob, winner: Candidate, screen: Screen) -> tuple[Ev
     batches = screen.track(job.stream(job.val, ids, size), -(-len(ids) // size), "report")
     apply_plan(job.model, winner.plan)
 
-    def float_logits(x: Tensor) -> Tensor:
-        with quantizers_off(job.model):
-            return cast(Tensor, job.model(x))
-
     with executed(job.model, job.engine) as quantized:
-        results = evaluate_variants({"winner": quantized, "float": float_logits}, batches, job.to_input)
+        results = evaluate_variants({"winner": quantized, "float": float_part(job.model)}, batches, job.to_input)
     if not results["winner"].images:
         raise InputError("report: no readable image")
     return results["winner"], results["float"]

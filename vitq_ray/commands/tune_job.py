@@ -29,16 +29,18 @@ from vitq_ray.commands.inputs import (
     open_images,
     paths_of,
     require_batch_fits,
+    require_labels,
     with_sample,
 )
 from vitq_ray.commands.options import MOST_SELECTION_IMAGES, TuneOptions, parameters
 from vitq_ray.commands.outputs import require_apart
-from vitq_ray.commands.screen import Screen, warn_of_left_out
+from vitq_ray.commands.screen import Screen, warn_of_left_out, warn_of_no_labels
 from vitq_ray.data.loader import Batch
 from vitq_ray.data.samples import Ids, SampleIndex
 from vitq_ray.data.splits import Splits, default_calib_split, make_splits, race_order
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.engines.execute import Engine, evaluation_batch, find_engine, unit_plan
+from vitq_ray.measure.racing import FIDELITY, TOP1
 from vitq_ray.models.checkpoint import Sidecar
 from vitq_ray.models.load import LoadedModel, load_model
 from vitq_ray.qat.ranks import steps_per_epoch
@@ -69,6 +71,7 @@ FREE_OPTIONS = frozenset(
     }
     | {"decode_threads"}  # of runs that an earlier version began
 )
+BEFORE_FORMAT_4 = {"objective": TOP1}  # options of runs that do not say them
 
 
 @dataclass(frozen=True)
@@ -138,8 +141,9 @@ class TuneJob:
 
     @property
     def selection_bytes(self) -> int:
-        """Memory of the decoded selection images."""
-        return len(self.splits.selection) * self.loaded.geometry.img_size**2 * 3
+        """Memory of the decoded selection images, and of the float model's logits of them."""
+        geometry = self.loaded.geometry
+        return len(self.splits.selection) * (geometry.img_size**2 * 3 + geometry.num_classes * 4)
 
 
 def prepare(options: TuneOptions, screen: Screen, space: SearchSpace | None = None) -> TuneJob:
@@ -162,6 +166,7 @@ def prepare(options: TuneOptions, screen: Screen, space: SearchSpace | None = No
     split = default_calib_split(data)
     calib = open_images(options, "train", classes) if split == "train" else val
     warn_of_left_out(screen, {split: calib, "val": val})
+    require_labels_used(options, val, screen)
     fixed = None if options.from_run is None else settings_of_run(options)
     needed = max(batch_counts(space, defaults, fixed)) * options.calib_batchsz
     job = TuneJob(
@@ -200,6 +205,19 @@ def batch_counts(space: SearchSpace, defaults: Setting, fixed: tuple[Setting, ..
     if fixed is not None:
         return [setting.num_batches for setting in fixed]
     return list(space.values(defaults)["num_batches"])
+
+
+def require_labels_used(options: TuneOptions, val: SampleIndex, screen: Screen) -> None:
+    """Without labels a search goes by fidelity, and says so. InputError for what needs labels."""
+    if val.has_labels:
+        return
+    for name in ("objective", "min_float_top1"):
+        value = getattr(options, name)
+        if value is not None and value != FIDELITY:
+            raise InputError(f"{options.name_of(name)}: {value} given, but {val.no_labels}")
+    if "tie_margin" in options.given:
+        raise combinations.idle_error(options, "tie_margin", "there is no top-1 without labels")
+    warn_of_no_labels(screen, val)
 
 
 # Search spaces ------------------------------------------------------------------------------------------------------
@@ -343,6 +361,8 @@ def require_trainable(job: TuneJob, space: QatSpace) -> None:
     """What QAT needs, checked before the race: images of train, and configurations that can be built."""
     if job.splits.calib_split != "train":
         raise InputError(f"{job.options.data_path}: has no train split, which the QAT of {job.space.name} needs")
+    for index in (job.calib, job.val):
+        require_labels(index, f"which the QAT of {job.space.name} needs")
     try:
         for run in training_runs(space, ["a"], job.options.seed):
             steps_per_epoch(len(job.calib), run.config)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vitq_ray.commands.inputs import drawn_by
-from vitq_ray.commands.screen import accuracy, accuracy_of, result_table
+from vitq_ray.commands.screen import result_table
 from vitq_ray.commands.tune_job import TuneJob
 from vitq_ray.commands.tune_qat import Trained
-from vitq_ray.measure.evaluation import Evaluation
+from vitq_ray.measure.evaluation import Counts, Evaluation
 from vitq_ray.run.folder import RunFolder, read_bad_images
 from vitq_ray.run.results import SEARCH, left_out_rows, result_of
 from vitq_ray.search.contest import Candidate, Contest
@@ -83,11 +83,14 @@ def outcome_text(outcome: Outcome) -> str:
     standings = list(contest.outcome().values())
     counts = {what: standings.count(what) for what in ("tied", "behind", "beaten")}
     share = race.images_evaluated / (len(race.names) * race.rules.images)
-    worst = min(race.names, key=lambda name: outcome.results[name].top1)
+    worst = min(race.names, key=lambda name: race.objective.sign * race.mean(name))
+    selection = {name: Counts.of(evaluation) for name, evaluation in outcome.results.items()}
+    of_winner, of_float = Counts.of(outcome.of_winner), Counts.of(outcome.of_float)
     rows = [
-        ("float", outcome.results["float"], outcome.of_float, ""),
-        ("winner", outcome.results[outcome.winner.name], outcome.of_winner, outcome.winner.setting.label),
-        ("worst", outcome.results[worst], None, contest.candidates[worst].setting.label),
+        ("float", selection["float"], of_float, ""),
+        ("winner", selection[outcome.winner.name], of_winner, outcome.winner.setting.label),
+        ("worst", selection[worst], None, contest.candidates[worst].setting.label),
+        *([] if outcome.trained is None else [trained_row(outcome.trained)]),
     ]
     lines = [
         f"\n{len(contest.candidates)} settings, {len(race.names)} of them with scales of their own: "
@@ -95,16 +98,21 @@ def outcome_text(outcome: Outcome) -> str:
         f"{race.images_evaluated:,} images evaluated, {share:.0%} of a full evaluation",
         result_table(rows),
     ]
-    return "\n".join([*lines, *([] if outcome.trained is None else trained_lines(outcome, outcome.trained))])
+    return "\n".join([*lines, *([] if outcome.trained is None else won_back(outcome, outcome.trained))])
 
 
-def trained_lines(outcome: Outcome, trained: Trained) -> list[str]:
-    """The row of what was trained, and how much of the drop it won back."""
+def trained_row(trained: Trained) -> tuple[str, Counts, Counts, str]:
+    """Of the table of results: what was trained, which is judged by top-1."""
     epoch, config = trained.epoch, trained.run.config
-    shown = accuracy(epoch.top1_correct, epoch.images)
     label = f"run {epoch.name}, epoch {epoch.epoch}, lr {config.lr:g}, batch {config.global_batch}"
-    lines = [f"{'QAT':8}{shown:>26}   {epoch.images:>6}   {accuracy_of(trained.report):>26}   {label}"]
-    if (drop := outcome.of_float.top1 - outcome.of_winner.top1) > 0:
-        share = (trained.report.top1 - outcome.of_winner.top1) / drop
-        lines.append(f"QAT won back {share:.0%} of the winner's drop on report")
-    return lines
+    selection = Counts(epoch.images, {"top1_correct": epoch.top1_correct})
+    return "QAT", selection, Counts.of(trained.report), label
+
+
+def won_back(outcome: Outcome, trained: Trained) -> list[str]:
+    """How much of the winner's drop training won back, where there was one."""
+    drop = outcome.of_float.top1 - outcome.of_winner.top1
+    if drop <= 0:
+        return []
+    share = (trained.report.top1 - outcome.of_winner.top1) / drop
+    return [f"QAT won back {share:.0%} of the winner's drop on report"]

@@ -51,7 +51,7 @@ def misses_target(job: TuneJob, contest: Contest, baseline: Evaluation, screen: 
     """Whether the winner's drop below the float model, on the selection images, is more than the target."""
     winner = contest.race.leader()
     assert winner is not None
-    drop = baseline.top1 - float(contest.race.correct(winner).mean())
+    drop = baseline.top1 - float(contest.race.results(winner)["correct"].mean())
     met = 100 * drop <= job.options.target_drop
     verdict = "met, no QAT" if met else "missed: QAT"
     screen.say(
@@ -92,7 +92,7 @@ def save_starts(job: TuneJob, home: Path, contest: Contest, count: int) -> dict[
     """
     outcome = contest.outcome()
     names = [n for n in contest.race.names if outcome[n] in ("best", "tied")]
-    names.sort(key=lambda n: (outcome[n] != "best", -float(contest.race.correct(n).mean())))
+    names.sort(key=lambda n: (outcome[n] != "best", -contest.race.objective.sign * contest.race.mean(n)))
     paths = {}
     for name in names[:count]:
         chosen, path = contest.candidates[name], home / f"{name}_calib.pth"

@@ -1,9 +1,9 @@
 """Which files of a split's folder are images, and what else lies there. Nothing is decoded.
 
 An image is a file of a class folder whose name ends as names of images do, or whose first bytes are those of an image.
-Whether it can be decoded shows when it is read. Everything else is left out, counted and named: hidden files, folders
-of tools, copies that editors keep, files that are no images, files outside of class folders, and what a link shows a
-second time.
+Where there are no class folders, it is a file of the split's folder. Whether it can be decoded shows when it is read.
+Everything else is left out, counted and named: hidden files, folders of tools, copies that editors keep, files that
+are no images, files outside of class folders, and what a link shows a second time.
 """
 
 from __future__ import annotations
@@ -98,6 +98,23 @@ def composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def has_class_folders(folder: str) -> bool:
+    """Whether anything but files lies there; hidden folders and those of tools do not count."""
+    return any(kind == _FOLDER for _, kind, _, _ in _entries(folder, recursive=False))
+
+
+def images_in(folder: str) -> tuple[list[tuple[str, int]], tuple[LeftOut, ...]]:
+    """(name, bytes) of every image right in a folder, sorted by name; what is left out. Folders are not looked into."""
+    images, out = [], []
+    for entry in _entries(folder, recursive=False):
+        reason = _problem(folder, entry, in_class=False)
+        if reason is None:
+            images.append(entry)
+        elif reason:
+            out.append((entry[0], reason))
+    return _once(folder, sorted(images), out)
+
+
 def image_files(folder: str) -> tuple[list[tuple[str, int]], tuple[LeftOut, ...]]:
     """(path below the split, bytes) of every image in a class folder, sorted by class, then by path; what is left out.
 
@@ -111,13 +128,20 @@ def image_files(folder: str) -> tuple[list[tuple[str, int]], tuple[LeftOut, ...]
         elif reason:
             out.append((entry[0], reason))
     images.sort(key=lambda entry: (entry[0].split("/", 1)[0], entry[0]))
+    return _once(folder, images, out)
+
+
+def _once(
+    folder: str, images: list[Entry], out: list[tuple[str, str]]
+) -> tuple[list[tuple[str, int]], tuple[LeftOut, ...]]:
+    """(path, bytes) of the images, each under its first name only; what is left out, with what was already."""
     again = _seen_before(folder, images)
-    out += [(images[i][0], "are another name of an image") for i in again]
+    out = out + [(images[i][0], "are another name of an image") for i in again]
     kept = [(path, size) for i, (path, _, size, _) in enumerate(images) if i not in again]
     return kept, left_out(out)
 
 
-def _problem(folder: str, entry: Entry) -> str | None:
+def _problem(folder: str, entry: Entry, in_class: bool = True) -> str | None:
     """Why an entry is no image, in words behind "files that"; "" for folders, None for an image."""
     path, kind, _, _ = entry
     name = path.rpartition("/")[2]
@@ -129,18 +153,19 @@ def _problem(folder: str, entry: Entry) -> str | None:
         return "are links to a folder above them"
     if kind == _OTHER:
         return "are no regular files"
-    if "/" not in path:
+    if in_class and "/" not in path:
         return "lie in no class folder"
-    if _is_image_name(name):
+    if is_image_name(name):
         return None
-    if _is_image_name(os.path.splitext(name)[0]) or name.endswith("~"):
+    if is_image_name(os.path.splitext(name)[0]) or name.endswith("~"):
         return "are copies or parts of an image"
     if kind == _GONE:
         return "are links to nothing"
     return None if _FIRST_BYTES.match(_head(folder, path)) else "are no images"
 
 
-def _is_image_name(name: str) -> bool:
+def is_image_name(name: str) -> bool:
+    """Whether a name ends as names of images do."""
     return _IMAGE_NAME.fullmatch(name) is not None
 
 
@@ -161,11 +186,15 @@ def _seen_before(folder: str, images: list[Entry]) -> set[int]:
     again = set()
     for at in same.tolist():
         first, second = images[order[at - 1]], images[order[at]]
-        if first[0].split("/")[0] != second[0].split("/")[0]:
+        if _class_of(first[0]) != _class_of(second[0]):
             names = [printable(name) for name, *_ in (second, first)]
             raise InputError(f"{folder}/{names[0]}: is the same file as {names[1]}; expected one class for each image")
         again.add(int(order[at]))
     return again
+
+
+def _class_of(path: str) -> str:
+    return path.rpartition("/")[0].partition("/")[0]
 
 
 # Listing ------------------------------------------------------------------------------------------------------------
@@ -178,7 +207,7 @@ def _entries(folder: str, recursive: bool) -> Iterator[Entry]:
     try:
         for entry in _local_entries(inner, recursive) if is_local else _remote_entries(filesystem, inner, recursive):
             path, kind = entry[:2]
-            if kind == _GONE and "/" not in path and not (_is_hidden(path) or _is_image_name(path)):
+            if kind == _GONE and "/" not in path and not (_is_hidden(path) or is_image_name(path)):
                 raise InputError(f"{folder}/{printable(path)}: is a link to nothing; expected a class folder")
             yield entry
     except (OSError, UnicodeDecodeError) as error:  # the latter from afar, for names that are not UTF-8

@@ -30,11 +30,15 @@ Pixels = npt.NDArray[Any]  # what `Transform.decode` makes of an image
 
 @dataclass(frozen=True)
 class Batch:
-    """Images (B, …) as their transform decodes them, e.g. uint8 (B, S, S, 3); int64 labels and sample ids (B,)."""
+    """Images (B, …) as their transform decodes them, e.g. uint8 (B, S, S, 3); int64 labels and sample ids (B,).
+
+    `float_logits` (B, classes) are the float model's, where they are known already. Without labels, all are `NO_LABEL`.
+    """
 
     images: Tensor
     labels: Tensor
     sample_ids: Tensor
+    float_logits: Tensor | None = None
 
 
 def iter_batches(

@@ -1,7 +1,8 @@
-"""An index of labelled images in zip or folder layout. No Ray, no decoding.
+"""An index of images in zip or folder layout, with labels or without. No Ray, no decoding.
 
     zip layout      <root>/{train,val}.zip with {train,val}_map.txt; a map line is relative/path<TAB>label
     folder layout   <root>/{train,val}/<class>/*.jpg, classes numbered by name (`folders`)
+    without labels  <root>/{train,val}.zip without a map; <root>/{train,val}/*.jpg; <root>/*.jpg, which is val
 
 A sample is a row of the map (or of the sorted folder); its position there is its `sample_id`. An index is a handful
 of NumPy arrays: where each member lies in the zip, how long it is, its label. ImageNet's 1.28 million rows are read
@@ -32,6 +33,7 @@ from vitq_ray.data import folders, tables
 from vitq_ray.data.folders import LeftOut
 
 SPLITS = ("train", "val")
+NO_LABEL = -1  # of every image of a split without labels
 _STORED, _DEFLATED = 0, 8
 _LOCAL_HEADER = 30
 _READERS = 16  # threads, where many files are read: a store far away answers late
@@ -50,7 +52,7 @@ class SampleIndex:
 
     Attributes:
         source: the archive or folder that images are read from (absolute path or URI).
-        labels: (N,) int32.
+        labels: (N,) int32; all of them `NO_LABEL` where the split has none.
         names: all relative paths, UTF-8, end to end, as bytes of an array; name i is
             `names[name_start[i] : name_start[i] + name_length[i]]`.
         sizes: (N,) int64, bytes of the encoded image.
@@ -83,6 +85,17 @@ class SampleIndex:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _file=[], _lock=Lock())
         self.__post_init__()  # unpickled arrays are writable
+
+    @property
+    def has_labels(self) -> bool:
+        """All images of a split have a label, or none has."""
+        return bool(self.labels[0] != NO_LABEL)
+
+    @property
+    def no_labels(self) -> str:
+        """For messages, of a split without labels: which, and why."""
+        kind = "class folders" if self.members is None else "map beside it"
+        return f"{without_keys(self.source)} has no labels, since it has no {kind}"
 
     @property
     def num_classes_seen(self) -> int:
@@ -196,7 +209,10 @@ class SampleIndex:
 
 def has_split(data_path: str, split: str) -> bool:
     """Whether `data_path` has `<split>.zip` or a folder `<split>`."""
-    root = _root(data_path)
+    return _has_split(_root(data_path), split)
+
+
+def _has_split(root: str, split: str) -> bool:
     return _kind(_join(root, f"{split}.zip")) == fs.FileType.File or _is_folder(_join(root, split))
 
 
@@ -217,15 +233,35 @@ def open_split(
     require_choice("split", split, SPLITS)
     root = _root(data_path)
     if _kind(_join(root, f"{split}.zip")) == fs.FileType.File:
-        if class_order is not None:
-            raise InputError(f"class order: {class_order} given, but {data_path} has maps, which say labels")
+        _require_no_order(class_order, f"{data_path} has maps, which say labels")
+        archive, map_path = _join(root, f"{split}.zip"), _join(root, f"{split}_map.txt")
         beside = [(split, "are folders beside the zip that is read")] if _is_folder(_join(root, split)) else []
-        return _open_zip(_join(root, f"{split}.zip"), _join(root, f"{split}_map.txt"), num_classes, beside)
+        if _kind(map_path) == fs.FileType.NotFound:
+            return _open_bare_zip(archive, beside)
+        return _open_zip(archive, map_path, num_classes, beside)
     if _is_folder(_join(root, split)):
-        return _open_folder(root, split, num_classes, class_order)
+        if folders.has_class_folders(_join(root, split)):
+            return _open_folder(root, split, num_classes, class_order)
+        _require_no_order(class_order, f"{_join(root, split)} has no class folders")
+        return _open_bare_folder(_join(root, split))
+    if split == "val" and not _has_split(root, "train") and _holds_images(root):
+        _require_no_order(class_order, f"{root} has no class folders")
+        return _open_bare_folder(root)
     raise InputError(
         f"{data_path}: has no {split} split; expected {split}.zip with {split}_map.txt, or a folder {split}"
     )
+
+
+def _holds_images(root: str) -> bool:
+    try:
+        return _is_folder(root) and bool(folders.images_in(root)[0])
+    except InputError:  # a link to nothing, which may have been meant as a split
+        return False
+
+
+def _require_no_order(class_order: str | None, why: str) -> None:
+    if class_order is not None:
+        raise InputError(f"class order: {class_order} given, but {why}")
 
 
 def _root(data_path: str) -> str:
@@ -275,7 +311,7 @@ def _open_zip(archive: str, map_path: str, num_classes: int | None, out: list[tu
     del member_names  # a hundred megabytes of ImageNet's
     chosen = members[rows]
     del members, rows
-    _check_members(archive, text, lines, chosen)
+    _check_members(archive, text, lines["start"], lines["length"], chosen)
     again = _listed_before(map_path, text, lines, chosen["offset"])
     if again.any():
         out += [(_name_of(text, line), "were listed before") for line in lines[again]]
@@ -286,6 +322,37 @@ def _open_zip(archive: str, map_path: str, num_classes: int | None, out: list[tu
         names=text,
         name_start=lines["start"].copy(),
         name_length=lines["length"].copy(),
+        sizes=chosen["size"].astype(np.int64),
+        members=chosen,
+        left_out=folders.left_out(out),
+    )
+
+
+def _open_bare_zip(archive: str, out: list[tuple[str, str]]) -> SampleIndex:
+    """A zip without a map: its images are those members whose names end as names of images do, sorted by name."""
+    members, names = _read_directory(archive)
+    hidden = tables.left_by_a_mac(names, members["name_start"], members["name_length"], hidden=True)
+    found: dict[bytes, int] = {}  # of several members with one name the last counts, as in `zipfile`
+    for row in range(len(members)):
+        start = int(members["name_start"][row])
+        name = names[start : start + int(members["name_length"][row])].tobytes()
+        text = name.decode(errors="surrogateescape")
+        if hidden[row]:
+            out = [*out, (text, "are hidden or of a tool")]
+        elif not folders.is_image_name(text):
+            out = [*out, (text, "are no images")]
+        else:
+            found[name] = row
+    if not found:
+        raise InputError(f"{archive}: no images" + _left_out_hint(folders.left_out(out)))
+    chosen = members[[found[name] for name in sorted(found)]]
+    _check_members(archive, names, chosen["name_start"], chosen["name_length"], chosen)
+    return SampleIndex(
+        source=archive,
+        labels=np.full(len(chosen), NO_LABEL, np.int32),
+        names=names,
+        name_start=chosen["name_start"].astype(np.int64),
+        name_length=chosen["name_length"].astype(np.int32),
         sizes=chosen["size"].astype(np.int64),
         members=chosen,
         left_out=folders.left_out(out),
@@ -388,16 +455,23 @@ def _rows_of(
 
 
 def _check_members(
-    archive: str, text: npt.NDArray[np.uint8], lines: npt.NDArray[np.void], chosen: npt.NDArray[np.void]
+    archive: str,
+    names: npt.NDArray[np.uint8],
+    start: npt.NDArray[np.int64],
+    length: npt.NDArray[np.int32],
+    chosen: npt.NDArray[np.void],
 ) -> None:
     encrypted = (chosen["flags"] & 1) != 0
     unknown = (chosen["method"] != _STORED) & (chosen["method"] != _DEFLATED)
     if not (encrypted | unknown).any():
         return
     i = int(np.argmax(encrypted | unknown))
-    name = tables.text_of(text, lines["start"][i], lines["length"][i])
+    name = tables.text_of(names, start[i], length[i])
     found = "is encrypted" if encrypted[i] else f"has compression method {chosen['method'][i]}"
     raise InputError(f"{archive}!{name}: {found}; expected a stored (0) or deflated (8) member")
+
+
+_NO_IMAGES = "no images; expected {}/<class>/*.jpg or another format"
 
 
 # Folder layout ------------------------------------------------------------------------------------------------------
@@ -414,11 +488,8 @@ def _open_folder(root: str, split: str, num_classes: int | None, class_order: st
         )
     images, left_out = folders.image_files(folder)
     if not images:
-        raise InputError(
-            f"{folder}: no images; expected {split}/<class>/*.jpg or another format"
-            + (f". Left out: {folders.left_out_text(left_out)}" if left_out else "")
-        )
-    labels, names = [], []
+        raise InputError(f"{folder}: {_NO_IMAGES.format(split)}" + _left_out_hint(left_out))
+    labels = []
     for name, _ in images:
         label = number.get(folders.composed(name.split("/", 1)[0]))
         if label is None:
@@ -426,7 +497,25 @@ def _open_folder(root: str, split: str, num_classes: int | None, class_order: st
                 f"{folder}/{folders.printable(name)}: its class is not among the {len(number)} folders of {numbered_by}"
             )
         labels.append(label)
-        names.append(name.encode(errors="surrogateescape"))
+    return _folder_index(folder, images, labels, left_out)
+
+
+def _open_bare_folder(folder: str) -> SampleIndex:
+    """A folder of images without class folders."""
+    images, left_out = folders.images_in(folder)
+    if not images:
+        raise InputError(f"{folder}: {_NO_IMAGES.format(folder.rpartition('/')[2])}" + _left_out_hint(left_out))
+    return _folder_index(folder, images, [NO_LABEL] * len(images), left_out)
+
+
+def _left_out_hint(left_out: tuple[LeftOut, ...]) -> str:
+    return f". Left out: {folders.left_out_text(left_out)}" if left_out else ""
+
+
+def _folder_index(
+    folder: str, images: list[tuple[str, int]], labels: list[int], left_out: tuple[LeftOut, ...]
+) -> SampleIndex:
+    names = [name.encode(errors="surrogateescape") for name, _ in images]
     lengths = np.array([len(name) for name in names], np.int32)
     return SampleIndex(
         source=folder,

@@ -1,11 +1,11 @@
 """Which images are calibrated on, selected by and reported on: the one place that divides them. No Ray, no decoding.
 
     train ──► calibration images
-    val   ──► selection and report, class-balanced halves; where only val exists, calibration images first
+    val   ──► selection and report, halves; where only val exists, calibration images first
 
-The three are disjoint, so nothing is tuned on what it is reported on: no image is in two of them, nor is a copy of it
-under another name (`copies`). How val is divided is a function of the data's
-content and the split seed only, so a search and the training that follows it share one division.
+The halves are class-balanced, where there are labels. The three are disjoint, so nothing is tuned on what it is
+reported on: no image is in two of them, nor is a copy of it under another name (`copies`). How val is divided is a
+function of the data's content and the split seed only, so a search and the training that follows it share one division.
 """
 
 from __future__ import annotations

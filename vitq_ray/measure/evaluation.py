@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
 from vitq_ray.data.loader import Batch
-from vitq_ray.measure.metrics import METRICS, Results, measure, no_results, total_of
+from vitq_ray.measure.metrics import FLOAT, METRICS, Results, measure, no_results, total_of
 
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
@@ -43,7 +43,13 @@ class Counts:
 
     @staticmethod
     def of(evaluation: Evaluation) -> Counts:
-        return Counts(evaluation.images, {METRICS[name].total: total_of(v) for name, v in evaluation.results.items()})
+        return Counts.summed(evaluation.results, evaluation.images)
+
+    @staticmethod
+    def summed(results: Results, images: int | None = None) -> Counts:
+        """Of per-image results; how many images these are may be left out where there is any metric."""
+        count = len(next(iter(results.values()))) if images is None else images
+        return Counts(count, {METRICS[name].total: total_of(values) for name, values in results.items()})
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Counts:
@@ -58,6 +64,16 @@ class Counts:
         return {"images": self.images, **self.totals}
 
     @property
+    def has_accuracy(self) -> bool:
+        """The images have labels."""
+        return "top1_correct" in self.totals
+
+    @property
+    def means(self) -> dict[str, float]:
+        """{name of a mean in the table of metrics: the mean}, as far as it was measured."""
+        return {m.mean: self.totals[m.total] / self.images for m in METRICS.values() if m.total in self.totals}
+
+    @property
     def top1_correct(self) -> int:
         return int(self.totals["top1_correct"])
 
@@ -68,11 +84,12 @@ class Counts:
 
     def accuracy(self) -> dict[str, Any]:
         """Counts and means of every metric."""
-        means = {m.mean: self.totals[m.total] / self.images for m in METRICS.values() if m.total in self.totals}
-        return {**self.to_dict(), **means}
+        return {**self.to_dict(), **self.means}
 
     def summary(self) -> dict[str, Any]:
         """As `accuracy`, with the 95 % interval of top-1: the one form of counts in result files."""
+        if not self.has_accuracy:
+            return self.accuracy()
         return {**self.accuracy(), "top1_interval95": list(wilson_interval(self.top1_correct, self.images))}
 
 
@@ -82,8 +99,9 @@ class Evaluation:
 
     Attributes:
         sample_ids: position of the image in its split.
-        labels: class of the image.
-        results: {metric: its value for every image}; `correct` is always there, see `metrics.METRICS`.
+        labels: class of the image, `NO_LABEL` where there are none.
+        results: {metric: its value for every image}; `correct` is there where the images have labels, `kl` where the
+            float model's logits were at hand, see `metrics.METRICS`.
     """
 
     sample_ids: Ints
@@ -92,7 +110,12 @@ class Evaluation:
 
     @property
     def images(self) -> int:
-        return len(self.correct)
+        return len(self.sample_ids)
+
+    @property
+    def has_accuracy(self) -> bool:
+        """As `Counts.has_accuracy`."""
+        return "correct" in self.results
 
     @property
     def correct(self) -> Bools:
@@ -137,11 +160,14 @@ class Evaluation:
         return Evaluation(self.sample_ids[chosen], self.labels[chosen], results)
 
     @staticmethod
-    def of_logits(logits: Tensor, labels: Tensor, sample_ids: Tensor) -> Evaluation:
-        """Judge logits (B, classes) by labels (B,). With fewer than five classes, top-5 is top-`classes`."""
+    def of_logits(logits: Tensor, labels: Tensor, sample_ids: Tensor, float_logits: Tensor | None = None) -> Evaluation:
+        """Judge logits (B, classes) by labels (B,), and by the float model's logits (B, classes) if given.
+
+        With fewer than five classes, top-5 is top-`classes`.
+        """
         if not torch.isfinite(logits).all():
             raise NonFiniteLogitsError("the model produced NaN or infinite logits")
-        return Evaluation(sample_ids.cpu().numpy(), labels.cpu().numpy(), measure(logits, labels))
+        return Evaluation(sample_ids.cpu().numpy(), labels.cpu().numpy(), measure(logits, labels, float_logits))
 
     @staticmethod
     def concatenate(parts: Sequence[Evaluation]) -> Evaluation:
@@ -160,6 +186,7 @@ def evaluate(
     batches: Iterable[Batch],
     to_input: Callable[[Tensor], Tensor],
     on_batch: Callable[[Batch, Tensor], None] = lambda batch, logits: None,
+    float_model: Callable[[Tensor], Tensor] | None = None,
 ) -> Evaluation:
     """Classify every image of `batches`.
 
@@ -167,13 +194,18 @@ def evaluate(
         model: (B, 3, S, S) float32 -> (B, classes) logits.
         to_input: uint8 images (B, S, S, 3) -> what the model takes, on the model's device.
         on_batch: sees every batch and its logits, for progress or for keeping them.
+        float_model: what the model is compared with, run on the same images; None: what the batches know of it.
     """
     model.eval()
 
     def on_variant(name: str, batch: Batch, logits: Tensor) -> None:
-        on_batch(batch, logits)
+        if name == "model":
+            on_batch(batch, logits)
 
-    return evaluate_variants({"model": model}, batches, to_input, on_variant)["model"]
+    variants: dict[str, Callable[[Tensor], Tensor]] = {"model": model}
+    if float_model is not None:
+        variants["float"] = float_model
+    return evaluate_variants(variants, batches, to_input, on_variant)["model"]
 
 
 def evaluate_variants(
@@ -185,7 +217,8 @@ def evaluate_variants(
     """Classify every image with several models in one pass over the images: the only evaluation loop there is.
 
     Args:
-        variants: {name: what makes logits (B, classes) of a batch's images}; all in evaluation mode.
+        variants: {name: what makes logits (B, classes) of a batch's images}; all in evaluation mode. The one named
+            `float` is the float model: it runs first, and the others are compared with it.
         to_input, on_batch: as in `evaluate`; `on_batch` is also told which variant.
 
     Batches without images, which a reader may give where all were broken, are passed over.
@@ -195,11 +228,12 @@ def evaluate_variants(
         for batch in batches:
             if len(batch.labels) == 0:
                 continue
-            images = to_input(batch.images)
-            for name, logits_of in variants.items():
-                logits = logits_of(images)
-                parts[name].append(Evaluation.of_logits(logits, batch.labels, batch.sample_ids))
+            images, known = to_input(batch.images), batch.float_logits
+            for name in sorted(variants, key=lambda name: name != FLOAT):
+                logits = variants[name](images)
+                parts[name].append(Evaluation.of_logits(logits, batch.labels, batch.sample_ids, known))
                 on_batch(name, batch, logits)
+                known = logits if name == FLOAT else known
     return {name: Evaluation.concatenate(rows) for name, rows in parts.items()}
 
 
@@ -221,8 +255,11 @@ def sanity_problem(
     """Why these results are not those of a working classifier, or None: at chance level, or below `min_top1`.
 
     Chance is 1 / num_classes, or the share of the most frequent label where all classes are there to be guessed.
-    "Above chance" means that the 99 % interval of top-1 lies above it. `min_top1` is a fraction.
+    "Above chance" means that the 99 % interval of top-1 lies above it. `min_top1` is a fraction. Without labels nothing
+    is known.
     """
+    if not evaluation.has_accuracy:
+        return None
     if min_top1 is not None and evaluation.top1 < min_top1:
         return f"{what} top-1 is {evaluation.top1:.2%}, below the {min_top1:.2%} asked for"
     counts = np.bincount(evaluation.labels, minlength=num_classes)

@@ -1,12 +1,14 @@
 """What is measured of every image: one table, which evaluation, logs, tables and summaries read.
 
-    logits (B, K), labels (B,)  ──► one value per image and metric  ──► total and mean in summaries
+    logits (B, K), and labels (B,) or the float model's logits (B, K), or both
+        ──► one value per image and metric ──► total and mean in summaries
 
-A further metric is one row of `METRICS` and its function. Evaluations, results that workers send, events of a log, the
-columns of a table and the summaries of result files then have it, too. What was written before has not: readers take
-the metrics that are there.
+Images without labels have the metrics against the float model only; where its logits are not at hand, there are only
+those against labels. A further metric is one row of `METRICS` and its function. Evaluations, results that workers
+send, events of a log, the columns of a table and the summaries of result files then have it, too. What was written
+before has not: readers take the metrics that are there.
 
-Legend: B images, K classes.
+Legend: B images, K classes; KL in nats.
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ import numpy.typing as npt
 from torch import Tensor
 
 from vitq_ray.base.config import InputError
+from vitq_ray.data.samples import NO_LABEL
+from vitq_ray.measure.fidelity import agrees, kl_to_float
 
+LABELS, FLOAT = "labels", "float"  # what logits are compared with
 Column = npt.NDArray[Any]
 Results = Mapping[str, Column]  # {metric: (images,) values}
 
@@ -31,16 +36,18 @@ class Metric:
     """One result per image.
 
     Attributes:
-        of: logits (B, K) and labels (B,) on the same device -> (B,) values.
+        of: logits (B, K) and what they are compared with, on the same device -> (B,) values.
         dtype: of the values when they are kept.
         total: name of their sum in summaries, an integer for bool.
         mean: name of their mean in summaries.
+        against: `LABELS`, (B,), or `FLOAT`, the float model's logits (B, K).
     """
 
     of: Callable[[Tensor, Tensor], Tensor]
     dtype: npt.DTypeLike
     total: str
     mean: str
+    against: str = LABELS
 
 
 def _hits(logits: Tensor, labels: Tensor) -> Tensor:
@@ -60,13 +67,23 @@ def _is_among_five(logits: Tensor, labels: Tensor) -> Tensor:
 METRICS: dict[str, Metric] = {
     "correct": Metric(_is_first, np.bool_, total="top1_correct", mean="top1"),
     "correct5": Metric(_is_among_five, np.bool_, total="top5_correct", mean="top5"),
+    "kl": Metric(kl_to_float, np.float32, total="kl_total", mean="kl", against=FLOAT),
+    "agree": Metric(agrees, np.bool_, total="agreed", mean="agreement", against=FLOAT),
 }
 
 
-def measure(logits: Tensor, labels: Tensor) -> Results:
-    """Every metric of a batch; `labels` may be on another device."""
-    labels = labels.to(logits.device)
-    return {name: metric.of(logits, labels).cpu().numpy().astype(metric.dtype) for name, metric in METRICS.items()}
+def measure(logits: Tensor, labels: Tensor, float_logits: Tensor | None = None) -> Results:
+    """Every metric of a batch that can be: labels may be missing, and the float model's logits not at hand.
+
+    Both may be on another device.
+    """
+    known = {LABELS: None if bool((labels == NO_LABEL).any()) else labels, FLOAT: float_logits}
+    there = {what: other.to(logits.device) for what, other in known.items() if other is not None}
+    return {
+        name: metric.of(logits, there[metric.against]).cpu().numpy().astype(metric.dtype)
+        for name, metric in METRICS.items()
+        if metric.against in there
+    }
 
 
 def no_results(images: int = 0) -> dict[str, Column]:

@@ -8,7 +8,7 @@ ranks changes no batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -22,7 +22,7 @@ from vitq_ray.data.loader import Batch, iter_batches
 from vitq_ray.data.samples import Ids, SampleIndex
 from vitq_ray.data.transforms import EvalTransform, Transform
 from vitq_ray.measure.evaluation import Evaluation, evaluate_variants
-from vitq_ray.measure.metrics import METRICS
+from vitq_ray.measure.metrics import FLOAT, LABELS, METRICS
 from vitq_ray.qat.recipe import QatConfig
 
 EVAL_BATCH = 64  # images of an evaluation micro-batch, whatever the number of workers
@@ -153,23 +153,28 @@ def sharded_variants(
     # One stream of ids; only the last micro-batch of all can be smaller, and its rank sees it last.
     batches = read(index, np.concatenate(mine), transform, EVAL_BATCH) if mine else iter(())
     parts = evaluate_variants(variants, batches, lambda images: transform.normalize(images.to(ranks.device)))
-    return {name: _gather(part, index, ids, ranks) for name, part in parts.items()}
+
+    def measured(name: str) -> list[str]:  # the same on every rank, also on one that has no images
+        against = {LABELS, FLOAT} if FLOAT in variants and name != FLOAT else {LABELS}
+        return [metric for metric, row in METRICS.items() if row.against in against]
+
+    return {name: _gather(part, measured(name), index, ids, ranks) for name, part in parts.items()}
 
 
-def _gather(part: Evaluation, index: SampleIndex, ids: Ids, ranks: Ranks) -> Evaluation:
-    """The results of all ranks, from those of this one."""
+def _gather(part: Evaluation, names: Sequence[str], index: SampleIndex, ids: Ids, ranks: Ranks) -> Evaluation:
+    """The results of all ranks, of these metrics, from those of this one."""
     place = {int(sample_id): i for i, sample_id in enumerate(ids)}
     columns = [place[int(i)] for i in part.sample_ids]
     # Each image is another rank's zero: the sums are exact, those of bool and float32 alike.
-    table = torch.zeros(1 + len(METRICS), len(ids), dtype=torch.float64)
+    table = torch.zeros(1 + len(names), len(ids), dtype=torch.float64)
     table[0, columns] = 1
-    for row, name in enumerate(METRICS, start=1):
+    for row, name in enumerate(names, start=1):
         table[row, columns] = torch.from_numpy(part.results[name].astype(np.float64))
     seen, *values = ranks.sum(table).numpy()
     found = seen.astype(bool)
     if not found.any():
         raise InputError(f"{index.source}: none of the {len(ids)} images could be read")
     kept = ids[found]
-    metrics = zip(METRICS.items(), values, strict=True)
-    results = {name: column[found].astype(metric.dtype) for (name, metric), column in metrics}
+    columns_of = zip(names, values, strict=True)
+    results = {name: column[found].astype(METRICS[name].dtype) for name, column in columns_of}
     return Evaluation(kept, index.labels[kept].astype(np.int64), results)

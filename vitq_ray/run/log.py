@@ -22,16 +22,17 @@ from vitq_ray.base.config import InputError
 from vitq_ray.base.files import append_whole, one_line
 from vitq_ray.base.formats import require_format, stamp
 from vitq_ray.base.records import NUMBER, Schema, problem_with
+from vitq_ray.measure.metrics import METRICS
 
 _CHECKED_SINCE = 3
 _CHECK = re.compile(rb'(.*), "check": "([0-9a-f]{8})"\}')
 
 # What an event must hold; of other events, a name.
 EVENTS: dict[str, Schema] = {
-    "float": {"sample_ids": [int], "correct": str},
+    "float": {"sample_ids": [int]},
     "engine": {"name": str, "arithmetic": str, "images_per_second": dict},
     "candidate": {"name": str, "setting": dict, "predicted_noise": NUMBER, "same_as": (str, type(None))},
-    "chunk": {"name": str, "start": int, "images": int, "correct": str},
+    "chunk": {"name": str, "start": int, "images": int},
     "decision": {"name": str, "verdict": str, "images": int},
     "winner": {"name": str},
     "qat_epoch": {"name": str, "epoch": int, "images": int, "top1_correct": int, "loss": (*NUMBER, type(None))},
@@ -99,6 +100,9 @@ class Log:
         if not isinstance(values, dict):
             raise self.error(number, f"not an event: {line[:80]!r}")
         problem = problem_with(values, {"event": str}) or problem_with(values, EVENTS.get(values["event"], {}))
+        if problem is None and values["event"] == "chunk":
+            measured = {name: str for name in METRICS if name in values}
+            problem = problem_with(values, measured) if measured else f"none of {', '.join(METRICS)} is there"
         if problem is not None:
             raise self.error(number, f"not a whole event: {problem}")
         return values

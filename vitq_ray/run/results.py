@@ -1,6 +1,7 @@
 """result.json, the same for all scripts: how it is made, written and read.
 
-    images, top1_correct, …, top1_interval95    the counts that the script was run for
+    images, top1_correct, …, kl, agreement, …    what the script was run for: counts and means of `measure.metrics`;
+                                                 without labels no accuracy
     format, script, versions                     which version of what wrote it
     options, setting, weights_fingerprint, data_fingerprint, bad_images, seconds
     and what is the script's own, such as `candidates` of a search or `epochs` of a training
@@ -21,15 +22,16 @@ from typing import Any
 
 from vitq_ray import __version__
 from vitq_ray.base.formats import FORMATS
-from vitq_ray.base.records import Schema, read_sealed, require_whole, write_sealed
+from vitq_ray.base.records import NUMBER, Schema, read_sealed, require_whole, write_sealed
 from vitq_ray.data.samples import SampleIndex
 from vitq_ray.measure.evaluation import Counts, Evaluation
 
 CALIBRATION, EVALUATION, SEARCH, TRAINING = "calib", "evaluate", "tune_calib", "qat"  # names of the scripts
 EXPORT = "export"
 RESULT = "result.json"
-_COUNTS: Schema = {"images": int, "top1_correct": int}
-_PARTS: Schema = dict.fromkeys(("selection", "report", "val"), _COUNTS)
+_FIDELITY: Schema = {"images": int, "kl_total": NUMBER, "agreed": int}
+_TOP1: Schema = {"images": int, "top1_correct": int}
+_PARTS: Schema = dict.fromkeys(("selection", "report", "val"), _TOP1)
 SCHEMAS: dict[str, Schema] = {  # what a script's own result has beside the counts
     SEARCH: {"winner": {"setting": dict}, "candidates": dict},
     TRAINING: {"best_epoch": int, **dict.fromkeys(("float", "ptq", "qat"), _PARTS)},
@@ -82,7 +84,9 @@ def read_result(folder: Path) -> dict[str, Any]:
         InputError: where there is none, it is damaged, or a newer version wrote it.
     """
     path = folder / RESULT
-    values = read_sealed(path, "result", _COUNTS)
+    values = read_sealed(path, "result", {})
+    without_labels = "kl_total" in values and "top1_correct" not in values
+    require_whole(path, "result", values, _FIDELITY if without_labels else _TOP1)
     script = script_of(values)
     require_whole(path, "result", values, SCHEMAS.get(script, {}))
     return {**values, "script": script}

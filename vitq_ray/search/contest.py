@@ -24,7 +24,7 @@ from vitq_ray.calibration.scales import Scales, noise_per_site, total_noise
 from vitq_ray.calibration.setting import Setting, read_setting
 from vitq_ray.calibration.statistics import CalibrationStatistics
 from vitq_ray.measure.evaluation import Evaluation
-from vitq_ray.measure.metrics import Column, Results, no_results, pack_text, unpack_text
+from vitq_ray.measure.metrics import Results, pack_text, unpack_text
 from vitq_ray.measure.racing import Decision, Race, RaceRules, standings
 from vitq_ray.quant.plan import Plan
 from vitq_ray.run.folder import RunFolder
@@ -88,7 +88,6 @@ class Contest:
         self._exhausted = False
         self.race = race
         self.candidates: dict[str, Candidate] = {}
-        self.results: dict[str, dict[str, Column]] = {}  # of every candidate with scales of its own
         self._fill()
 
     # What a referee does ------------------------------------------------------------------------------------------
@@ -119,9 +118,8 @@ class Contest:
 
     def take(self, name: str, start: int, results: Results, seconds: float) -> bool:
         """Take in every metric of a chunk's images; whether the candidate is decided, so that its trial can stop."""
-        images = len(results["correct"])
-        if self.race.record(name, start, results["correct"]):
-            self._keep(name, start, results)
+        if self.race.record(name, start, results):
+            images = len(next(iter(results.values())))
             self._folder.append(
                 "chunk",
                 name=name,
@@ -133,15 +131,6 @@ class Contest:
             self._listeners.on_chunk(name, images)
             self._judge()
         return self.race.decision(name) is not None
-
-    def _keep(self, name: str, start: int, results: Results) -> None:
-        """Remember results. A metric that a chunk lacks, since an earlier version logged it, is not kept at all."""
-        kept = self.results[name]
-        for metric in tuple(kept):
-            if metric in results:
-                kept[metric][start : start + len(results[metric])] = results[metric]
-            else:
-                del kept[metric]
 
     def _judge(self) -> None:
         for decision in self.race.judge():
@@ -175,7 +164,6 @@ class Contest:
         if candidate.same_as is None:
             self._first_with[key] = candidate.name
             self.race.enter(candidate.name)
-            self.results[candidate.name] = no_results(self.race.rules.images)
             self._listeners.on_candidate(candidate)
         return candidate
 
@@ -211,10 +199,10 @@ class Contest:
             raise log.error(None, f"candidate {name}: forecast noise {there} there, {here} now")
 
     def _score(self, candidate: Candidate) -> float:
-        """By how much its accuracy exceeds the first candidate's, on the images it has seen; a fraction."""
-        correct = self.race.correct(candidate.same_as or candidate.name)
-        first = self.race.correct(self.race.names[0])[: len(correct)]
-        return float(correct.mean() - first.mean())
+        """By how much it is better than the first candidate in the mean, on the images it has seen."""
+        name, first = candidate.same_as or candidate.name, self.race.names[0]
+        images = len(self.race.results(name)[self.race.objective.metric])
+        return self.race.objective.sign * (self.race.mean(name, images) - self.race.mean(first, images))
 
     # The log ------------------------------------------------------------------------------------------------------
 
@@ -223,21 +211,18 @@ class Contest:
         for name in names:
             for chunk in self._logged.chunks.get(name, ()):
                 try:
-                    results = unpack_text(chunk, chunk["images"])
-                    self.race.record(name, chunk["start"], results["correct"])
+                    self.race.record(name, chunk["start"], unpack_text(chunk, chunk["images"]))
                 except ValueError as error:
                     raise self._folder.log.error(None, f"results of {name}: {error}") from None
-                self._keep(name, chunk["start"], results)
         self._judge()
 
     # The outcome --------------------------------------------------------------------------------------------------
 
     def evaluations(self, labels: npt.NDArray[np.int64], sample_ids: npt.NDArray[np.int64]) -> dict[str, Evaluation]:
         """{candidate with scales of its own: its results that count}; both arrays in the order of the race."""
-        return {
-            name: Evaluation(sample_ids, labels, self.results[name]).prefix(len(self.race.correct(name)))
-            for name in self.race.names
-        }
+        results = {name: self.race.results(name) for name in self.race.names}
+        counts = {name: len(columns[self.race.objective.metric]) for name, columns in results.items()}
+        return {name: Evaluation(sample_ids[:n], labels[:n], results[name]) for name, n in counts.items()}
 
     def outcome(self) -> dict[str, str]:
         """{candidate: best, tied, behind or beaten}, those that share scales included."""
@@ -284,7 +269,9 @@ def _decision_fields(decision: Decision) -> dict[str, Any]:
     }
 
 
-def race_rules(images: int, chunk: int | None, batch_size: int, alpha: float, tie_margin: float) -> RaceRules:
+def race_rules(
+    images: int, chunk: int | None, batch_size: int, alpha: float, tie_margin: float, objective: str
+) -> RaceRules:
     """Rules with about 25 looks, a whole number of batches each, unless `chunk` says otherwise."""
     batches = -(-images // (25 * batch_size))
-    return RaceRules(images, min(images, chunk or batches * batch_size), alpha, tie_margin)
+    return RaceRules(images, min(images, chunk or batches * batch_size), alpha, tie_margin, objective)
