@@ -98,6 +98,7 @@ EVALUATE_FILE = (
     *(Idle(name, lambda o: True, _FILE) for name in ("quant_mode", "wprec", "aprec", "heads")),
     Idle("num_workers", lambda o: o.num_workers is not None, "an ONNX file is run in this process"),
     Idle("use_gpu", lambda o: o.use_gpu, "an ONNX file is run on the CPU"),
+    Idle("reference", lambda o: True, "an ONNX file is compared with the float model when it is exported"),
 )
 EXPORT = (Idle("use_gpu", lambda o: o.use_gpu, "a file is verified on the CPU"),)
 

@@ -12,7 +12,7 @@ import torch
 from vitq_ray.base.config import InputError
 from vitq_ray.base.files import output_file, output_folder, read_bytes
 from vitq_ray.commands import combinations
-from vitq_ray.commands.inputs import images_as, open_images, paths_of
+from vitq_ray.commands.inputs import images_as, open_images, paths_of, require_labels
 from vitq_ray.commands.options import EvaluateOptions
 from vitq_ray.commands.passes import KeptLogits
 from vitq_ray.commands.screen import Screen, result_line, warn_of_bad_images, warn_of_left_out
@@ -58,6 +58,7 @@ def evaluate_file(options: EvaluateOptions, screen: Screen) -> tuple[str, Evalua
         transform = transform_of(options, path, known, model)
         classes = model(torch.zeros(1, 3, transform.size, transform.size)).shape[1]
         index = open_images(options, "val", classes)
+        require_labels(index, "expected labels: an ONNX file is compared with the float model when it is exported")
         warn_of_left_out(screen, {"val": index})
         output_folder(options.output, options.name_of("output"))
         if options.save_logits:

@@ -146,7 +146,8 @@ def results_text(counts: Counts, top5: bool = False) -> str:
 
 def result_line(name: str, evaluation: Evaluation) -> str:
     """E.g. `float: top-1 91.39 % (90.82 to 91.92), top-5 99.80 % of 10000 images`; in brackets the 95 % interval."""
-    return f"{name}: {results_text(Counts.of(evaluation), top5=True)} of {evaluation.images} images"
+    text = results_text(Counts.of(evaluation), top5=True)
+    return f"{name}: {text} of {evaluation.images} images" if text else f"{name}: {evaluation.images} images"
 
 
 _COLUMNS: tuple[tuple[str, Callable[[Counts], str]], ...] = (("top-1", top1_of), ("KL, agreement", fidelity_of))
