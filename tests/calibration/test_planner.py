@@ -11,17 +11,18 @@ from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
 from vitq_ray.calibration.corrections import centred, debiased, rounded
+from vitq_ray.calibration.look_files import look_from_bytes, look_to_bytes
 from vitq_ray.calibration.planner import (
     Look,
     Planner,
     Transforms,
     look_at,
     needs_of,
-    require_plannable,
     with_changed,
 )
 from vitq_ray.calibration.setting import Setting
 from vitq_ray.calibration.statistics import CalibrationStatistics, collect_statistics
+from vitq_ray.calibration.transforms import require_techniques
 from vitq_ray.quant.fake_quant import fake_quantize
 from vitq_ray.quant.plan import Plan
 from vitq_ray.quant.vit import apply_plan, quantize_vit, site_weights
@@ -49,7 +50,7 @@ def looks_of(model: nn.Module, settings: Sequence[Setting]) -> dict[Transforms, 
 
 
 def planner_of(model: nn.Module, *settings: Setting) -> Planner:
-    return Planner(model, looks_of(model, settings), IMAGES)
+    return Planner(model, looks_of(model, settings), lambda: IMAGES)
 
 
 def kl(model: nn.Module, plan: Plan, images: Tensor) -> float:
@@ -95,7 +96,7 @@ def test_rounding_loses_less_and_stays_on_the_grid(model: nn.Module) -> None:
     sensitivity = looks[()].sensitivity
     assert sensitivity is not None
     assert sensitivity.moments is not None
-    plan = Planner(model, looks, IMAGES).plan(setting)
+    plan = Planner(model, looks, lambda: IMAGES).plan(setting)
     before, after = site_weights(model), site_weights(with_changed(model, plan.weights))
     for key, weight in before.items():
         site = plan.sites[key]
@@ -117,7 +118,7 @@ def test_bias_correction_takes_the_mean_error_of_a_branch_away(model: nn.Module)
     sensitivity = looks[()].sensitivity
     assert sensitivity is not None
     assert sensitivity.moments is not None
-    plan = Planner(model, looks, IMAGES).plan(setting)
+    plan = Planner(model, looks, lambda: IMAGES).plan(setting)
     changes = debiased(model, plan, IMAGES, sensitivity.moments)
     assert sorted(changes) == [f"blocks.{i}.{name}.bias" for i in (0, 1) for name in ("attn.proj", "mlp.fc2")]
     again = debiased(model, Plan(plan.mode, plan.sites, changes), IMAGES, sensitivity.moments)
@@ -156,8 +157,28 @@ def _moments(model: nn.Module, setting: Setting) -> object:
 
 
 def test_what_a_model_does_not_allow(model: nn.Module) -> None:
-    require_plannable(model, fisher(transforms=ALL, corrections=("centre",)))
-    with pytest.raises(InputError, match=r"correction centre: .* expected the calibrator fisher, got max"):
-        require_plannable(model, fisher(calibrator="max", corrections=("centre",)))
+    require_techniques(model, [fisher(transforms=ALL)])
     with pytest.raises(InputError, match=r"transform heads: the model normalises queries and keys \(qk-norm\)"):
-        require_plannable(quantize_vit(tiny_vit(qk_norm=True)), fisher(transforms=("heads",)))
+        require_techniques(quantize_vit(tiny_vit(qk_norm=True)), [fisher(transforms=("heads",))])
+
+
+def test_grids_that_nobody_named_are_looked_at_when_they_are_met(model: nn.Module) -> None:
+    planner = planner_of(model, fisher())
+    setting = fisher(rules=("*.ffn.fc1.* -> 6 bits",))
+    plan = planner.plan(setting)
+    assert plan.sites["transformer.encoder.layer.0.ffn.fc1._input_quantizer"].rule.bits == 6
+    assert planner.forecast(setting, plan) < planner.forecast(fisher(), planner.plan(fisher()))
+
+
+def test_a_look_is_read_again_as_it_was_written(model: nn.Module) -> None:
+    setting, of = fisher(mode="ft1", calibrator="mse", transforms=ALL), {"weights": "a", "images": "b"}
+    look = looks_of(model, [setting])[setting.transforms]
+    data = look_to_bytes(look, of)
+    again = look_from_bytes(data, "look-0.npz", of)
+    before, after = (Planner(model, {setting.transforms: each}) for each in (look, again))
+    assert before.plan(setting).key == after.plan(setting).key
+    assert before.forecast(setting, before.plan(setting)) == after.forecast(setting, after.plan(setting))
+    with pytest.raises(InputError, match=r"look-0.npz: .*is at other images than this run's"):
+        look_from_bytes(data, "look-0.npz", {**of, "images": "c"})
+    with pytest.raises(InputError, match=r"look-0.npz: .*truncated or damaged"):
+        look_from_bytes(data[:-200], "look-0.npz", of)

@@ -16,6 +16,7 @@ FORMATS: dict[str, int] = {
     "result": 4,  # result.json
     "log": 4,  # trials.jsonl, in its first line
     "statistics": 3,  # statistics.npz
+    "look": 1,  # look-<n>.npz
     "sidecar": 3,  # <name>_calib.json, <name>_qat.json
     "training state": 2,  # state.pt
     "judgement": 3,  # judgement.json

@@ -28,6 +28,7 @@ REMEDIES = {
     "run": "bring it back from a copy, or begin a new run",
     "result": "delete it and resume the run, which makes it again",
     "statistics": "delete it and resume the run, which collects them again",
+    "look": "delete it and resume the run, which looks again",
     "training state": "delete it and resume the run, which trains from the start",
     "best weights": "delete it and state.pt, and resume the run, which trains from the start",
     "judgement": "delete it and resume the run, which judges again",

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from vitq_ray.base.config import InputError
 from vitq_ray.calibration.corrections import BIAS, CENTRE, ROUND, centred, debiased, rounded, with_weights
 from vitq_ray.calibration.scales import NOISE_NEEDS, Scales, grids_of_setting, kinds_needed, noise_per_site, total_noise
-from vitq_ray.calibration.sensitivity import SENSITIVITY_IMAGES, Grid, Sensitivity, collect_sensitivity
+from vitq_ray.calibration.sensitivity import Grid, Sensitivity, Track, collect_sensitivity
 from vitq_ray.calibration.setting import Setting, Technique
 from vitq_ray.calibration.statistics import CalibrationStatistics
-from vitq_ray.calibration.transforms import require_transformable, transformed
+from vitq_ray.calibration.transforms import transformed
 from vitq_ray.quant.plan import Plan
 from vitq_ray.quant.sites import WEIGHT, sites_of_blocks
 from vitq_ray.quant.vit import float_copy, quant_blocks
@@ -83,7 +83,11 @@ def _needs(settings: Sequence[Setting], depth: int, sensitive: bool) -> Needs:
     sites = sites_of_blocks(depth)
     asked = {(s.mode, s.weight_bits, s.act_bits, s.rules): s for s in settings} if sensitive else {}
     for setting in asked.values():
-        for key, wanted in grids_of_setting(setting, depth).items():
+        try:
+            found = grids_of_setting(setting, depth)
+        except InputError:  # of a space, in which it is not proposed
+            continue
+        for key, wanted in found.items():
             tensor = key if sites[key].family == WEIGHT else key.removesuffix(sites[key].name) + sites[key].tensor
             grids.setdefault(tensor, {}).update(dict.fromkeys(wanted))
     return Needs(kinds, {key: tuple(wanted) for key, wanted in grids.items()})
@@ -96,26 +100,26 @@ def look_at(
     images: Tensor | None,
     collect: CollectStatistics,
     seed: int = 0,
-    on_images: Callable[[int], None] = lambda images: None,
+    track: Track = iter,
 ) -> Look:
     """See what settings with these transforms need.
 
     Args:
         model: from `quantize_vit`; it stays as it is.
-        images: the first calibration images as the model takes them, (B, 3, S, S); at most `SENSITIVITY_IMAGES` are
-            looked at. None where no sensitivity is needed.
+        images: the first calibration images as the model takes them, (B, 3, S, S), `sensitivity.images_to_look_at` of
+            them; None where no sensitivity is needed.
         collect: the pass over all calibration images.
+        track: goes through the images of which gradients are taken, with progress shown.
 
     Raises:
         InputError: where the model does not allow a transform.
     """
     if images is None:
         return Look({}, collect(model, needs.kinds), None)
-    images = images[:SENSITIVITY_IMAGES]
     weights = transformed(model, [(t.name, t.strength) for t in transforms], images)
     twin = with_changed(model, weights)
     statistics = collect(twin, needs.kinds) if needs.kinds else None
-    sensitivity = collect_sensitivity(twin, images, needs.grids, seed, on_images) if needs.grids else None
+    sensitivity = collect_sensitivity(twin, images, needs.grids, seed, track) if needs.grids else None
     return Look(weights, statistics, sensitivity)
 
 
@@ -133,14 +137,19 @@ class Planner:
     """The plans of any settings whose looks are there."""
 
     def __init__(
-        self, model: nn.Module, looks: Mapping[Transforms, Look], images: Tensor | None = None, seed: int = 0
+        self,
+        model: nn.Module,
+        looks: Mapping[Transforms, Look],
+        images: Callable[[], Tensor] | None = None,
+        seed: int = 0,
     ) -> None:
-        """`images` are those of `look_at`, for corrections; `model` stays as it is."""
+        """`images` hands out those of `look_at`, for corrections; `model` stays as it is."""
         self._model, self._looks, self._images, self._seed = model, looks, images, seed
         self._scales: dict[Transforms, tuple[nn.Module, Scales]] = {}
 
     def plan(self, setting: Setting) -> Plan:
         """What every site does with this setting, and every weight it changes. InputError as `Scales.plan`."""
+        self._complete(setting)
         look = self._looks[setting.transforms]
         model, scales = self._of(setting.transforms)
         plan = scales.plan(setting)
@@ -150,7 +159,7 @@ class Planner:
             return plan
         assert self._images is not None
         assert look.sensitivity is not None
-        images, moments = self._images[:SENSITIVITY_IMAGES], look.sensitivity.moments
+        images, moments = self._images(), look.sensitivity.moments
         if CENTRE in names:
             changes = centred(model, plan, images)
             model = with_changed(self._model, {**look.weights, **changes})
@@ -158,8 +167,7 @@ class Planner:
             sensitivity = collect_sensitivity(model, images, grids, self._seed)
             again = Scales(model, look.statistics, sensitivity).plan(setting)
             plan, moments = with_weights(again, {**look.weights, **changes}), sensitivity.moments
-        if moments is None:
-            grids = _needs([setting], len(quant_blocks(model)), True).grids
+        if moments is None:  # the look was read from a file
             moments = collect_sensitivity(model, images, {}, self._seed).moments
             assert moments is not None
         if ROUND in names:
@@ -177,20 +185,26 @@ class Planner:
         assert look.statistics is not None
         return total_noise(noise_per_site(model, look.statistics, setting.num_batches, plan))
 
+    def _complete(self, setting: Setting) -> None:
+        """Look again where a setting has grids that nobody named before, as rules that meet at one site may."""
+        look = self._looks[setting.transforms]
+        if look.sensitivity is None:
+            return
+        needs = _needs([setting], len(quant_blocks(self._model)), True).grids
+        known = look.sensitivity.curves
+        missing = {key: tuple(grid for grid in grids if (key, grid) not in known) for key, grids in needs.items()}
+        missing = {key: grids for key, grids in missing.items() if grids}
+        if missing:
+            assert self._images is not None
+            model, _ = self._of(setting.transforms)
+            more = collect_sensitivity(model, self._images(), missing, self._seed)
+            sensitivity = replace(look.sensitivity, curves={**known, **more.curves})
+            self._looks = {**self._looks, setting.transforms: replace(look, sensitivity=sensitivity)}
+            del self._scales[setting.transforms]
+
     def _of(self, transforms: Transforms) -> tuple[nn.Module, Scales]:
         if transforms not in self._scales:
             look = self._looks[transforms]
-            model = with_changed(self._model, look.weights) if look.weights else self._model
+            model = with_changed(self._model, look.weights)  # a float one, whatever plan the model follows
             self._scales[transforms] = model, Scales(model, look.statistics, look.sensitivity)
         return self._scales[transforms]
-
-
-def require_plannable(model: nn.Module, setting: Setting) -> None:
-    """InputError where the model, or the calibrator, does not allow a transform or a correction of the setting."""
-    for transform in setting.transforms:
-        require_transformable(model, transform.name)
-    if any(c.name == CENTRE for c in setting.corrections) and not all(c.row.by_curves for c in setting.calibrations):
-        raise InputError(
-            f"correction {CENTRE}: it moves v, so scales are chosen again from gradients; expected the calibrator "
-            f"fisher, got {setting.calibrator}"
-        )

@@ -37,8 +37,9 @@ from vitq_ray.quant.vit import observing, site_weights, tensor_keys
 
 Levels = tuple[int, int]  # smallest and largest integer of a grid: (-128, 127)
 Floats = npt.NDArray[np.float64]
+Track = Callable[[Sequence[int]], Iterable[int]]  # the same numbers, with progress shown
 
-SENSITIVITY_IMAGES = 24  # calibration images that gradients are taken of, at most
+_FEWEST_IMAGES, _MOST_IMAGES, _TOKENS = 24, 256, 6144  # that gradients are taken of
 _AT_ONCE = 4  # images in one forward pass
 _ALPHAS = 2.0 ** (-np.arange(-1, 18) / 4)  # amax over the largest magnitude: 1.19, 1, 0.84, … 0.05
 _WEIGHT_ALPHAS = 2.0 ** (-np.arange(0, 15) / 8)  # 1, 0.92, … 0.30
@@ -157,6 +158,12 @@ def _input_of(gemm: str) -> str:
     return f"{joint}._input_quantizer"
 
 
+def images_to_look_at(model: Any) -> int:
+    """How many images gradients are taken of: 24, or more where they are small."""
+    tokens = model.patch_embed.num_patches + getattr(model, "num_prefix_tokens", 0)
+    return int(min(_MOST_IMAGES, max(_FEWEST_IMAGES, _TOKENS // tokens)))
+
+
 def _gemms_of(key: str) -> list[str]:
     """The GEMMs that read an input tensor; none for another kind of tensor."""
     gemm = key.removesuffix("._input_quantizer")
@@ -170,7 +177,7 @@ def collect_sensitivity(
     images: Tensor,
     grids: Mapping[str, Iterable[Grid]],
     seed: int = 0,
-    on_batch: Callable[[int], None] = lambda images: None,
+    track: Track = iter,
 ) -> Sensitivity:
     """One forward pass and one backward pass of the float model for every image.
 
@@ -179,13 +186,13 @@ def collect_sensitivity(
         images: as the model takes them, (B, 3, S, S).
         grids: {full name of an activation tensor, or of a weight's site: grids that it may be quantized to}.
         seed: of the random signs.
-        on_batch: told how many images are done, for progress.
+        track: goes through the parts of the images, with progress shown.
 
     Deterministic: signs depend on the seed and the place of the image.
     """
     weights = {key: weight for key, weight in site_weights(model).items() if key in grids}
     seen = _Seen({key: wanted for key, wanted in grids.items() if key not in weights})
-    gradient_pass(model, images, seen.take, seed, on_batch)
+    gradient_pass(model, images, seen.take, seed, track)
     moments, curves = seen.moments(len(images)), seen.curves(len(images))
     for key, weight in weights.items():
         curves |= {(key, (axis, levels)): moments.curve(key, weight, axis, levels) for axis, levels in grids[key]}
@@ -201,7 +208,7 @@ def gradient_pass(
     images: Tensor,
     take: Take,
     seed: int = 0,
-    on_batch: Callable[[int], None] = lambda images: None,
+    track: Track = iter,
 ) -> None:
     """Show every activation tensor of the float model with its gradient, a few images at a time, in order."""
     signs = np.random.default_rng(seed).choice((-1.0, 1.0), (len(images), _classes(model, images)))
@@ -215,14 +222,13 @@ def gradient_pass(
 
     observers = {key: observer(key) for key in tensor_keys(model)}
     with _frozen_parameters(model), torch.enable_grad():
-        for start in range(0, len(images), _AT_ONCE):
+        for start in track(range(0, len(images), _AT_ONCE)):
             part = images[start : start + _AT_ONCE].clone().requires_grad_()
             epsilon = torch.from_numpy(signs[start : start + len(part)]).to(part)
             with observing(model, observers):
                 logs = model(part).log_softmax(dim=1)
                 roots = (logs / 2).exp().detach()
                 torch.autograd.backward((epsilon * roots * logs).sum())
-            on_batch(start + len(part))
 
 
 def _classes(model: nn.Module, images: Tensor) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 
 from vitq_ray.base.config import Config, InputError, is_number, require_choice, require_int
 from vitq_ray.calibration.calibrators import CALIBRATORS, PERCENTILE, Calibration, weight_calibrators
-from vitq_ray.calibration.corrections import CORRECTIONS
+from vitq_ray.calibration.corrections import CENTRE, CORRECTIONS
 from vitq_ray.calibration.transforms import TRANSFORMS
 from vitq_ray.quant.plan import MAX_BITS, MIN_BITS
 from vitq_ray.quant.sites import GRIDS, MODES, local_name, sites_of_blocks
@@ -213,6 +213,12 @@ class Setting(Config):
         self._set("rules", tuple(map(Rule.parse, _sequence("rules", self.rules))))
         for name in TECHNIQUES:
             self._set(name, techniques(name, getattr(self, name)))
+        moves_v = any(correction.name == CENTRE for correction in self.corrections)
+        if moves_v and not all(calibration.row.by_curves for calibration in self.calibrations):
+            raise InputError(
+                f"correction {CENTRE}: moves v, after which scales are chosen again by gradients; expected the "
+                f"calibrator fisher, got {', '.join(map(str, self.calibrations))}"
+            )
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

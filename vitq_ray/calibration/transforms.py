@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -72,6 +72,19 @@ def transformed(model: nn.Module, names: Iterable[tuple[str, float]], images: Te
     before = dict(float_copy(model).named_parameters())
     after = {name: parameter.detach() for name, parameter in twin.named_parameters()}
     return {name: value for name, value in after.items() if not torch.equal(value, before[name])}
+
+
+class _Transforming(Protocol):
+    """A setting, as far as it matters here."""
+
+    @property
+    def transforms(self) -> tuple[Any, ...]: ...
+
+
+def require_techniques(model: nn.Module, settings: Iterable[_Transforming]) -> None:
+    """InputError where the model's parts do not allow a transform of one of the settings."""
+    for name in dict.fromkeys(transform.name for setting in settings for transform in setting.transforms):
+        require_transformable(model, name)
 
 
 def require_transformable(model: nn.Module, name: str) -> None:

@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -104,15 +104,31 @@ class _Desk:
     """Where trials fetch the plan of their candidate; who comes too early waits."""
 
     def __init__(self) -> None:
-        self._plans: dict[str, Plan] = {}
+        self._plans: dict[str, tuple[Plan, dict[str, Any]]] = {}
 
-    async def put(self, name: str, plan: Plan) -> None:
-        self._plans[name] = plan
+    async def put(self, name: str, plan: Plan, weights: dict[str, Any]) -> None:
+        """`weights` are references into the object store."""
+        self._plans[name] = plan, weights
 
-    async def get(self, name: str) -> Plan:
+    async def get(self, name: str) -> tuple[Plan, dict[str, Any]]:
         while name not in self._plans:
             await asyncio.sleep(0.01)
         return self._plans[name]
+
+
+class _StoredTensors:
+    """Tensors in the object store, each once, for as long as this is there; it stays in the driver."""
+
+    def __init__(self) -> None:
+        self._refs: dict[int, tuple[Tensor, Any]] = {}  # with the tensor, so that no other one gets its number
+
+    def put(self, tensor: Tensor) -> Any:
+        if id(tensor) not in self._refs:
+            self._refs[id(tensor)] = tensor, ray.put(tensor.detach().cpu().numpy())
+        return self._refs[id(tensor)][1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_refs": {}}
 
 
 @dataclass(frozen=True)
@@ -129,10 +145,12 @@ class Shared:
     engine: Engine
     threads: int
     use_gpu: bool
+    stored: _StoredTensors
 
     def add(self, name: str, plan: Plan) -> None:
-        """Make a candidate known to the trials."""
-        self.desk.put.remote(name, plan)
+        """Make a candidate known to the trials. Changed weights that plans share are stored once."""
+        refs = {weight: self.stored.put(tensor) for weight, tensor in plan.weights.items()}
+        self.desk.put.remote(name, replace(plan, weights={}), refs)
 
 
 @contextmanager
@@ -162,6 +180,7 @@ def share(
         engine=engine,
         threads=resources.threads,
         use_gpu=resources.gpus > 0,
+        stored=_StoredTensors(),
     )
     try:
         yield shared
@@ -184,7 +203,10 @@ class Worker:
 
     def take_on(self, name: str) -> None:
         """Become a candidate."""
-        apply_plan(self.model, ray.get(self.shared.desk.get.remote(name)))
+        plan, refs = ray.get(self.shared.desk.get.remote(name))
+        arrays = ray.get(list(refs.values()))
+        weights = {weight: torch.tensor(array) for weight, array in zip(refs, arrays, strict=True)}
+        apply_plan(self.model, replace(plan, weights=weights))
         if self.run is None:
             self.run = Execution(self.model, self.shared.engine)
         else:

@@ -5,7 +5,7 @@ calibration images ──► statistics ──► scales of the setting ──�
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from vitq_ray.base.files import output_folder
-from vitq_ray.calibration.planner import Look, Planner, look_at, needs_of, require_plannable
-from vitq_ray.calibration.sensitivity import SENSITIVITY_IMAGES
+from vitq_ray.calibration.planner import Look, Planner, look_at, needs_of
+from vitq_ray.calibration.sensitivity import images_to_look_at
 from vitq_ray.calibration.setting import Setting
 from vitq_ray.calibration.statistics import RANGE, CalibrationStatistics
+from vitq_ray.calibration.transforms import require_techniques
 from vitq_ray.commands import combinations
 from vitq_ray.commands.inputs import (
     checkpoint_name,
@@ -196,7 +197,7 @@ def prepare(
     images = val if split == "val" else open_images(options, split, loaded.geometry.num_classes)
     require_images(len(images), options.num_calib_batch * options.calib_batchsz)
     model = quantize_vit(loaded.model).to(device)
-    require_plannable(model, setting)
+    require_techniques(model, [setting])
     return CalibrationJob(
         setting=setting,
         loaded=loaded,
@@ -239,8 +240,12 @@ def collect(
     needs = replace(needs, kinds=needs.kinds or (RANGE,))  # the float model is judged on these images in any case
     images = None
     if needs.grids:
-        images = first_images(batches([]), job.to_input, min(SENSITIVITY_IMAGES, size * count))
-    look = look_at(job.model, setting.transforms, needs, images, statistics, options.seed)
+        images = first_images(batches([]), job.to_input, min(images_to_look_at(job.model), size * count))
+
+    def track(parts: Sequence[int]) -> Iterable[int]:
+        return screen.track(parts, len(parts), "gradients")
+
+    look = look_at(job.model, setting.transforms, needs, images, statistics, options.seed, track)
     if problem := sanity_problem(passes[0].evaluation, job.loaded.geometry.num_classes):
         screen.warn(f"{problem} (measured on the calibration images)")
     return passes[0], look, images
@@ -248,7 +253,12 @@ def collect(
 
 def apply(job: CalibrationJob, look: Look, images: Tensor | None, screen: Screen) -> Plan:
     """Let the model follow the plan of the setting; sites that quantize to zeros are warned of."""
-    planner = Planner(job.model, {job.setting.transforms: look}, images)
+
+    def first() -> Tensor:
+        assert images is not None  # corrections have needed gradients, and so images
+        return images
+
+    planner = Planner(job.model, {job.setting.transforms: look}, first)
     plan = planner.plan(job.setting)
     if look.sensitivity is not None:
         screen.say(f"predicted KL to the float model: {planner.forecast(job.setting, plan):.4g} nats")

@@ -19,25 +19,21 @@ from typing import Any
 
 from vitq_ray.base.config import InputError
 from vitq_ray.base.files import write_json
-from vitq_ray.base.records import own_error
+from vitq_ray.calibration.planner import Planner
 from vitq_ray.calibration.setting import Setting, read_setting
-from vitq_ray.calibration.statistics import CalibrationStatistics
 from vitq_ray.cluster.images import ImageStore, StoredImages
 from vitq_ray.cluster.metrics import BEST_GAUGES, CANDIDATE_GAUGES, Metrics
 from vitq_ray.cluster.start import cluster
 from vitq_ray.cluster.trials import require_room, run_trials, share
-from vitq_ray.cluster.workers import torch_threads
 from vitq_ray.commands.inputs import checkpoint_name
 from vitq_ray.commands.live_race import LiveRace
 from vitq_ray.commands.options import TuneOptions
-from vitq_ray.commands.passes import Workers, collector
 from vitq_ray.commands.resume import stored_run, with_stored
 from vitq_ray.commands.screen import SILENT, Screen, accuracy_of, dashboard_hint, seconds_line
 from vitq_ray.commands.tune_job import (
     BEFORE_FORMAT_4,
     FREE_OPTIONS,
     TuneJob,
-    calibrated_on,
     describe,
     object_store_bytes,
     prepare,
@@ -45,17 +41,17 @@ from vitq_ray.commands.tune_job import (
     sidecar_of_search,
     space_of_run,
 )
+from vitq_ray.commands.tune_looks import planner_of
 from vitq_ray.commands.tune_outcome import Outcome, outcome_text, search_result
 from vitq_ray.commands.tune_qat import escalate, misses_target
 from vitq_ray.engines.execute import executed
-from vitq_ray.measure.calibration import calibration_pass
 from vitq_ray.measure.evaluation import Evaluation, evaluate, evaluate_variants, sanity_problem
 from vitq_ray.measure.fidelity import float_part
 from vitq_ray.measure.metrics import pack_text, unpack_text
 from vitq_ray.measure.racing import Decision, Race, Verdict
 from vitq_ray.models.checkpoint import save_calibrated
-from vitq_ray.quant.vit import apply_plan, quantizers_off, tensor_keys
-from vitq_ray.run.folder import TUNE_FOLDER, RunFolder, record_bad_images
+from vitq_ray.quant.vit import apply_plan, quantizers_off
+from vitq_ray.run.folder import TUNE_FOLDER, RunFolder
 from vitq_ray.run.log import Log
 from vitq_ray.run.results import SEARCH
 from vitq_ray.search.contest import Candidate, Contest, Listeners, race_rules
@@ -143,7 +139,7 @@ def run(job: TuneJob, folder: RunFolder, screen: Screen) -> dict[str, Any]:
     require_store(job)
     metrics = Metrics(folder.path.name)
     with job.watch.stage("calibrate"):
-        statistics = calibrate(job, folder, metrics, screen)
+        planner = planner_of(job, folder, lambda: metrics.add("vitq_calibration_batches", 1), screen)
     with job.watch.stage("float"):
         images, baseline = evaluate_float(job, folder, screen)
     if problem := sanity_problem(baseline, job.loaded.geometry.num_classes, job.options.min_float_top1):
@@ -156,7 +152,7 @@ def run(job: TuneJob, folder: RunFolder, screen: Screen) -> dict[str, Any]:
     )
     screen.say(f"engine: {job.engine}")
     folder.append("engine", **job.engine.to_dict())  # of this start: a resumed search may run elsewhere
-    contest = race(job, folder, statistics, images, baseline, metrics, screen)
+    contest = race(job, folder, planner, images, baseline, metrics, screen)
     results = {"float": baseline} | contest.evaluations(images.labels, images.sample_ids)
     folder.write_correct(results)
     best = contest.race.leader()
@@ -180,41 +176,6 @@ def run(job: TuneJob, folder: RunFolder, screen: Screen) -> dict[str, Any]:
 
 
 # The stages ---------------------------------------------------------------------------------------------------------
-
-
-def calibrate(job: TuneJob, folder: RunFolder, metrics: Metrics, screen: Screen) -> CalibrationStatistics:
-    """Statistics of the calibration images, with a snapshot at every batch count of the space."""
-    if folder.statistics.exists():
-        return read_statistics(job, folder)
-    options, size = job.options, job.options.calib_batchsz
-    batches = job.stream(job.calib, job.splits.calibration, size)
-    workers = Workers(
-        options.num_workers if options.num_workers > 1 else None, options.threads_per_trial, job.resources.gpus
-    )
-    with torch_threads(options.threads_per_trial):
-        statistics = calibration_pass(
-            job.model,
-            screen.track(batches, job.snapshots[-1], "calibrate"),
-            size,
-            job.snapshots,
-            job.to_input,
-            collector(workers, job.model, job.transform),
-            lambda: metrics.add("vitq_calibration_batches", 1),
-            job.kinds,
-            job.bad_images,
-        ).statistics
-    record_bad_images(folder.path, list(job.bad_images))  # a resumed search does not read these images again
-    folder.write_statistics(statistics, calibrated_on(job))
-    return statistics
-
-
-def read_statistics(job: TuneJob, folder: RunFolder) -> CalibrationStatistics:
-    """Those of the run's folder. InputError where they are damaged, of something else, or not all that is needed."""
-    statistics = folder.read_statistics(calibrated_on(job))
-    if statistics.keys != tensor_keys(job.model) or not set(job.snapshots) <= set(statistics.snapshots):
-        problem = "are not of the tensors and batches that this search needs"
-        raise own_error(folder.statistics, "statistics", problem)
-    return statistics
 
 
 def evaluate_float(job: TuneJob, folder: RunFolder, screen: Screen) -> tuple[StoredImages, Evaluation]:
@@ -252,7 +213,7 @@ def _float_from(event: Mapping[str, Any], images: StoredImages, has_labels: bool
 def race(
     job: TuneJob,
     folder: RunFolder,
-    statistics: CalibrationStatistics,
+    planner: Planner,
     images: StoredImages,
     baseline: Evaluation,
     metrics: Metrics,
@@ -291,7 +252,7 @@ def race(
 
         listeners = Listeners(on_candidate, on_chunk, on_decision)
         with job.watch.stage("scales"):
-            contest = Contest(job.model, statistics, job.proposals(), field_of_race, folder, listeners)
+            contest = Contest(planner, job.proposals(), field_of_race, folder, listeners)
         with job.watch.stage("trials"):
             if not contest.over:
                 run_trials(shared, contest, job.resources, folder.path / TUNE_FOLDER)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
 from vitq_ray.calibration.calibrators import CALIBRATORS
-from vitq_ray.calibration.scales import NOISE_NEEDS, kinds_of, require_all_possible, require_possible
+from vitq_ray.calibration.scales import require_all_possible, require_possible
 from vitq_ray.calibration.setting import Setting, read_setting, require_sites
+from vitq_ray.calibration.transforms import require_techniques
 from vitq_ray.cluster.stream import stream_batches
 from vitq_ray.cluster.trials import Resources, nodes_for
 from vitq_ray.cluster.workers import torch_threads
@@ -133,11 +134,9 @@ class TuneJob:
         return sorted(set(batch_counts(self.space, self.defaults, self.fixed)))
 
     @property
-    def kinds(self) -> tuple[str, ...]:
-        """What statistics must keep: for the calibrators that a setting may have, and for the forecast of noise."""
-        space = self.space.calibrations(self.defaults)
-        fixed = [c for setting in self.fixed for c in setting.calibrations] if self.fixed is not None else None
-        return kinds_of(space if fixed is None else fixed, NOISE_NEEDS)
+    def settings_to_come(self) -> tuple[Setting, ...]:
+        """Settings that together need all that any setting of the search will need to have seen."""
+        return self.space.representatives(self.defaults) if self.fixed is None else self.fixed
 
     @property
     def selection_bytes(self) -> int:
@@ -184,6 +183,7 @@ def prepare(options: TuneOptions, screen: Screen, space: SearchSpace | None = No
         resources=Resources(options.threads_per_trial, gpus_per_trial(options), options.max_trials_in_flight),
     )
     require_rules(job)
+    require_techniques(job.model, job.settings_to_come)
     images = max(options.calib_batchsz, min(job.batch_size, len(job.splits.selection)))
     require_batch_fits(options, loaded.geometry, images, sees_attention=True)
     require_memory(job)

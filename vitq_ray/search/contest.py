@@ -16,13 +16,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import nn
 
 from vitq_ray.base.config import InputError
 from vitq_ray.base.formats import FORMATS, require_format
-from vitq_ray.calibration.scales import Scales, noise_per_site, total_noise
+from vitq_ray.calibration.planner import Planner
 from vitq_ray.calibration.setting import Setting, read_setting
-from vitq_ray.calibration.statistics import CalibrationStatistics
 from vitq_ray.measure.evaluation import Evaluation
 from vitq_ray.measure.metrics import Results, pack_text, unpack_text
 from vitq_ray.measure.racing import Decision, Race, RaceRules, standings
@@ -37,7 +35,7 @@ _SAME_NOISE = 1e-3  # relative: other processors round differently
 class Candidate:
     """One setting of the search and its plan: what races is what is saved.
 
-    `noise` is the forecast of `scales.total_noise`; `same_as` names the earlier candidate with the same plan, if any.
+    `noise` is `Planner.forecast`: less promises more; `same_as` names the earlier candidate with the same plan, if any.
     """
 
     name: str
@@ -67,17 +65,14 @@ class Contest:
 
     def __init__(
         self,
-        model: nn.Module,
-        statistics: CalibrationStatistics,
+        planner: Planner,
         proposals: Proposals,
         race: Race,
         folder: RunFolder,
         listeners: Listeners,
     ) -> None:
         """`race` is empty; what the folder's log holds is replayed. InputError where the log does not fit."""
-        self._model = model
-        self._statistics = statistics
-        self._scales = Scales(model, statistics)
+        self._planner = planner
         self._proposals = proposals
         self._folder = folder
         self._listeners = listeners
@@ -146,15 +141,12 @@ class Contest:
             self._proposals.tell({c.setting: self._score(c) for c in self._round})
         settings = self._proposals.next_round()
         self._exhausted = not settings
-        made = [(setting, plan, self._noise(setting, plan)) for setting, plan in self._plans(settings)]
+        made = [(setting, plan, self._planner.forecast(setting, plan)) for setting, plan in self._plans(settings)]
         self._round = [self._enter(*row) for row in sorted(made, key=lambda row: row[2])]
         self._replay(c.name for c in self._round)
 
     def _plans(self, settings: Iterable[Setting]) -> Iterator[tuple[Setting, Plan]]:
-        return ((setting, self._scales.plan(setting)) for setting in settings)
-
-    def _noise(self, setting: Setting, plan: Plan) -> float:
-        return total_noise(noise_per_site(self._model, self._statistics, setting.num_batches, plan))
+        return ((setting, self._planner.plan(setting)) for setting in settings)
 
     def _enter(self, setting: Setting, plan: Plan, noise: float) -> Candidate:
         key = plan.key

@@ -207,6 +207,30 @@ class SearchSpace:
         columns = [rule for name, values in self.choices.items() for rule in _rules_of_column(name, values)]
         return (*columns, *(Rule.parse(rule) for rules in self.choices.get("rules", ()) for rule in rules))
 
+    def representatives(self, defaults: Setting) -> tuple[Setting, ...]:
+        """Settings that name everything that a setting of this space may need to have seen: every mode at every number
+        of bits under every set of transforms, each with every single rule, list of rules and calibrator."""
+        values = self.values(defaults)
+        alone: list[dict[str, Any]] = [{}, *({"rules": (rule,)} for rule in (*self.rules, *defaults.rules))]
+        alone += [{"rules": tuple(map(Rule.parse, rules))} for rules in values["rules"]]
+        alone += [{"calibrator": calibration} for calibration in self.calibrations(defaults)]
+        alone += [{"weights": weights} for weights in values["weights"]]
+        first = {"calibrator": self.calibrations(defaults)[0], "weights": values["weights"][0]}
+        found: dict[Setting, None] = {}
+        for mode, weight_bits, act_bits, transforms in itertools.product(
+            *(values[name] for name in ("mode", "weight_bits", "act_bits", "transforms"))
+        ):
+            own: dict[str, Any] = {
+                "mode": mode,
+                "weight_bits": weight_bits,
+                "act_bits": act_bits,
+                "transforms": transforms,
+            }
+            for more in alone:
+                setting = replace(defaults, **{"rules": (), "corrections": (), **first, **own, **more})
+                found.setdefault(setting)
+        return tuple(found)
+
     def calibrations(self, defaults: Setting) -> tuple[Calibration, ...]:
         """Every calibrator of activations that a setting may have, with whatever numbers."""
         named = (_calibration({**_columns_of(defaults), "calibrator": c}) for c in self.values(defaults)["calibrator"])
