@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import DATA
+from vitq_ray.calibration.planner import Look, Planner
 from vitq_ray.commands.options import TrainOptions, TuneOptions
 from vitq_ray.commands.resume import stored_run, with_stored
 from vitq_ray.commands.screen import SILENT
 from vitq_ray.commands.train import train
-from vitq_ray.commands.tune import open_folder, read_statistics, tune
+from vitq_ray.commands.tune import open_folder, tune
 from vitq_ray.commands.tune_job import FREE_OPTIONS, TuneJob, prepare
+from vitq_ray.commands.tune_looks import read_statistics
 from vitq_ray.measure.racing import Race
 from vitq_ray.run.folder import RunFolder
 from vitq_ray.run.results import SEARCH
@@ -60,7 +62,8 @@ def job_of(folder: str) -> TuneJob:
 def contest_of(job: TuneJob, folder: RunFolder) -> Contest:
     options = job.options
     rules = race_rules(30, options.chunk_images, options.batch_size, options.alpha, options.tie_margin, "top1")
-    return Contest(job.model, read_statistics(job, folder), job.proposals(), Race(rules), folder, Listeners())
+    planner = Planner(job.model, {(): Look({}, read_statistics(job, folder), None)})
+    return Contest(planner, job.proposals(), Race(rules), folder, Listeners())
 
 
 def test_a_killed_search_goes_on(old: Path) -> None:

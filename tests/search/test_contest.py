@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from tests.conftest import RUN_DESCRIPTION, make_setting
 from vitq_ray.base.config import InputError
+from vitq_ray.calibration.planner import Look, Planner
 from vitq_ray.calibration.scales import require_possible
 from vitq_ray.calibration.statistics import CalibrationStatistics, collect_statistics
 from vitq_ray.measure.metrics import METRICS, Metric
@@ -47,7 +48,8 @@ def make(
     objective: str = "top1",
 ) -> Contest:
     race = Race(replace(RULES, objective=objective))
-    return Contest(model, statistics, source or ListProposals(SETTINGS), race, folder, Listeners())
+    planner = Planner(model, {(): Look({}, statistics, None)})
+    return Contest(planner, source or ListProposals(SETTINGS), race, folder, Listeners())
 
 
 def results_of(contest: Contest, name: str) -> np.ndarray:

@@ -101,13 +101,16 @@ def noise_to_signal(histogram: Histogram, amax: float, levels: tuple[int, int]) 
     """Mean squared quantization error over mean square, of the bin centres weighted by their counts.
 
     What a setting costs at a site, as far as the statistics tell: 1 where amax is 0 and everything becomes 0; 0 where
-    everything is 0 already, or the distribution is not known. `levels` are those of `SiteRule`; where signs were not
-    kept, all values count as positive.
+    everything is 0 already, or the distribution is not known. `levels` are those of `SiteRule`, but a symmetric grid
+    ends at -high here: so it was forecast since the first searches, whose logs go on. Where signs were not kept, all
+    values count as positive.
     """
     if histogram.width == 0:
         return 0.0
     negative = np.zeros_like(histogram.counts) if histogram.negative is None else histogram.negative
-    noise: float = _noise_kernel(histogram.counts - negative, negative, amax / histogram.width, *levels)
+    low, high = levels
+    low = -high if low == -high - 1 else low
+    noise: float = _noise_kernel(histogram.counts - negative, negative, amax / histogram.width, low, high)
     return noise
 
 

@@ -23,7 +23,7 @@ from vitq_ray.calibration.sensitivity import Moments, gradient_pass
 from vitq_ray.quant.fake_quant import fake_quantize
 from vitq_ray.quant.plan import Plan
 from vitq_ray.quant.sites import site_key
-from vitq_ray.quant.vit import QuantBlock, apply_plan, quant_blocks, site_weights
+from vitq_ray.quant.vit import QuantBlock, apply_plan, frozen_weights, quant_blocks, site_weights
 
 CENTRE, ROUND, BIAS = "centre", "round", "bias"
 CORRECTIONS = {
@@ -137,7 +137,7 @@ def debiased(model: nn.Module, plan: Plan, images: Tensor, moments: Moments) -> 
     quantized = copy.deepcopy(model).eval()
     apply_plan(quantized, plan)
     changed: dict[str, Tensor] = {}
-    with torch.inference_mode():
+    with torch.inference_mode(), frozen_weights(quantized):
         x = y = torch.cat([_embedded(model, part) for part in images.split(_AT_ONCE)])
         for index, (block, twin) in enumerate(zip(quant_blocks(model), quant_blocks(quantized), strict=True)):
             for branch, layer, name in (
