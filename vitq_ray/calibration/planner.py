@@ -176,6 +176,12 @@ class Planner:
             plan = with_weights(plan, debiased(model, plan, images, moments))
         return plan
 
+    @property
+    def forecasts(self) -> str:
+        """What `forecast` gives: `predicted_kl`, or `predicted_noise`."""
+        sensitive = any(look.sensitivity is not None for look in self._looks.values())
+        return "predicted_kl" if sensitive else "predicted_noise"
+
     def forecast(self, setting: Setting, plan: Plan) -> float:
         """What a plan promises, less is better: predicted KL in nats, without corrections; where no sensitivity was
         looked at, the sum of noise to signal over all sites."""

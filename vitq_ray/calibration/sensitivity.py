@@ -21,6 +21,7 @@ Legend: B images, N tokens, C channels, S scales of the grid.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,7 @@ Track = Callable[[Sequence[int]], Iterable[int]]  # the same numbers, with progr
 
 _FEWEST_IMAGES, _MOST_IMAGES, _TOKENS = 24, 256, 6144  # that gradients are taken of
 _AT_ONCE = 4  # images in one forward pass
+_FEW = 1 << 16  # elements of a tensor that one thread takes
 _ALPHAS = 2.0 ** (-np.arange(-1, 18) / 4)  # amax over the largest magnitude: 1.19, 1, 0.84, … 0.05
 _WEIGHT_ALPHAS = 2.0 ** (-np.arange(0, 15) / 8)  # 1, 0.92, … 0.30
 
@@ -310,7 +312,16 @@ def _losses(x: npt.NDArray[np.float32], g: npt.NDArray[np.float32], amax: Floats
     """Σ over tokens of (Σ over channels of g·δ)² at every amax, (S,); x and g are (tokens, channels)."""
     if amax[0] == 0:
         return np.zeros(len(amax))
-    return np.asarray(_loss_kernel(x, g, (amax / high).astype(np.float32), np.float32(low), np.float32(high)))
+    steps, threads = (amax / high).astype(np.float32), torch.get_num_threads()
+
+    def of_part(x: npt.NDArray[np.float32], g: npt.NDArray[np.float32]) -> Floats:
+        return np.asarray(_loss_kernel(x, g, steps, np.float32(low), np.float32(high)))
+
+    if threads == 1 or x.size < _FEW:
+        return of_part(x, g)
+    with ThreadPoolExecutor(threads) as pool:  # the kernel releases the GIL
+        parts = pool.map(of_part, np.array_split(x, threads), np.array_split(g, threads))
+        return np.asarray(np.sum(list(parts), axis=0))
 
 
 @compiled_with(fastmath=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from vitq_ray.base.cpus import available_cpus
 from vitq_ray.base.files import atomic_file
 from vitq_ray.base.records import checked, own_error
 from vitq_ray.calibration.look_files import look_from_bytes, look_to_bytes
@@ -30,7 +31,7 @@ def planner_of(job: TuneJob, folder: RunFolder, on_batch: Callable[[], None], sc
     """Whatever turns the settings of the search into plans; what a resumed run has seen is read from its folder."""
     images = _LazyImages(job)
     looks: dict[Transforms, Look] = {}
-    with torch_threads(job.options.threads_per_trial):
+    with torch_threads(available_cpus()):  # nothing else runs
         for index, (transforms, needs) in enumerate(needs_of(job.settings_to_come, job.loaded.geometry.depth).items()):
             looks[transforms] = _look(job, folder, index, transforms, needs, images, on_batch, screen)
     record_bad_images(folder.path, list(job.bad_images))  # a resumed search does not read these images again
@@ -103,17 +104,18 @@ def statistics_of(
     workers = Workers(
         options.num_workers if options.num_workers > 1 else None, options.threads_per_trial, job.resources.gpus
     )
-    return calibration_pass(
-        model,
-        screen.track(batches, job.snapshots[-1], "calibrate"),
-        size,
-        job.snapshots,
-        job.to_input,
-        collector(workers, model, job.transform),
-        on_batch,
-        kinds,
-        job.bad_images,
-    ).statistics
+    with torch_threads(options.threads_per_trial):  # as workers do
+        return calibration_pass(
+            model,
+            screen.track(batches, job.snapshots[-1], "calibrate"),
+            size,
+            job.snapshots,
+            job.to_input,
+            collector(workers, model, job.transform),
+            on_batch,
+            kinds,
+            job.bad_images,
+        ).statistics
 
 
 def read_statistics(job: TuneJob, folder: RunFolder) -> CalibrationStatistics:

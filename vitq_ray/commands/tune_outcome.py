@@ -43,7 +43,7 @@ def search_result(job: TuneJob, folder: RunFolder, outcome: Outcome) -> dict[str
             "setting": c.setting.to_dict(),
             "outcome": standings[c.name],
             "same_as": c.same_as,
-            "predicted_noise": c.noise,
+            **contest.forecast_of(c),
         }
         for c in contest.candidates.values()
     }

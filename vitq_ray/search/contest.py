@@ -159,6 +159,10 @@ class Contest:
             self._listeners.on_candidate(candidate)
         return candidate
 
+    def forecast_of(self, candidate: Candidate) -> dict[str, float]:
+        """{what the planner forecasts: the candidate's}."""
+        return {self._planner.forecasts: candidate.noise}
+
     def _log_candidate(self, candidate: Candidate) -> None:
         logged = self._logged.candidates.get(candidate.name)
         if logged is None:
@@ -167,7 +171,7 @@ class Contest:
                 format=FORMATS["log"],
                 name=candidate.name,
                 setting=candidate.setting.to_dict(),
-                predicted_noise=candidate.noise,
+                predicted_noise=candidate.noise,  # or predicted KL: the field is older than that
                 same_as=candidate.same_as,
             )
             return

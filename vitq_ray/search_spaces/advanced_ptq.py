@@ -12,7 +12,7 @@ _ALL = ("rotate", "shift", "heads", "balance")
 SPACE = {
     "calibrator": ("fisher", "mse"),
     "weights": ("fisher",),
-    "num_batches": (32,),
+    "num_batches": (16,),
     "transforms": ((), ("rotate",), _ALL),
     "corrections": ((), ("round", "bias")),
 }
