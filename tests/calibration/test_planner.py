@@ -18,11 +18,11 @@ from vitq_ray.calibration.planner import (
     Transforms,
     look_at,
     needs_of,
+    require_techniques,
     with_changed,
 )
 from vitq_ray.calibration.setting import Setting
 from vitq_ray.calibration.statistics import CalibrationStatistics, collect_statistics
-from vitq_ray.calibration.transforms import require_techniques
 from vitq_ray.quant.fake_quant import fake_quantize
 from vitq_ray.quant.plan import Plan
 from vitq_ray.quant.vit import apply_plan, quantize_vit, site_weights
@@ -160,6 +160,14 @@ def test_what_a_model_does_not_allow(model: nn.Module) -> None:
     require_techniques(model, [fisher(transforms=ALL)])
     with pytest.raises(InputError, match=r"transform heads: the model normalises queries and keys \(qk-norm\)"):
         require_techniques(quantize_vit(tiny_vit(qk_norm=True)), [fisher(transforms=("heads",))])
+
+
+@pytest.mark.parametrize(
+    ("bias", "name", "layer"), [("qkv_bias", "centre", "attn.qkv"), ("proj_bias", "bias", "attn.proj")]
+)
+def test_corrections_need_biases(bias: str, name: str, layer: str) -> None:
+    with pytest.raises(InputError, match=f"correction {name}: {layer} has no bias"):
+        require_techniques(quantize_vit(tiny_vit(**{bias: False})), [fisher(corrections=(name,))])
 
 
 def test_grids_that_nobody_named_are_looked_at_when_they_are_met(model: nn.Module) -> None:

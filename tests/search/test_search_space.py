@@ -7,10 +7,11 @@ import pytest
 
 from tests.conftest import ROOT, make_setting
 from vitq_ray.base.config import InputError
+from vitq_ray.calibration.planner import needs_of
 from vitq_ray.calibration.scales import kinds_of
 from vitq_ray.calibration.setting import Setting, require_sites
 from vitq_ray.search.proposals import proposals
-from vitq_ray.search.space import load_space, percentiles
+from vitq_ray.search.space import load_space, percentiles, space_of
 
 SPACES = ROOT / "search_spaces"
 
@@ -156,3 +157,16 @@ def test_broken_files(text: str, message: str, tmp_path: Path) -> None:
 def test_missing_file() -> None:
     with pytest.raises(InputError, match=r"nowhere\.py: no such file; expected a search space"):
         load_space("nowhere.py")
+
+
+def test_representatives_need_all_that_a_space_may_need() -> None:
+    space = space_of({"calibrator": ("mse",), "transforms": ((), ("rotate",)), "corrections": ((), ("bias",))}, "s.py")
+    needs = needs_of(space.representatives(Setting(mode="ft2")), 2)
+    assert [len(need.grids) > 0 for need in needs.values()] == [True, True]
+    assert all(need.kinds == ("histogram",) for need in needs.values())
+
+
+def test_corrections_that_need_curves_are_those_of_calibrators_that_have_them() -> None:
+    space = space_of({"calibrator": ("fisher", "mse"), "corrections": ((), ("centre", "bias"))}, "s.py")
+    found = [(s.calibrator.name, ", ".join(map(str, s.corrections))) for s in space.grid(Setting())]
+    assert found == [("fisher", ""), ("fisher", "centre, bias"), ("mse", ""), ("mse", "bias")]

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from vitq_ray.base.config import InputError
 from vitq_ray.calibration.sensitivity import Moments, gradient_pass
 from vitq_ray.quant.fake_quant import fake_quantize
 from vitq_ray.quant.plan import Plan
@@ -31,9 +32,19 @@ CORRECTIONS = {
     ROUND: "weights rounded by what the layer's output loses (GPTQ)",
     BIAS: "mean errors taken out of the biases of out and fc2, block after block",
 }
+# {correction: layers of a block that must have a bias}
+_BIASES = {CENTRE: ("attn.qkv", "attn.proj"), BIAS: ("attn.proj", "mlp.fc2")}
 _AT_ONCE = 8  # images in one forward pass
 _DAMP = 0.01  # of the mean diagonal, added to a layer's second moments before they are inverted
 _COLUMNS = 64  # of a weight that are rounded before the others are told
+
+
+def require_correctable(model: nn.Module, name: str) -> None:
+    """InputError where the model's parts do not allow the correction."""
+    for block in quant_blocks(model):
+        for layer in _BIASES.get(name, ()):
+            if block.get_submodule(layer).bias is None:
+                raise InputError(f"correction {name}: {layer} has no bias that could be changed")
 
 
 def centred(model: nn.Module, plan: Plan, images: Tensor) -> dict[str, Tensor]:

@@ -15,12 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
-from vitq_ray.calibration.corrections import BIAS, CENTRE, ROUND, centred, debiased, rounded, with_weights
+from vitq_ray.calibration.corrections import (
+    BIAS,
+    CENTRE,
+    ROUND,
+    centred,
+    debiased,
+    require_correctable,
+    rounded,
+    with_weights,
+)
 from vitq_ray.calibration.scales import NOISE_NEEDS, Scales, grids_of_setting, kinds_needed, noise_per_site, total_noise
 from vitq_ray.calibration.sensitivity import Grid, Sensitivity, Track, collect_sensitivity
 from vitq_ray.calibration.setting import Setting, Technique
 from vitq_ray.calibration.statistics import CalibrationStatistics
-from vitq_ray.calibration.transforms import transformed
+from vitq_ray.calibration.transforms import require_transformable, transformed
 from vitq_ray.quant.plan import Plan
 from vitq_ray.quant.sites import WEIGHT, sites_of_blocks
 from vitq_ray.quant.vit import float_copy, quant_blocks
@@ -157,8 +166,8 @@ class Planner:
         names = {correction.name for correction in setting.corrections}
         if not names:
             return plan
-        assert self._images is not None
-        assert look.sensitivity is not None
+        if self._images is None or look.sensitivity is None:
+            raise ValueError(f"setting {setting.label!r}: corrections need images, and the model's sensitivity")
         images, moments = self._images(), look.sensitivity.moments
         if CENTRE in names:
             changes = centred(model, plan, images)
@@ -170,6 +179,9 @@ class Planner:
         if moments is None:  # the look was read from a file
             moments = collect_sensitivity(model, images, {}, self._seed).moments
             assert moments is not None
+            if CENTRE not in names:  # others have the same
+                known = replace(look, sensitivity=replace(look.sensitivity, moments=moments))
+                self._looks = {**self._looks, setting.transforms: known}
         if ROUND in names:
             plan = with_weights(plan, rounded(model, plan, moments))
         if BIAS in names:
@@ -214,3 +226,12 @@ class Planner:
             model = with_changed(self._model, look.weights)  # a float one, whatever plan the model follows
             self._scales[transforms] = model, Scales(model, look.statistics, look.sensitivity)
         return self._scales[transforms]
+
+
+def require_techniques(model: nn.Module, settings: Iterable[Setting]) -> None:
+    """InputError where the model's parts do not allow a transform or a correction of one of the settings."""
+    settings = list(settings)
+    for name in dict.fromkeys(transform.name for setting in settings for transform in setting.transforms):
+        require_transformable(model, name)
+    for name in dict.fromkeys(correction.name for setting in settings for correction in setting.corrections):
+        require_correctable(model, name)

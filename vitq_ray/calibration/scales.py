@@ -79,13 +79,7 @@ def grids_of_setting(setting: Setting, depth: int) -> dict[str, tuple[Grid, ...]
 
 
 def _grids(rule: SiteRule, grid: str) -> tuple[Grid, ...]:
-    """An asymmetric grid is judged by its step: by the symmetric one, or where nothing is negative by the unsigned."""
-    own = (rule.axis, rule.levels)
-    return (own, (rule.axis, _symmetric(rule))) if grid == ASYMMETRIC else (own,)
-
-
-def _symmetric(rule: SiteRule) -> tuple[int, int]:
-    return SiteRule(rule.bits).levels
+    return ((ASYMMETRIC, (0, 2**rule.bits - 1)),) if grid == ASYMMETRIC else ((rule.axis, rule.levels),)
 
 
 def require_all_possible(settings: Iterable[Setting], depth: int) -> None:
@@ -286,7 +280,7 @@ class Scales:
         for keys in _groups(FUSED_GROUPS, self._depth):
             if all(wanted[key].calibration.row.by_curves for key in keys):
                 together = Curve.together([self._curve_of(key, wanted[key]) for key in keys])
-                shared = _amax(together.best()) * wanted[keys[0]].factor
+                shared = _amax(together.best()) * max(wanted[key].factor for key in keys)
             else:
                 shared = torch.stack([amax[key] for key in keys]).amax(dim=0)
             fused |= dict.fromkeys(keys, shared)
@@ -299,6 +293,8 @@ class Scales:
 
         Raises ValueError where the model's sensitivity was not looked at.
         """
+        if self._sensitivity is None:
+            raise ValueError("scales: the sensitivity of this model was not looked at")
         losses: dict[str, float] = {}
         counted = set()
         for key, site in plan.sites.items():
@@ -309,19 +305,23 @@ class Scales:
                 losses[key] = 0.0
                 continue
             counted.add(tensor)
-            amax, levels = np.atleast_1d(site.amax.numpy()), site.rule.levels
-            if site.rule.zero_point:
-                levels = _symmetric(site.rule)
-                amax = amax * (levels[1] / site.rule.levels[1])
-            losses[key] = float(self._curve(key, site.rule.axis, levels).at(amax).sum())
+            losses[key] = self._loss(key, site)
         return losses
+
+    def _loss(self, key: str, site: SitePlan) -> float:
+        rule, amax = site.rule, np.atleast_1d(site.amax.numpy())
+        grid = _grids(rule, ASYMMETRIC)[0]
+        assert self._sensitivity is not None
+        if not rule.signed and (self._tensor_of(key), grid) in self._sensitivity.curves:
+            clips_at = np.maximum(amax, rule.zero_point * site.scale.numpy())
+            return float(self._curve(key, *grid).at(clips_at)[0])
+        return float(self._curve(key, rule.axis, rule.levels).at(amax).sum())
 
     def _curve_of(self, key: str, wanted: _Wanted) -> Curve:
         """By which the scale of a site is chosen."""
-        levels = _symmetric(wanted.rule) if wanted.grid == ASYMMETRIC else wanted.rule.levels
-        return self._curve(key, wanted.rule.axis, levels)
+        return self._curve(key, *_grids(wanted.rule, wanted.grid)[0])
 
-    def _curve(self, key: str, axis: int | None, levels: tuple[int, int]) -> Curve:
+    def _curve(self, key: str, axis: int | str | None, levels: tuple[int, int]) -> Curve:
         """Predicted KL of a site at values of amax."""
         if self._sensitivity is None:
             raise ValueError("scales: the sensitivity of this model was not looked at")

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from vitq_ray.base.kernels import compiled_with
 from vitq_ray.quant.fake_quant import fake_quantize
-from vitq_ray.quant.sites import GEMMS
+from vitq_ray.quant.sites import ASYMMETRIC, GEMMS
 from vitq_ray.quant.vit import observing, site_weights, tensor_keys
 
 Levels = tuple[int, int]  # smallest and largest integer of a grid: (-128, 127)
@@ -62,7 +62,8 @@ class Curve:
     def at(self, amax: npt.ArrayLike) -> Floats:
         """The loss at other values of amax: (P,) -> (P,), or one a row, (rows, 1) -> (rows,).
 
-        Interpolated between logarithms; infinite below the grid; as amax² above it, where nothing is clipped.
+        Interpolated between logarithms; as amax² above the grid, where nothing is clipped; as 1 / amax below it, down
+        to a millionth.
         """
         wanted = np.asarray(amax, np.float64)
         if self.amax.ndim == 1:
@@ -93,10 +94,11 @@ def _interpolated(grid: Floats, loss: Floats, wanted: Floats) -> Floats:
     x, y = grid[::-1], np.maximum(loss[::-1], 1e-300)
     found: Floats = np.exp(np.interp(np.log(np.maximum(wanted, 1e-300)), np.log(x), np.log(y)))
     found = np.where(wanted > x[-1], found * np.square(wanted / x[-1]), found)
-    return np.where(wanted < x[0] * (1 - 1e-9), np.inf, found)
+    return np.where(wanted < x[0], found * (x[0] / np.maximum(wanted, 1e-6 * x[0])), found)
 
 
-Grid = tuple[int | None, Levels]  # axis of a weight's scales, and the integers
+# Axis of a weight's scales, and the integers; of an asymmetric grid its name, and the integers before the zero point.
+Grid = tuple[int | str | None, Levels]
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ class Sensitivity:
     curves: Mapping[tuple[str, Grid], Curve]
     moments: Moments | None = None
 
-    def curve(self, key: str, axis: int | None, levels: Levels) -> Curve:
+    def curve(self, key: str, axis: int | str | None, levels: Levels) -> Curve:
         """Of a tensor or weight; ValueError where this grid was not looked at."""
         if (key, (axis, levels)) not in self.curves:
             raise ValueError(f"sensitivity: {key} was not looked at on the grid {levels}, axis {axis}")
@@ -193,11 +195,14 @@ def collect_sensitivity(
     Deterministic: signs depend on the seed and the place of the image.
     """
     weights = {key: weight for key, weight in site_weights(model).items() if key in grids}
-    seen = _Seen({key: wanted for key, wanted in grids.items() if key not in weights})
+    ranges = ranges_of(model, images)
+    seen = _Seen({key: wanted for key, wanted in grids.items() if key not in weights}, ranges)
     gradient_pass(model, images, seen.take, seed, track)
     moments, curves = seen.moments(len(images)), seen.curves(len(images))
     for key, weight in weights.items():
-        curves |= {(key, (axis, levels)): moments.curve(key, weight, axis, levels) for axis, levels in grids[key]}
+        for axis, levels in grids[key]:
+            assert not isinstance(axis, str)  # weights are symmetric
+            curves[key, (axis, levels)] = moments.curve(key, weight, axis, levels)
     return Sensitivity(len(images), curves, moments)
 
 
@@ -254,29 +259,64 @@ def _frozen_parameters(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+def ranges_of(model: nn.Module, images: Tensor) -> dict[str, tuple[float, float]]:
+    """{activation tensor: its smallest and largest value, 0 included} of the float model."""
+    ranges: dict[str, tuple[float, float]] = {}
+
+    def observer(key: str) -> Callable[[Tensor], None]:
+        def observe(x: Tensor) -> None:
+            low, high = ranges.get(key, (0.0, 0.0))
+            ranges[key] = min(low, float(x.min())), max(high, float(x.max()))
+
+        return observe
+
+    with torch.inference_mode(), observing(model, {key: observer(key) for key in tensor_keys(model)}):
+        for part in images.split(_AT_ONCE):
+            model(part)
+    return ranges
+
+
+@dataclass(frozen=True)
+class _Points:
+    """A grid of scales: amax, and at each the step and the integers between which it clips; (S,) each."""
+
+    amax: Floats
+    steps: Floats
+    lows: Floats
+    highs: Floats
+
+    @staticmethod
+    def of(grid: Grid, low: float, high: float) -> _Points:
+        """For a tensor with values in [low, high]. amax of an asymmetric grid is where it clips: as `scales` says."""
+        axis, (first, last) = grid
+        amax = max(-low, high) * _ALPHAS
+        if axis != ASYMMETRIC:
+            return _Points(amax, amax / last, np.full(len(amax), first), np.full(len(amax), last))
+        lowest, highest = np.maximum(low, -amax), np.minimum(high, amax)
+        steps = (highest - lowest) / last
+        zero_points = np.minimum(np.rint(-lowest / np.maximum(steps, 1e-300)), last - 1)
+        return _Points(amax, steps, -zero_points, last - zero_points)
+
+
 class _Seen:
     """What one pass has added up so far."""
 
-    def __init__(self, grids: Mapping[str, Iterable[Grid]]) -> None:
-        self._levels = {key: tuple(dict.fromkeys(levels for _, levels in wanted)) for key, wanted in grids.items()}
-        self._largest: dict[str, float] = {}
-        self._losses: dict[tuple[str, Levels], Floats] = {}
+    def __init__(self, grids: Mapping[str, Iterable[Grid]], ranges: Mapping[str, tuple[float, float]]) -> None:
+        self._points = {key: {grid: _Points.of(grid, *ranges[key]) for grid in wanted} for key, wanted in grids.items()}
+        self._losses: dict[tuple[str, Grid], Floats] = {}
         self._channels: dict[str, Tensor] = {}
         self._inputs: dict[str, Tensor] = {}
         self._tokens: dict[str, list[Tensor]] = {}
 
     def take(self, key: str, x: Tensor, g: Tensor) -> None:
         self._take_moments(key, x, g)
-        wanted = self._levels.get(key, ())
-        if not wanted:
+        if key not in self._points:
             return
         values, gradients = (t.flatten(0, -2).float().cpu().contiguous().numpy() for t in (x, g))
-        # The grid is that of the first images, as the width of a histogram's bins is.
-        largest = self._largest.setdefault(key, float(np.abs(values).max()))
-        for low, high in wanted:
-            loss = _losses(values, gradients, largest * _ALPHAS, low, high)
-            known = self._losses.get((key, (low, high)))
-            self._losses[key, (low, high)] = loss if known is None else known + loss
+        for grid, points in self._points[key].items():
+            loss = _losses(values, gradients, points)
+            known = self._losses.get((key, grid))
+            self._losses[key, grid] = loss if known is None else known + loss
 
     def _take_moments(self, key: str, x: Tensor, g: Tensor) -> None:
         if key.endswith("._aftergemm_quantizer"):  # (B, N, out); before its input, since it goes backwards
@@ -291,8 +331,8 @@ class _Seen:
 
     def curves(self, images: int) -> dict[tuple[str, Grid], Curve]:
         return {
-            (key, (None, levels)): Curve(self._largest[key] * _ALPHAS, loss / (2 * images))
-            for (key, levels), loss in self._losses.items()
+            (key, grid): Curve(self._points[key][grid].amax, loss / (2 * images))
+            for (key, grid), loss in self._losses.items()
         }
 
     def moments(self, images: int) -> Moments:
@@ -308,14 +348,15 @@ def _add(sums: dict[str, Tensor], key: str, value: Tensor) -> None:
     sums[key] = sums[key] + value if key in sums else value
 
 
-def _losses(x: npt.NDArray[np.float32], g: npt.NDArray[np.float32], amax: Floats, low: int, high: int) -> Floats:
-    """Σ over tokens of (Σ over channels of g·δ)² at every amax, (S,); x and g are (tokens, channels)."""
-    if amax[0] == 0:
-        return np.zeros(len(amax))
-    steps, threads = (amax / high).astype(np.float32), torch.get_num_threads()
+def _losses(x: npt.NDArray[np.float32], g: npt.NDArray[np.float32], points: _Points) -> Floats:
+    """Σ over tokens of (Σ over channels of g·δ)² at every point, (S,); x and g are (tokens, channels)."""
+    if points.amax[0] == 0:
+        return np.zeros(len(points.amax))
+    steps, lows, highs = (values.astype(np.float32) for values in (points.steps, points.lows, points.highs))
+    threads = torch.get_num_threads()
 
     def of_part(x: npt.NDArray[np.float32], g: npt.NDArray[np.float32]) -> Floats:
-        return np.asarray(_loss_kernel(x, g, steps, np.float32(low), np.float32(high)))
+        return np.asarray(_loss_kernel(x, g, steps, lows, highs))
 
     if threads == 1 or x.size < _FEW:
         return of_part(x, g)
@@ -326,13 +367,17 @@ def _losses(x: npt.NDArray[np.float32], g: npt.NDArray[np.float32], amax: Floats
 
 @compiled_with(fastmath=True)
 def _loss_kernel(
-    x: npt.NDArray[np.float32], g: npt.NDArray[np.float32], steps: npt.NDArray[np.float32], low: Any, high: Any
+    x: npt.NDArray[np.float32],
+    g: npt.NDArray[np.float32],
+    steps: npt.NDArray[np.float32],
+    lows: npt.NDArray[np.float32],
+    highs: npt.NDArray[np.float32],
 ) -> Floats:
     sums = np.zeros(len(steps), np.float64)
     for token in range(x.shape[0]):
         row, gradient = x[token], g[token]
         for k in range(len(steps)):
-            step = steps[k]
+            step, low, high = steps[k], lows[k], highs[k]
             inverse = np.float32(1) / step
             total = np.float32(0)
             for c in range(row.shape[0]):

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -74,19 +74,6 @@ def transformed(model: nn.Module, names: Iterable[tuple[str, float]], images: Te
     return {name: value for name, value in after.items() if not torch.equal(value, before[name])}
 
 
-class _Transforming(Protocol):
-    """A setting, as far as it matters here."""
-
-    @property
-    def transforms(self) -> tuple[Any, ...]: ...
-
-
-def require_techniques(model: nn.Module, settings: Iterable[_Transforming]) -> None:
-    """InputError where the model's parts do not allow a transform of one of the settings."""
-    for name in dict.fromkeys(transform.name for setting in settings for transform in setting.transforms):
-        require_transformable(model, name)
-
-
 def require_transformable(model: nn.Module, name: str) -> None:
     """InputError where the model's parts do not allow the transform."""
     problem = TRANSFORMS[name].obstacle(model)
@@ -133,6 +120,8 @@ def _embeddings(model: Any) -> list[nn.Parameter]:
 def _fold_obstacle(model: Any) -> str | None:
     if getattr(model, "attn_pool", None) is not None:
         return "the model pools by attention"
+    if model.global_pool not in ("", "token", "avg"):
+        return f"the model pools by {model.global_pool}, which is not linear"
     for name, norm, readers in _readers(model):
         if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
             return f"{name} is a {type(norm).__name__}; expected a LayerNorm with a gain and a bias"

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from vitq_ray.base.files import output_folder
-from vitq_ray.calibration.planner import Look, Planner, look_at, needs_of
+from vitq_ray.calibration.planner import Look, Planner, look_at, needs_of, require_techniques
 from vitq_ray.calibration.sensitivity import images_to_look_at
 from vitq_ray.calibration.setting import Setting
 from vitq_ray.calibration.statistics import RANGE, CalibrationStatistics
-from vitq_ray.calibration.transforms import require_techniques
 from vitq_ray.commands import combinations
 from vitq_ray.commands.inputs import (
     checkpoint_name,

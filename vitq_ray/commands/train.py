@@ -354,6 +354,11 @@ def load_teacher(options: TrainOptions, start: CalibratedModel) -> nn.Module | N
     if not options.distill:
         return None
     if options.teacher is None:
+        if corrections := start.sidecar.setting.corrections:
+            raise InputError(
+                f"{options.pretrained_dir}: its weights have corrections ({', '.join(map(str, corrections))}), so that "
+                f"without quantizers it is not the float model; expected that one as {options.name_of('teacher')}"
+            )
         return float_copy(start.loaded.model).eval()
     return load_float(options, "teacher", start.loaded, "the student")
 

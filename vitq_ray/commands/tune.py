@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vitq_ray.base.config import InputError
+from vitq_ray.base.cpus import available_cpus
 from vitq_ray.base.files import write_json
 from vitq_ray.calibration.planner import Planner
 from vitq_ray.calibration.setting import Setting, read_setting
@@ -25,6 +26,7 @@ from vitq_ray.cluster.images import ImageStore, StoredImages
 from vitq_ray.cluster.metrics import BEST_GAUGES, CANDIDATE_GAUGES, Metrics
 from vitq_ray.cluster.start import cluster
 from vitq_ray.cluster.trials import require_room, run_trials, share
+from vitq_ray.cluster.workers import torch_threads
 from vitq_ray.commands.inputs import checkpoint_name
 from vitq_ray.commands.live_race import LiveRace
 from vitq_ray.commands.options import TuneOptions
@@ -251,7 +253,7 @@ def race(
                         metrics.set(BEST_GAUGES[metric], float(values.mean(dtype=float)))
 
         listeners = Listeners(on_candidate, on_chunk, on_decision)
-        with job.watch.stage("scales"):
+        with job.watch.stage("scales"), torch_threads(available_cpus()):
             contest = Contest(planner, job.proposals(), field_of_race, folder, listeners)
         with job.watch.stage("trials"):
             if not contest.over:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
 from vitq_ray.calibration.calibrators import CALIBRATORS
+from vitq_ray.calibration.planner import require_techniques
 from vitq_ray.calibration.scales import require_all_possible, require_possible
 from vitq_ray.calibration.setting import Setting, read_setting, require_sites
-from vitq_ray.calibration.transforms import require_techniques
 from vitq_ray.cluster.stream import stream_batches
 from vitq_ray.cluster.trials import Resources, nodes_for
 from vitq_ray.cluster.workers import torch_threads

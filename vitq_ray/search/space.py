@@ -38,6 +38,7 @@ import numpy as np
 
 from vitq_ray.base.config import Config, InputError, require_int
 from vitq_ray.calibration.calibrators import CALIBRATORS
+from vitq_ray.calibration.corrections import CENTRE
 from vitq_ray.calibration.setting import SITE_GROUPS, Calibration, Rule, Setting, Technique, require_sites, rules_of
 from vitq_ray.qat.recipe import RECIPE_OPTIONS
 
@@ -215,6 +216,7 @@ class SearchSpace:
         alone += [{"rules": tuple(map(Rule.parse, rules))} for rules in values["rules"]]
         alone += [{"calibrator": calibration} for calibration in self.calibrations(defaults)]
         alone += [{"weights": weights} for weights in values["weights"]]
+        alone += [{"corrections": names, "calibrator": "fisher"} for names in values["corrections"] if names]
         first = {"calibrator": self.calibrations(defaults)[0], "weights": values["weights"][0]}
         found: dict[Setting, None] = {}
         for mode, weight_bits, act_bits, transforms in itertools.product(
@@ -279,6 +281,8 @@ def _calibration(row: Mapping[str, Any]) -> Calibration:
 def setting_of(row: Mapping[str, Any], defaults: Setting) -> Setting:
     """The setting of a row; numbers of other calibrators than the row's do not matter, so such rows are one setting."""
     own = {name: value for name, value in row.items() if name in Setting.__dataclass_fields__}
+    if not _calibration(row).row.by_curves:  # corrections that choose scales again are for those that have curves
+        own["corrections"] = tuple(c for c in own["corrections"] if str(c) != CENTRE)
     if not isinstance(row["rules"], tuple | list):
         raise InputError(f"rules: expected a list of rules, got {row['rules']!r}")
     rules = (*map(Rule.parse, row["rules"]), *rules_of({name: row[name] for name in row if _is_pattern(name)}))
@@ -323,6 +327,7 @@ def _check_values(space: SearchSpace) -> None:
     for field, values in space.choices.items():
         for value in values:
             users = [name for name, row in CALIBRATORS.items() if field in (p.name for p in row.parameters)]
+            users = ["fisher"] if field == "corrections" else users
             setting = setting_of({**good, **({"calibrator": users[0]} if users else {}), field: value}, Setting())
             require_sites(setting.rules)
             for calibration in setting.calibrations:

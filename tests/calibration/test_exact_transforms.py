@@ -38,6 +38,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "no bias of qkv": {"qkv_bias": False},
     "norm before the blocks": {"pre_norm": True},
     "attention pooling": {"global_pool": "map", "class_token": False},
+    "pooled by maximum": {"global_pool": "max", "class_token": False, "fc_norm": False},
 }
 REFUSED = {  # (kind, transform): the reason
     ("qk-norm", "shift"): "transform shift: the model normalises keys (qk-norm), so that their bias counts",
@@ -48,6 +49,9 @@ REFUSED = {  # (kind, transform): the reason
     ("norm before the blocks", "rotate"): "transform rotate: a norm in front of the blocks (norm_pre)",
     ("attention pooling", "fold"): "transform fold: the model pools by attention",
     ("attention pooling", "rotate"): "transform rotate: ",
+    ("pooled by maximum", "fold"): "transform fold: the model pools by max, which is not linear",
+    ("pooled by maximum", "rotate"): "transform rotate: the model pools by max",
+    ("pooled by maximum", "shift"): "transform shift: the model pools by max",
     ("attention pooling", "shift"): "transform shift: ",
 }
 
