@@ -245,7 +245,7 @@ def test_no_process_of_a_race_stays(ray_cluster: None, statistics: CalibrationSt
     with share(model, stored(image_set()), RaceRules(33, 10), EvalTransform(16), 10, INT8, Resources()) as shared:
         plan = Scales(model, statistics).plan(SETTINGS["a"])
         shared.add("a", plan)
-        assert ray.get(shared.desk.get.remote("a")).key == plan.key
+        assert ray.get(shared.desk.get.remote("a"))[0].key == plan.key
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(shared.desk.get.remote("a"))
 
