@@ -87,6 +87,9 @@ def test_every_path_is_a_place() -> None:
         "name",
         "ray_address",
         "model_type",
+        "transforms",
+        "corrections",
+        "rules",
     }
 
 
