@@ -359,3 +359,28 @@ def test_a_further_metric_is_logged_and_replayed_and_logs_without_it_go_on(
     assert list(old["c000"].results) == ["correct", "correct5", "kl", "agree"], "not known for all of its images"
     assert "margin" in old["c003"].results
     assert np.array_equal(old["c000"].correct, new.correct)
+
+
+def test_all_listeners_are_told_in_order(
+    quant_vit: VisionTransformer, statistics: CalibrationStatistics, tmp_path: Path
+) -> None:
+    heard: list[tuple[str, ...]] = []
+
+    def listener(who: str) -> Listeners:
+        return Listeners(
+            on_plan=lambda done, total: heard.append((who, f"plan {done} of {total}")),
+            on_candidate=lambda candidate: heard.append((who, candidate.name)),
+            on_chunk=lambda name, images: heard.append((who, f"{name} {images}")),
+            on_decision=lambda decision: heard.append((who, decision.verdict.value)),
+        )
+
+    contest = Contest(
+        Planner(quant_vit, {(): Look({}, statistics, None)}),
+        ListProposals(SETTINGS[:1]),
+        Race(RULES),
+        RunFolder(tmp_path),
+        Listeners.all((listener("a"), Listeners(), listener("b"))),
+    )
+    run(contest)
+    events = ["plan 0 of 1", "c000", *["c000 20"] * 3, "finished"]
+    assert heard == [(who, event) for event in events for who in "ab"]

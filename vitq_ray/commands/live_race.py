@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from vitq_ray.commands.countdown import Clock, Countdown, Every, Pace, duration
 from vitq_ray.commands.screen import Screen, fidelity_of, results_text, top1_of
 from vitq_ray.measure.evaluation import Counts, Evaluation
 from vitq_ray.measure.racing import Decision, Race, Verdict
+from vitq_ray.search.contest import Listeners
 
 _ROWS = 18
 _STYLES = {
@@ -72,19 +74,33 @@ def live_table(console: Console | None, table: Callable[[], Table]) -> Live | No
 
 
 class LiveRace:
-    """The race as it goes on; a context manager."""
+    """The race as it goes on; a context manager.
 
-    def __init__(self, race: Race, baseline: Evaluation, screen: Screen) -> None:
+    `more_to_come`: settings may be proposed later that are not known yet.
+    """
+
+    def __init__(
+        self,
+        race: Race,
+        baseline: Evaluation,
+        screen: Screen,
+        more_to_come: bool = False,
+        clock: Clock = time.monotonic,
+    ) -> None:
         self._race = race
         self._baseline = baseline
         self._labels: dict[str, str] = {}
         self._say = screen.say
-        self._began = time.monotonic()
+        self._clock = clock
+        self._more_to_come = more_to_come
+        self._began = clock()
         self._known = 0
+        self._pace, self._every = Pace(clock), Every(clock=clock)
+        self._plans: Countdown | None = None
         self._live = live_table(screen.console, self.table)
 
     def __enter__(self) -> LiveRace:
-        self._began = time.monotonic()
+        self._began = self._clock()
         self._known = self._race.images_evaluated
         if self._live is not None:
             self._live.start()
@@ -96,14 +112,37 @@ class LiveRace:
         if self._live is not None:
             self._live.stop()
 
+    @property
+    def listeners(self) -> Listeners:
+        return Listeners(
+            on_plan=self.planned,
+            on_candidate=lambda candidate: self.enter(candidate.name, candidate.setting.label),
+            on_chunk=self.progressed,
+            on_decision=self.decided,
+        )
+
+    def planned(self, done: int, total: int) -> None:
+        """Without a terminal: a line now and then, while plans are made."""
+        if self._live is None:
+            if done == 0 or self._plans is None:
+                self._plans = Countdown("plans of settings", total, self._say, self._clock)
+            self._plans.at(done)
+
     def enter(self, name: str, label: str) -> None:
         """One more candidate."""
         self._labels[name] = f"{name} {label}"
+
+    def progressed(self, name: str, images: int) -> None:
+        """A chunk has come. Without a terminal: a line now and then."""
+        self._pace.at(self._race.images_evaluated)
+        if self._live is None and self._every.due:
+            self._say(self.progress)
 
     def decided(self, decision: Decision) -> None:
         """Without a terminal: one line for every decision."""
         if self._live is not None:
             return
+        self._every.said()
         results = results_text(counts_of(self._race, decision.name))
         done = sum(self._race.decision(name) is not None for name in self._labels)
         what = f"{decision.verdict.value} {note_of(decision)}".rstrip()
@@ -114,18 +153,41 @@ class LiveRace:
     @property
     def images_per_second(self) -> float:
         """Since the race began here, all workers together."""
-        seconds = time.monotonic() - self._began
+        seconds = self._clock() - self._began
         return (self._race.images_evaluated - self._known) / seconds if seconds > 0 else 0.0
+
+    @property
+    def images_left(self) -> int:
+        """That will be evaluated at most: candidates that are beaten or tied stop before."""
+        race = self._race
+        return sum(race.rules.images - race.seen(name) for name in race.names if race.decision(name) is None)
+
+    @property
+    def time_left(self) -> str:
+        """E.g. `at most 2 min 10 s left`: all that are still in the race see all images, at the speed so far."""
+        left = self._pace.seconds_for(self.images_left)
+        if left is None:
+            return ""
+        return f"at most {duration(left)} left" + (" for the settings proposed so far" if self._more_to_come else "")
+
+    @property
+    def progress(self) -> str:
+        """How far the race is, in one line."""
+        race = self._race
+        decided = sum(race.decision(name) is not None for name in race.names)
+        budget = len(race.names) * race.rules.images
+        speed = self._pace.per_second
+        parts = (
+            f"{decided} of {len(race.names)} candidates decided",
+            f"{race.images_evaluated:,} of at most {budget:,} images evaluated",
+            "" if speed is None else f"{speed:,.0f} images/s",
+            self.time_left,
+        )
+        return ", ".join(filter(None, parts))
 
     def table(self) -> Table:
         rows = rows_of(self._race, self._labels)
-        decided = sum(row.state not in ("racing", "waiting") for row in rows)
-        evaluated, budget = self._race.images_evaluated, len(rows) * self._race.rules.images
-        table = Table(
-            title=f"{decided} of {len(rows)} candidates decided · {evaluated:,} of {budget:,} images evaluated · "
-            f"{self.images_per_second:,.0f} images/s",
-            title_justify="left",
-        )
+        table = Table(title=self.progress, title_justify="left")
         for column in ("candidate", "images", "top-1 (95 % interval)", "KL, agreement", "state", "images won:lost"):
             table.add_column(column, justify="left" if column in ("candidate", "state") else "right", no_wrap=True)
         of_float = Counts.of(self._baseline)

@@ -291,7 +291,7 @@ class TuneOptions(ModelOptions, SettingOptions, RayOptions):
     Calibration images come from train, drawn by --split-seed; val is halved: settings are compared on one half
     (selection), and the winner is reported on the other (report), which no decision has seen. Settings are compared by
     KL to the float model, which also images without labels tell. Writes run.json, statistics.npz, trials.jsonl,
-    correct.parquet, result.json and best/ into the output folder.
+    optuna-journal.log, correct.parquet, result.json and best/ into the output folder.
     """
 
     max_trials_in_flight: int | None = option(_WORKERS, None, "trials at once; default: as many as fit")

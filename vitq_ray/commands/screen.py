@@ -18,6 +18,7 @@ from rich.console import Console
 
 from vitq_ray.base.files import one_line, shortened
 from vitq_ray.base.uris import without_keys
+from vitq_ray.commands.countdown import Countdown, counted
 from vitq_ray.data.folders import left_out_text
 from vitq_ray.data.samples import SampleIndex
 from vitq_ray.measure.evaluation import Counts, Evaluation, wilson_interval
@@ -43,8 +44,12 @@ class Screen:
         logging.getLogger("vitq_ray").warning("%s", one_line(message))
 
     def track(self, items: Iterable[T], total: int, label: str) -> Iterable[T]:
-        """The items, with progress shown."""
+        """The items, with progress and time left shown."""
         return items
+
+    def can_show(self, text: str) -> bool:
+        """Whether what is said can have these characters."""
+        return True
 
     def interrupted(self, folder: Path) -> None:
         """A run was stopped whose state is kept in a folder."""
@@ -65,7 +70,16 @@ class Terminal(Screen):
         print(f"warning: {shortened(one_line(message))}", file=sys.stderr)
 
     def track(self, items: Iterable[T], total: int, label: str) -> Iterable[T]:
-        return rich.progress.track(items, label, total, disable=not sys.stdout.isatty(), transient=True)
+        if sys.stdout.isatty():
+            return rich.progress.track(items, label, total, transient=True)
+        return counted(items, Countdown(label, total, self.say))
+
+    def can_show(self, text: str) -> bool:
+        try:
+            text.encode(sys.stdout.encoding or "ascii")
+        except (UnicodeError, LookupError):
+            return False
+        return True
 
     def interrupted(self, folder: Path) -> None:
         again = f"{self.command} --resume {shlex.quote(str(folder))}"

@@ -430,6 +430,7 @@ def run_here(job: TrainJob, progress: TrainingProgress) -> QatOutcome:
         record_bad_images(job.folder.path, bad_images)
 
     read = thread_reader(options.decode_threads, options.on_bad_image, bad_images)
+    read = progress.shown(read, job.task.data.val)
     outcome = run_task(job.task, read, Ranks(device=job.device), on_step, on_epoch)
     record_bad_images(job.folder.path, bad_images)
     return outcome

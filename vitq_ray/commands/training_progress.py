@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
 from types import TracebackType
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from vitq_ray.commands.countdown import Clock, Countdown, Every, Pace, counted, duration
 from vitq_ray.commands.screen import Screen, percent
+from vitq_ray.data.loader import Batch
+from vitq_ray.data.samples import Ids, SampleIndex
+from vitq_ray.data.transforms import Transform
+from vitq_ray.qat.ranks import Reader
 from vitq_ray.qat.state import EpochReport, StepReport
 
-_SECONDS_BETWEEN_LINES = 10.0
 _SMOOTHING = 20  # steps
 
 
 class TrainingProgress:
     """Epoch, step, loss, images/s and time left; a context manager whose methods take the loop's reports."""
 
-    def __init__(self, epochs: int, screen: Screen) -> None:
+    def __init__(self, epochs: int, screen: Screen, clock: Clock = time.monotonic) -> None:
         self._epochs = epochs
+        self._clock = clock
+        self._pace, self._every = Pace(clock), Every(clock=clock)
         self._say = screen.say
         self._recent: deque[tuple[float, int]] = deque(maxlen=_SMOOTHING)  # (seconds, images) of a step
         self._losses: deque[float] = deque(maxlen=_SMOOTHING)
-        self._printed = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         on_terminal = screen.console is not None and screen.console.is_terminal
         self._bar = Progress(*columns, console=screen.console, transient=True) if on_terminal else None
@@ -46,23 +52,42 @@ class TrainingProgress:
         return sum(i for _, i in self._recent) / seconds if seconds else 0.0
 
     def step(self, report: StepReport) -> None:
+        self._pace.at(report.step)
         self._recent.append((report.images / max(report.images_per_second, 1e-9), report.images))
         self._losses.append(report.loss)
         loss = sum(self._losses) / len(self._losses)
         text = f"epoch {report.epoch}/{self._epochs}, loss {loss:.4f}, {self.images_per_second:.0f} images/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=report.step, total=report.total_steps, description=text)
-        elif time.monotonic() - self._printed > _SECONDS_BETWEEN_LINES:
-            self._printed = time.monotonic()
-            left = self._seconds_left(report)
-            self._say(f"step {report.step}/{report.total_steps}, {text}, {left:.0f} s left")
-
-    def _seconds_left(self, report: StepReport) -> float:
-        seconds = sum(s for s, _ in self._recent) / max(1, len(self._recent))
-        return seconds * (report.total_steps - report.step)
+        elif self._every.due:
+            left = self._pace.seconds_for(report.total_steps - report.step)  # evaluations between epochs included
+            known = "" if left is None else f", about {duration(left)} left"
+            self._say(f"step {report.step}/{report.total_steps}, {text}{known}")
 
     def epoch(self, report: EpochReport) -> None:
         self._say(epoch_line(report, self._epochs))
+        self._every.said()
+
+    def shown(self, read: Reader, val: SampleIndex) -> Reader:
+        """The reader, whose passes over val are shown, too: selection images after an epoch, in the end all of val."""
+
+        def reader(index: SampleIndex, ids: Ids, transform: Transform, batch_size: int) -> Iterator[Batch]:
+            batches = read(index, ids, transform, batch_size)
+            return self._evaluating(batches, -(-len(ids) // batch_size)) if index is val else batches
+
+        return reader
+
+    def _evaluating(self, batches: Iterator[Batch], total: int) -> Iterator[Batch]:
+        if self._bar is None:
+            yield from counted(batches, Countdown("evaluate", total, self._say, self._clock))
+            return
+        task = self._bar.add_task("evaluate", total=total)
+        try:
+            for batch in batches:
+                yield batch
+                self._bar.advance(task)
+        finally:
+            self._bar.remove_task(task)
 
 
 def epoch_line(report: EpochReport, epochs: int) -> str:

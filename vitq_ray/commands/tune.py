@@ -32,6 +32,7 @@ from vitq_ray.commands.live_race import LiveRace
 from vitq_ray.commands.options import TuneOptions
 from vitq_ray.commands.resume import stored_run, with_stored
 from vitq_ray.commands.screen import SILENT, Screen, accuracy_of, dashboard_hint, seconds_line
+from vitq_ray.commands.sketch import SYMBOLS, sketch_text, table_text
 from vitq_ray.commands.tune_job import (
     BEFORE_FORMAT_4,
     FREE_OPTIONS,
@@ -57,6 +58,7 @@ from vitq_ray.run.folder import TUNE_FOLDER, RunFolder
 from vitq_ray.run.log import Log
 from vitq_ray.run.results import SEARCH
 from vitq_ray.search.contest import Candidate, Contest, Listeners, race_rules
+from vitq_ray.search.optuna_journal import JournalFile, Searched
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,8 @@ def run(job: TuneJob, folder: RunFolder, screen: Screen) -> dict[str, Any]:
     require_room(job.resources)
     require_store(job)
     metrics = Metrics(folder.path.name)
+    journal = JournalFile(folder, Searched(job.space, job.defaults, job.options.objective, job.options.seed))
+    unicode = screen.can_show(SYMBOLS)
     with job.watch.stage("calibrate"):
         planner = planner_of(job, folder, lambda: metrics.add("vitq_calibration_batches", 1), screen)
     with job.watch.stage("float"):
@@ -154,7 +158,7 @@ def run(job: TuneJob, folder: RunFolder, screen: Screen) -> dict[str, Any]:
     )
     screen.say(f"engine: {job.engine}")
     folder.append("engine", **job.engine.to_dict())  # of this start: a resumed search may run elsewhere
-    contest = race(job, folder, planner, images, baseline, metrics, screen)
+    contest = race(job, folder, planner, images, baseline, metrics, journal, screen)
     results = {"float": baseline} | contest.evaluations(images.labels, images.sample_ids)
     folder.write_correct(results)
     best = contest.race.leader()
@@ -168,10 +172,13 @@ def run(job: TuneJob, folder: RunFolder, screen: Screen) -> dict[str, Any]:
         trained = escalate(job, job.space.qat, folder, contest, screen)
         path = trained.path
     folder.append("winner", name=winner.name, report=of_winner.summary())
+    journal.write()
     outcome = Outcome(contest, results, winner, of_winner, of_float, trained)
     result = search_result(job, folder, outcome)
     folder.write_result(result)
-    screen.say(outcome_text(outcome))
+    for text in (table_text(contest, unicode), sketch_text(contest, unicode), outcome_text(outcome)):
+        if text is not None:
+            screen.say("\n" + text.strip("\n"))
     screen.say(f"\nwrote {path} and {folder.path / 'result.json'}")
     screen.say(seconds_line(job.watch.seconds))
     return result
@@ -219,6 +226,7 @@ def race(
     images: StoredImages,
     baseline: Evaluation,
     metrics: Metrics,
+    journal: JournalFile,
     screen: Screen,
 ) -> Contest:
     """Race the settings of the space on the selection images."""
@@ -227,38 +235,46 @@ def race(
         len(images), options.chunk_images, job.batch_size, options.alpha, options.tie_margin, options.objective
     )
     field_of_race = Race(rules)
+    rounds = options.search_alg == "optuna" and options.from_run is None
     with (
         share(job.model, images, rules, job.transform, job.batch_size, job.engine, job.resources) as shared,
-        LiveRace(field_of_race, baseline, screen) as table,
+        LiveRace(field_of_race, baseline, screen, rounds) as table,
     ):
-
-        def on_candidate(candidate: Candidate) -> None:
-            shared.add(candidate.name, candidate.plan)
-            table.enter(candidate.name, candidate.setting.label)
-
-        def on_chunk(name: str, images: int) -> None:
-            metrics.add("vitq_images_evaluated", images, candidate=name)
-            metrics.set("vitq_images_per_second", table.images_per_second)
-            for metric, values in field_of_race.results(name).items():
-                if metric in CANDIDATE_GAUGES:
-                    metrics.set(CANDIDATE_GAUGES[metric], float(values.mean(dtype=float)), candidate=name)
-            _count_states(field_of_race, metrics)
-
-        def on_decision(decision: Decision) -> None:
-            table.decided(decision)
-            _count_states(field_of_race, metrics)
-            if (leader := field_of_race.leader()) is not None:
-                for metric, values in field_of_race.results(leader).items():
-                    if metric in BEST_GAUGES:
-                        metrics.set(BEST_GAUGES[metric], float(values.mean(dtype=float)))
-
-        listeners = Listeners(on_candidate, on_chunk, on_decision)
+        listeners = Listeners.all(
+            (
+                Listeners(on_candidate=lambda candidate: shared.add(candidate.name, candidate.plan)),
+                table.listeners,
+                metered(field_of_race, metrics, table),
+                Listeners(on_chunk=lambda name, images: journal.refresh()),
+            )
+        )
         with job.watch.stage("scales"), torch_threads(available_cpus()):
             contest = Contest(planner, job.proposals(), field_of_race, folder, listeners)
         with job.watch.stage("trials"):
             if not contest.over:
                 run_trials(shared, contest, job.resources, folder.path / TUNE_FOLDER)
     return contest
+
+
+def metered(race: Race, metrics: Metrics, table: LiveRace) -> Listeners:
+    """Tells Ray's metrics of a race."""
+
+    def on_chunk(name: str, images: int) -> None:
+        metrics.add("vitq_images_evaluated", images, candidate=name)
+        metrics.set("vitq_images_per_second", table.images_per_second)
+        for metric, values in race.results(name).items():
+            if metric in CANDIDATE_GAUGES:
+                metrics.set(CANDIDATE_GAUGES[metric], float(values.mean(dtype=float)), candidate=name)
+        _count_states(race, metrics)
+
+    def on_decision(decision: Decision) -> None:
+        _count_states(race, metrics)
+        if (leader := race.leader()) is not None:
+            for metric, values in race.results(leader).items():
+                if metric in BEST_GAUGES:
+                    metrics.set(BEST_GAUGES[metric], float(values.mean(dtype=float)))
+
+    return Listeners(on_chunk=on_chunk, on_decision=on_decision)
 
 
 def _count_states(race: Race, metrics: Metrics) -> None:

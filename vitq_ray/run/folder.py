@@ -3,6 +3,7 @@
 run.json          all options, fingerprints, versions, splits
 statistics.npz    the histograms
 trials.jsonl      one line per event, appended and synced: the record of truth that survives a kill
+optuna-journal.log   trials.jsonl of a search as Optuna and its dashboard read it, made of it (`search.optuna_journal`)
 correct.parquet   what every image came to with each candidate: classified correctly, …
 result.json       the outcome
 best/             the winner: setting.json, calibrated checkpoint and sidecar

@@ -10,8 +10,8 @@ decisions, and goes on from there. No Ray, no clock: see `racing`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -50,14 +50,29 @@ class Listeners:
     """Who else wants to know; each is called after the log was written.
 
     Attributes:
+        on_plan: how many settings of a round have their plan, of how many.
         on_candidate: a candidate with a plan of its own.
         on_chunk: name, images of the chunk.
         on_decision: what the race decided.
     """
 
+    on_plan: Callable[[int, int], None] = lambda done, total: None
     on_candidate: Callable[[Candidate], None] = lambda candidate: None
     on_chunk: Callable[[str, int], None] = lambda name, images: None
     on_decision: Callable[[Decision], None] = lambda decision: None
+
+    @staticmethod
+    def all(listeners: Sequence[Listeners]) -> Listeners:
+        """One that tells all of them, in order."""
+
+        def each(calls: Sequence[Callable[..., None]]) -> Callable[..., None]:
+            def call(*arguments: Any) -> None:
+                for one in calls:
+                    one(*arguments)
+
+            return call
+
+        return Listeners(**{f.name: each([getattr(one, f.name) for one in listeners]) for f in fields(Listeners)})
 
 
 class Contest:
@@ -145,8 +160,10 @@ class Contest:
         self._round = [self._enter(*row) for row in sorted(made, key=lambda row: row[2])]
         self._replay(c.name for c in self._round)
 
-    def _plans(self, settings: Iterable[Setting]) -> Iterator[tuple[Setting, Plan]]:
-        return ((setting, self._planner.plan(setting)) for setting in settings)
+    def _plans(self, settings: Sequence[Setting]) -> Iterator[tuple[Setting, Plan]]:
+        for done, setting in enumerate(settings):
+            self._listeners.on_plan(done, len(settings))
+            yield setting, self._planner.plan(setting)
 
     def _enter(self, setting: Setting, plan: Plan, noise: float) -> Candidate:
         key = plan.key
