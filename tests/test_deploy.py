@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import pytest
 import ray
 import yaml
+from ray.util.metrics import Counter
 
 from tests.conftest import ROOT
+from vitq_ray.cluster.metrics import RAY_METRICS
 from vitq_ray.commands.options import TuneOptions
 from vitq_ray.commands.parser import parse
 
@@ -124,3 +127,57 @@ def test_what_the_container_file_copies_is_there() -> None:
     assert f"rayproject/ray:{version}-py311" in container_file
     assert "ray[data,default,train,tune]" in container_file
     assert any(row.startswith("ray[data,default,train,tune]>=") for row in project["dependencies"])
+
+
+# Grafana ------------------------------------------------------------------------------------------------------------
+
+DASHBOARD = json.loads((ROOT / "deploy" / "grafana-vitq.json").read_text())
+PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+# Of PromQL, what the panels need: an aggregation of one metric of the chosen runs.
+EXPRESSION = re.compile(r'(?:sum|min|max|avg) by \((?P<by>\w+)\) \((?P<metric>\w+)\{run=~"\$run"\}\)')
+
+
+def exported(name: str) -> str:
+    """As Prometheus reads a metric."""
+    return f"ray_{name}_total" if RAY_METRICS[name].kind is Counter else f"ray_{name}"
+
+
+def test_the_dashboard_shows_every_metric_once() -> None:
+    shown = {}
+    for panel in PANELS:
+        for target in panel["targets"]:
+            expression = EXPRESSION.fullmatch(target["expr"])
+            assert expression is not None, target["expr"]
+            assert expression["metric"] not in shown
+            shown[expression["metric"]] = expression["by"], target["legendFormat"]
+    assert set(shown) == {exported(name) for name in RAY_METRICS}
+    for name, row in RAY_METRICS.items():
+        by, legend = shown[exported(name)]
+        assert by == row.tags[-1], "the tag that tells its series apart"
+        assert legend == f"{{{{{by}}}}}"
+
+
+def test_panels_of_the_dashboard_have_numbers_and_places_of_their_own() -> None:
+    numbers = [panel["id"] for panel in DASHBOARD["panels"]]
+    assert len(set(numbers)) == len(numbers)
+    taken: set[tuple[int, int]] = set()
+    for panel in DASHBOARD["panels"]:
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= 24
+        xs, ys = range(place["x"], place["x"] + place["w"]), range(place["y"], place["y"] + place["h"])
+        own = {(x, y) for x in xs for y in ys}
+        assert not taken & own, panel["title"]
+        taken |= own
+    titles = [panel["title"] for panel in DASHBOARD["panels"]]
+    assert len(set(titles)) == len(titles)
+
+
+def test_the_dashboard_asks_for_its_datasource_and_runs() -> None:
+    variables = {variable["name"]: variable for variable in DASHBOARD["templating"]["list"]}
+    assert set(variables) == {"datasource", "run"}
+    assert variables["run"]["query"]["query"] == 'label_values({__name__=~"ray_vitq_.+"}, run)'
+    assert all(row.tags[0] == "run" for row in RAY_METRICS.values())
+    assert "__inputs" not in DASHBOARD, "it can be imported as it is"
+    for panel in PANELS:
+        sources = [panel["datasource"], *(target["datasource"] for target in panel["targets"])]
+        assert all(source == {"type": "prometheus", "uid": "${datasource}"} for source in sources)
