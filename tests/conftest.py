@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import signal
+import struct
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import pytest
 import ray
 import torch
 from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -272,3 +274,24 @@ def scrape() -> str:
     node = ray.nodes()[0]
     with urlopen(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=10) as page:
         return str(page.read().decode())
+
+
+def scalars(folder: Path) -> dict[str, dict[int, float]]:
+    """{tag: {step: value}} of the event files of a folder, as TensorBoard reads them, in the order of their names.
+
+    The start of a session at a step drops what was said of it and of later ones. A step that comes twice is an error.
+    """
+    found: dict[str, dict[int, float]] = {}
+    for path in sorted(folder.glob("events.*")):
+        data = path.read_bytes()
+        while data:  # length (8), its checksum (4), record, checksum (4)
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+            if event.HasField("session_log"):
+                found = {tag: {s: v for s, v in rows.items() if s < event.step} for tag, rows in found.items()}
+            for value in event.summary.value:
+                if value.HasField("simple_value"):
+                    assert event.step not in found.setdefault(value.tag, {}), "a point was doubled"
+                    found[value.tag][event.step] = value.simple_value
+    return found

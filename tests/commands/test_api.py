@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import vitq_ray
-from tests.conftest import Project, make_project
+from tests.conftest import Project, make_project, scalars
 from vitq_ray.commands.main import COMMANDS, main
 from vitq_ray.commands.options import TrainOptions
 
@@ -70,7 +70,7 @@ def test_calibrate_and_evaluate(
     common = {"pretrained_dir": project.checkpoint, "data_path": project.folder}
     small = {"num_calib_batch": 2, "calib_batchsz": 4, "calib_split": "val"}
     with caplog.at_level(logging.WARNING, "vitq_ray"):
-        calibrated = vitq_ray.calibrate(**common, **small, calib_output_path=tmp_path / "calib")
+        calibrated = vitq_ray.calibrate(**common, **small, calib_output_path=tmp_path / "calib", log_to="tensorboard")
     assert "calibration images are in val" in caplog.text
     written = json.loads((tmp_path / "calib" / "result.json").read_text())
     assert len(written.pop("checksum")) == 64
@@ -78,9 +78,11 @@ def test_calibrate_and_evaluate(
     assert calibrated.evaluation.images == 22
     assert calibrated.float_on_calibration.top1 == 1.0
     common["pretrained_dir"] = calibrated.checkpoint
-    evaluated = vitq_ray.evaluate(**common, output=tmp_path / "again")
+    evaluated = vitq_ray.evaluate(**common, output=tmp_path / "again", log_to=["tensorboard"])
+    assert scalars(tmp_path / "again" / "tensorboard")["top1"] == {22: pytest.approx(evaluated.evaluation.top1)}
     assert evaluated.what == calibrated.setting.label
     assert (evaluated.evaluation.correct == calibrated.evaluation.correct).all()
+    assert scalars(tmp_path / "calib" / "tensorboard")["top1"] == {22: pytest.approx(calibrated.evaluation.top1)}
     assert tuple(capsys.readouterr()) == ("", "")
     with pytest.raises(vitq_ray.InputError, match=r"^quant_mode: ft1 given, but"):
         vitq_ray.evaluate(**common, quant_mode="ft1")
@@ -90,10 +92,15 @@ def test_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     project = make_project(tmp_path, train=40, val=30)
     small = {"num_calib_batch": 2, "calib_batchsz": 4, "batch_size": 8, "num_epochs": 1, "dashboard": False}
     common = {"pretrained_dir": project.checkpoint, "data_path": project.folder}
-    trained = vitq_ray.train(**common, **small, output=tmp_path / "run")
+    trained = vitq_ray.train(**common, **small, output=tmp_path / "run", log_to="tensorboard")
+    found = scalars(tmp_path / "run" / "tensorboard")
+    assert list(found["loss"]) == [1, 2, 3, 4, 5]
+    assert list(found["selection_top1"]) == [0, 5]
+    assert found["report_qat_top1"] == {5: pytest.approx(trained.counts["qat"]["report"].top1)}
     assert trained.counts["qat"]["val"].images == 30
     assert trained.checkpoint == tmp_path / "run" / "vit_qat.pth"
     again = vitq_ray.train(resume=tmp_path / "run")
+    assert scalars(tmp_path / "run" / "tensorboard") == found
     assert (again.counts, again.best_epoch, again.checkpoint) == (
         trained.counts,
         trained.best_epoch,

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
-from tests.conftest import ROOT, Project, load_script, make_project
+from tests.conftest import ROOT, Project, load_script, make_project, scalars
 from vitq_ray.base.config import InputError
+from vitq_ray.commands.screen import Screen
+from vitq_ray.commands.tune_qat import TrainingsProgress
+from vitq_ray.qat.state import StepReport
 from vitq_ray.search.asha import Asha, Epoch, QatContest, TrainingRun, config_of, training_runs
+from vitq_ray.search.optuna_journal import JOURNAL
 from vitq_ray.search.space import LogUniform, QatSpace, load_space, loguniform, qat_space_of
 
 tune_calib = load_script("tune_calib")
@@ -142,10 +150,21 @@ def test_escalation(ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFix
     make_project(tmp_path / "project", train=64, val=60)
     (tmp_path / "space.py").write_text(ESCALATE)
     run = tmp_path / "run"
-    assert tune_calib.main(options(tmp_path, "--output", run)) == 0
+    assert tune_calib.main(options(tmp_path, "--output", run, "--log-to", "tensorboard")) == 0
     assert "missed: QAT" in capsys.readouterr().out
     result = json.loads((run / "result.json").read_text())
     qat = result["qat"]
+    for name, history in qat["epochs"].items():
+        found = scalars(run / "tensorboard" / name)
+        _, *steps = map(json.loads, (run / "qat" / name / "steps.jsonl").read_text().splitlines())
+        assert len(steps) == 7 * (len(history) - 1)
+        assert found["loss"] == {s["step"]: pytest.approx(s["loss"]) for s in steps}
+        assert list(found["loss"]) == list(found["lr"]) == list(range(1, len(steps) + 1))
+        top1 = [e["top1_correct"] / e["images"] for e in history]
+        assert list(found["selection_top1"].values()) == [pytest.approx(value) for value in top1]
+    study = optuna.load_study(study_name="run QAT", storage=JournalStorage(JournalFileBackend(str(run / JOURNAL))))
+    assert study.best_value == max(e["top1_correct"] / e["images"] for h in qat["epochs"].values() for e in h)
+    points = scalars(run / "tensorboard")
     assert {len(history) for history in qat["epochs"].values()} <= {2, 3}
     best = max(e["top1_correct"] for history in qat["epochs"].values() for e in history)
     assert qat["selection"]["top1_correct"] == best
@@ -165,6 +184,7 @@ def test_escalation(ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFix
     added = [json.loads(line)["event"] for line in (run / "trials.jsonl").read_text().removeprefix(log).splitlines()]
     assert added == ["resumed", "engine", "winner"], "no epoch is trained again"
     assert json.loads((run / "result.json").read_text())["qat"] == qat
+    assert scalars(run / "tensorboard") == points, "told as before"
 
     capsys.readouterr()
     assert tune_calib.main(options(tmp_path, "--output", tmp_path / "b", "--target-drop", 100)) == 0
@@ -177,6 +197,27 @@ def test_escalation(ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFix
     chosen = [c for c in result["candidates"].values() if c["outcome"] in ("best", "tied") and c["same_as"] is None]
     again = json.loads((tmp_path / "c" / "result.json").read_text())["candidates"].values()
     assert {json.dumps(c["setting"]) for c in again} == {json.dumps(c["setting"]) for c in chosen}
+
+
+def test_time_left_of_all_trainings() -> None:
+    """At most: a run that is stopped leaves its steps undone."""
+    now, said = [0.0], Screen()
+    lines: list[str] = []
+    said.say = lines.append  # type: ignore[method-assign]
+    space = QatSpace({"global_batch": (8, 16)}, num_samples=2, epochs=2)
+    runs = [replace(run, config=config_of({"global_batch": 8}, 2, 0)) for run in training_runs(space, ["a"], 0)]
+    contest = QatContest(runs, space, lambda event, **values: None)
+    progress = TrainingsProgress(contest, 66, said, lambda: now[0])  # 8 steps an epoch, 16 a run
+    for i in range(1, 8):
+        now[0] += 10
+        progress.step("q00" if i % 2 else "q01", StepReport(1, -(-i // 2), 16, 1.0, 0.1, 1.0, 8, 1.0))
+    # 7 steps of 32 are done, at 10 seconds each
+    assert lines == [
+        "training: 0 of 2 runs done, at most 4 min 50 s left",
+        "training: 0 of 2 runs done, at most 4 min 20 s left",
+    ]
+    contest.fail("q01", "the loss is not finite")
+    assert progress.text == "training: 1 of 2 runs done, at most 2 min 0 s left"
 
 
 def test_a_run_that_diverges_does_not_end_the_others(ray_cluster: None, tmp_path: Path) -> None:

@@ -180,10 +180,20 @@ def test_trainings_are_a_study_of_their_own(folder: RunFolder) -> None:
 
 def test_it_is_written_as_often_as_it_costs_little(folder: RunFolder) -> None:
     times = iter([0, 0, 1.0, 20.9, 21.0, 21.0, 22.0])
-    file, path = JournalFile(folder, searched(), lambda: next(times)), folder.path / JOURNAL
+    file, path = JournalFile(folder, searched(), clock=lambda: next(times)), folder.path / JOURNAL
     file.refresh()  # from 0 to 1.0: not again before 20 seconds are over
     path.unlink()
     file.refresh()
     assert not path.exists()
     file.refresh()
     assert path.exists()
+
+
+def test_an_error_costs_one_warning(folder: RunFolder) -> None:
+    warnings: list[str] = []
+    (folder.path / JOURNAL).mkdir()
+    file = JournalFile(folder, searched(), warnings.append)
+    for _ in range(3):
+        file.refresh()
+    (warning,) = warnings
+    assert "optuna-journal.log: is not written any more: [Errno 21] Is a directory" in warning

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,11 @@ from vitq_ray.models.checkpoint import load_calibrated
 from vitq_ray.qat.loop import DivergedError, train_qat
 from vitq_ray.qat.ranks import QatData, Ranks, thread_reader
 from vitq_ray.qat.state import EpochReport, read_outcome
+from vitq_ray.qat.task import Follower, Meter, Recorder
 from vitq_ray.run.folder import TUNE_FOLDER, record_bad_images
 from vitq_ray.search.asha import Epoch, QatContest, TrainingRun
+
+_SECONDS_BETWEEN_LOOKS = 1.0
 
 
 @dataclass(frozen=True)
@@ -75,9 +79,11 @@ def _train_run(
 ) -> None:
     device = torch.device("cuda" if shared.use_gpu else "cpu")
     folder = shared.folder / run.name
+    recorder = Recorder(folder)
 
-    def keep_bad_images_too(report: EpochReport) -> None:
+    def after_epoch(report: EpochReport) -> None:
         record_bad_images(folder, bad_images)
+        recorder.epoch(report)
         on_epoch(report)
 
     train_qat(
@@ -88,7 +94,8 @@ def _train_run(
         folder,
         thread_reader(max(2, shared.threads), shared.on_bad_image, bad_images),
         Ranks(device=device),
-        on_epoch=keep_bad_images_too,
+        on_step=recorder.step,
+        on_epoch=after_epoch,
     )
 
 
@@ -121,6 +128,26 @@ class _Scheduler(FIFOScheduler):
         return TrialScheduler.STOP if stop else TrialScheduler.CONTINUE
 
 
+class _Looks(tune.Callback):
+    """Now and then, and after all: what trials have recorded since."""
+
+    def __init__(self, followers: Sequence[Follower]) -> None:
+        self._followers = followers
+        self._next = 0.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_followers": (), "_next": 0.0}  # as above
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if time.monotonic() >= self._next:
+            self.look()
+            self._next = time.monotonic() + _SECONDS_BETWEEN_LOOKS
+
+    def look(self) -> None:
+        for follower in self._followers:
+            follower.look()
+
+
 def run_training(
     contest: QatContest,
     starts: Mapping[str, str],
@@ -130,9 +157,12 @@ def run_training(
     resources: Resources,
     on_bad_image: str = "error",
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    meter_of: Callable[[str], Meter] | None = None,
     max_failures: int = 3,
 ) -> None:
     """Train every unfinished run of the contest. States are kept in `folder/<run>`, which all nodes must see.
+
+    `meter_of` a run sees its steps and epochs here, a moment later.
 
     Raises InputError where no node can hold a run, or where a run met bad input; OSError such as of a full disk;
     RuntimeError where a run failed for good.
@@ -153,6 +183,8 @@ def run_training(
         on_bad_image=on_bad_image,
         use_gpu=resources.gpus > 0,
     )
+    meters = {} if meter_of is None else {name: meter_of(name) for name in names}
+    looks = _Looks([Follower(folder / name, meter.step, meter.epoch) for name, meter in meters.items()])
     need = {"cpu": resources.threads, "gpu": resources.gpus}
     scheduler = _Scheduler(contest, on_epoch)
     tuner = tune.Tuner(
@@ -169,9 +201,11 @@ def run_training(
             storage_path=str((folder / TUNE_FOLDER).absolute()),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=max_failures),
+            callbacks=[looks],
         ),
     )
     outcome = fit(tuner, folder / TUNE_FOLDER, lambda: scheduler.error)
+    looks.look()
     if outcome.num_errors:
         raise _cause(outcome.errors[0], len(outcome))
 

@@ -31,6 +31,7 @@ from vitq_ray.commands.inputs import (
     with_sample,
 )
 from vitq_ray.commands.options import CalibrateOptions, OneSettingOptions
+from vitq_ray.commands.outlets import begun, numbers, outlets_of
 from vitq_ray.commands.outputs import require_apart
 from vitq_ray.commands.passes import ValImages, Workers, collector, engine_for, evaluate_val, ray_for, workers_of
 from vitq_ray.commands.screen import (
@@ -49,11 +50,12 @@ from vitq_ray.data.splits import calibration_ids, default_calib_split, require_i
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.engines.execute import Engine, evaluation_batch
 from vitq_ray.measure.calibration import CalibrationPass, calibration_pass, first_images
-from vitq_ray.measure.evaluation import Evaluation, sanity_problem
+from vitq_ray.measure.evaluation import Counts, Evaluation, sanity_problem
 from vitq_ray.models.checkpoint import Sidecar, save_calibrated
 from vitq_ray.models.load import LoadedModel, load_model
 from vitq_ray.quant.plan import Plan
 from vitq_ray.quant.vit import apply_plan, float_copy, quantize_vit, site_weights
+from vitq_ray.run.outlets import Outlets
 from vitq_ray.run.results import CALIBRATION, Stopwatch, left_out_rows, result_of, versions, write_result
 
 
@@ -115,6 +117,7 @@ def calibrate(options: CalibrateOptions, screen: Screen = SILENT) -> CalibrateRe
     watch = Stopwatch()
     with watch.stage("load"):
         combinations.require_used(options, combinations.CALIBRATE)
+        outlets = outlets_of(options, screen)
         options = with_sample(options, screen)
         require_apart(options)
         job = prepare(options, options.calib_split, options.calib_order)
@@ -125,6 +128,20 @@ def calibrate(options: CalibrateOptions, screen: Screen = SILENT) -> CalibrateRe
         require_batch_fits(options, job.loaded.geometry, min(size, len(job.val)), sees_attention=True)
         workers = workers_of(options, options.use_gpu)
         folder = output_folder(options.calib_output_path, options.name_of("calib_output_path"))
+    with begun(outlets, options, CALIBRATION, folder):
+        return calibrate_job(job, options, workers, folder, watch, outlets, screen)
+
+
+def calibrate_job(
+    job: CalibrationJob,
+    options: CalibrateOptions,
+    workers: Workers,
+    folder: Path,
+    watch: Stopwatch,
+    outlets: Outlets,
+    screen: Screen,
+) -> CalibrateResult:
+    """All that is computed, written and shown."""
     with ray_for(options):
         with watch.stage("calibrate"):
             seen, look, images = collect(job, options, workers, screen)
@@ -174,6 +191,8 @@ def calibrate(options: CalibrateOptions, screen: Screen = SILENT) -> CalibrateRe
         degenerate_sites=plan.degenerate_sites(),
     )
     write_result(folder, result)
+    outlets.params({"label": job.setting.label})
+    outlets.metrics("images", evaluation.images, numbers(Counts.of(evaluation)))
     if overlap:
         screen.warn(f"{overlap} calibration images are in val, and so among the images evaluated")
     report(job, evaluation, path, watch, screen)

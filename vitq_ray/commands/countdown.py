@@ -82,15 +82,22 @@ class Countdown:
 
     def __post_init__(self) -> None:
         self._pace, self._every = Pace(self.clock), Every(clock=self.clock)
+        self._done = 0
 
     def at(self, done: int) -> None:
         """So many pieces are done now."""
+        self._done = done
         if done:
             self._pace.at(done)
         if self._every.due:
-            left = self._pace.seconds_for(self.total - done)
-            known = "" if left is None else f", about {duration(left)} left"
-            self.say(f"{self.label}: {done} of {self.total}{known}")
+            self.say(self.text)
+
+    @property
+    def text(self) -> str:
+        """The line."""
+        left = self._pace.seconds_for(self.total - self._done)
+        known = "" if left is None else f", about {duration(left)} left"
+        return f"{self.label}: {self._done} of {self.total}{known}"
 
 
 def counted(items: Iterable[T], countdown: Countdown) -> Iterator[T]:

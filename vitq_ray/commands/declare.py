@@ -249,11 +249,18 @@ class Options:
     def to_dict(self) -> dict[str, Any]:
         """{option: value} of all options, for run.json and result.json; URIs without their keys."""
         values = {name: getattr(self, name) for name in self.declared()}
-        return {name: without_keys(value) if isinstance(value, str) else value for name, value in values.items()}
+        return {name: _without_keys(value) for name, value in values.items()}
 
     def only(self, names: Iterable[str]) -> dict[str, Any]:
         """{option: value} of those of `names` that were given."""
         return {name: getattr(self, name) for name in names if name in self.given}
+
+
+def _without_keys(value: Any) -> Any:
+    """As JSON has it, too: lists for tuples."""
+    if isinstance(value, tuple):
+        return [_without_keys(item) for item in value]
+    return without_keys(value) if isinstance(value, str) else value
 
 
 def signature_of(options: type[Options], result: Any) -> inspect.Signature:

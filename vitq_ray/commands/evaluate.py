@@ -28,6 +28,7 @@ from vitq_ray.commands.inputs import (
     with_sample,
 )
 from vitq_ray.commands.options import EvaluateOptions
+from vitq_ray.commands.outlets import begun, numbers, outlets_of
 from vitq_ray.commands.outputs import require_apart
 from vitq_ray.commands.passes import (
     KeptLogits,
@@ -43,9 +44,10 @@ from vitq_ray.commands.screen import SILENT, Screen, result_line, warn_of_bad_im
 from vitq_ray.data.samples import SampleIndex
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.engines.execute import Engine, evaluation_batch
-from vitq_ray.measure.evaluation import Evaluation, sanity_problem
+from vitq_ray.measure.evaluation import Counts, Evaluation, sanity_problem
 from vitq_ray.models.checkpoint import BY_HAND, CalibratedModel, Sidecar, open_checkpoint
 from vitq_ray.models.load import LoadedModel
+from vitq_ray.run.outlets import Outlets
 from vitq_ray.run.results import EVALUATION, Stopwatch, left_out_rows, result_of, write_result
 
 
@@ -100,12 +102,21 @@ def evaluate(options: EvaluateOptions, screen: Screen = SILENT) -> EvaluateResul
     watch = Stopwatch()
     with watch.stage("load"):
         combinations.require_used(options, combinations.EVALUATE)
+        outlets = outlets_of(options, screen)
         options = with_sample(options, screen)
         require_apart(options)
         if is_file(options):
-            return EvaluateResult(*evaluate_file(options, screen))
+            return EvaluateResult(*evaluate_file(options, outlets, screen))
         job = prepare(options)
         warn_of_left_out(screen, {"val": job.index})
+    with begun(outlets, options, EVALUATION, Path(options.output)):
+        return evaluate_job(job, options, watch, outlets, screen)
+
+
+def evaluate_job(
+    job: EvaluationJob, options: EvaluateOptions, watch: Stopwatch, outlets: Outlets, screen: Screen
+) -> EvaluateResult:
+    """All that is computed, written and shown."""
     kept = KeptLogits()
     with ray_for(options), watch.stage("evaluate"):
         engine = job.engine(options.engine, workers_of(options, options.use_gpu))
@@ -118,6 +129,8 @@ def evaluate(options: EvaluateOptions, screen: Screen = SILENT) -> EvaluateResul
         screen.warn(problem)
     result = describe(job, options, engine, evaluation, watch)
     write_result(Path(options.output), result)
+    outlets.params({"label": job.what})
+    outlets.metrics("images", evaluation.images, numbers(Counts.of(evaluation)))
     report(job, options, evaluation, screen)
     return EvaluateResult(job.what, evaluation, result)
 

@@ -14,15 +14,17 @@ from vitq_ray.base.files import output_file, output_folder, read_bytes
 from vitq_ray.commands import combinations
 from vitq_ray.commands.inputs import images_as, open_images, paths_of, require_labels
 from vitq_ray.commands.options import EvaluateOptions
+from vitq_ray.commands.outlets import begun, numbers
 from vitq_ray.commands.passes import KeptLogits
 from vitq_ray.commands.screen import Screen, result_line, warn_of_bad_images, warn_of_left_out
 from vitq_ray.data.loader import iter_batches
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.engines.execute import AUTO
 from vitq_ray.engines.runtimes import ORT, RUNTIMES, FileModel, open_file, read_metadata
-from vitq_ray.measure.evaluation import Evaluation, evaluate, sanity_problem
+from vitq_ray.measure.evaluation import Counts, Evaluation, evaluate, sanity_problem
 from vitq_ray.models.geometry import named_geometry
 from vitq_ray.models.load import HALF, prepared_for
+from vitq_ray.run.outlets import Outlets
 from vitq_ray.run.results import EVALUATION, Stopwatch, left_out_rows, result_of, write_result
 
 log = logging.getLogger(__name__)
@@ -41,7 +43,7 @@ def is_file(options: EvaluateOptions) -> bool:
     return path.endswith(_ENDING)
 
 
-def evaluate_file(options: EvaluateOptions, screen: Screen) -> tuple[str, Evaluation, dict[str, Any]]:
+def evaluate_file(options: EvaluateOptions, outlets: Outlets, screen: Screen) -> tuple[str, Evaluation, dict[str, Any]]:
     """Classify every image of val and write result.json. (What it is, every image, what result.json holds)
 
     Raises InputError for what is wrong with options, file or images.
@@ -64,39 +66,44 @@ def evaluate_file(options: EvaluateOptions, screen: Screen) -> tuple[str, Evalua
         if options.save_logits:
             output_file(options.save_logits, options.name_of("save_logits"))
     ids, size, kept = range(min(len(index), options.limit or len(index))), options.batch_size or _BATCH, KeptLogits()
-    with watch.stage("evaluate"):
-        batches = iter_batches(index, ids, transform, size, options.decode_threads, options.on_bad_image, bad_images)
-        shown = screen.track(batches, -(-len(ids) // size), "evaluate")
-        evaluation = evaluate(model, shown, transform.normalize, kept.add)
-    if evaluation.images == 0:
-        raise InputError(f"{options.data_path}: no readable image in val")
-    if options.save_logits:
-        kept.save(Path(options.save_logits))
-    what = f"{Path(path).name} in {runtime}"
-    if problem := sanity_problem(evaluation, classes, what=what):
-        screen.warn(problem)
-    result = result_of(
-        EVALUATION,
-        evaluation,
-        options=options.to_dict(),
-        setting=known.get("setting"),
-        weights_fingerprint=known.get("weights_fingerprint")
-        or hashlib.sha256(read_bytes(path, "an ONNX file")).hexdigest(),
-        data_fingerprint=index.fingerprint,
-        bad_images=bad_images,
-        left_out=left_out_rows({"val": index}),
-        seconds=watch.seconds,
-        checkpoint=options.to_dict()["pretrained_dir"],
-        engine={"name": runtime},
-        model_type=known.get("model_type", options.model_type),
-        img_size=transform.size,
-        images_as=images_as(transform),
-    )
-    write_result(Path(options.output), result)
-    screen.say(result_line(what, evaluation))
-    screen.say(f"wrote {Path(options.output) / 'result.json'}")
-    warn_of_bad_images(screen, bad_images)
-    return what, evaluation, result
+    with begun(outlets, options, EVALUATION, Path(options.output)):
+        with watch.stage("evaluate"):
+            batches = iter_batches(
+                index, ids, transform, size, options.decode_threads, options.on_bad_image, bad_images
+            )
+            shown = screen.track(batches, -(-len(ids) // size), "evaluate")
+            evaluation = evaluate(model, shown, transform.normalize, kept.add)
+        if evaluation.images == 0:
+            raise InputError(f"{options.data_path}: no readable image in val")
+        if options.save_logits:
+            kept.save(Path(options.save_logits))
+        what = f"{Path(path).name} in {runtime}"
+        if problem := sanity_problem(evaluation, classes, what=what):
+            screen.warn(problem)
+        result = result_of(
+            EVALUATION,
+            evaluation,
+            options=options.to_dict(),
+            setting=known.get("setting"),
+            weights_fingerprint=known.get("weights_fingerprint")
+            or hashlib.sha256(read_bytes(path, "an ONNX file")).hexdigest(),
+            data_fingerprint=index.fingerprint,
+            bad_images=bad_images,
+            left_out=left_out_rows({"val": index}),
+            seconds=watch.seconds,
+            checkpoint=options.to_dict()["pretrained_dir"],
+            engine={"name": runtime},
+            model_type=known.get("model_type", options.model_type),
+            img_size=transform.size,
+            images_as=images_as(transform),
+        )
+        write_result(Path(options.output), result)
+        outlets.params({"label": what})
+        outlets.metrics("images", evaluation.images, numbers(Counts.of(evaluation)))
+        screen.say(result_line(what, evaluation))
+        screen.say(f"wrote {Path(options.output) / 'result.json'}")
+        warn_of_bad_images(screen, bad_images)
+        return what, evaluation, result
 
 
 def transform_of(options: EvaluateOptions, path: str, known: dict[str, Any], model: FileModel) -> EvalTransform:

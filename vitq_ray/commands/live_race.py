@@ -122,11 +122,11 @@ class LiveRace:
         )
 
     def planned(self, done: int, total: int) -> None:
-        """Without a terminal: a line now and then, while plans are made."""
-        if self._live is None:
-            if done == 0 or self._plans is None:
-                self._plans = Countdown("plans of settings", total, self._say, self._clock)
-            self._plans.at(done)
+        """Plans are made. Without a terminal: a line now and then."""
+        if done == 0 or self._plans is None:
+            say = self._say if self._live is None else lambda text: None
+            self._plans = Countdown("plans of settings", total, say, self._clock)
+        self._plans.at(done)
 
     def enter(self, name: str, label: str) -> None:
         """One more candidate."""
@@ -187,7 +187,8 @@ class LiveRace:
 
     def table(self) -> Table:
         rows = rows_of(self._race, self._labels)
-        table = Table(title=self.progress, title_justify="left")
+        title = self.progress if rows or self._plans is None else self._plans.text
+        table = Table(title=title, title_justify="left")
         for column in ("candidate", "images", "top-1 (95 % interval)", "KL, agreement", "state", "images won:lost"):
             table.add_column(column, justify="left" if column in ("candidate", "state") else "right", no_wrap=True)
         of_float = Counts.of(self._baseline)

@@ -27,6 +27,7 @@ from vitq_ray.models.geometry import AUTO
 from vitq_ray.qat.recipe import MOST_SEED, RECIPE_OPTIONS, RecipeOption
 from vitq_ray.quant.plan import MAX_BITS, MIN_BITS
 from vitq_ray.quant.sites import MODES
+from vitq_ray.run.outlets import require_target
 from vitq_ray.search.proposals import DEFAULT_SAMPLES, SEARCH_ALGORITHMS
 from vitq_ray.search.space import MOST_SETTINGS
 
@@ -159,6 +160,29 @@ def _listed(text: str | None, separator: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in (text or "").split(separator) if word.strip())
 
 
+@dataclass(frozen=True)
+class Targets:
+    """Outlets, each an option of its own on a command line."""
+
+    shown: str = "{mlflow:URI,tensorboard,wandb:PROJECT}"
+    repeated: bool = True
+
+    def read(self, value: Any) -> tuple[str, ...]:
+        texts = tuple(map(Text().read, value if isinstance(value, list | tuple) else (value,)))
+        for text in texts:
+            require_target(text)
+        return tuple(dict.fromkeys(texts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutletOptions(Options):
+    """where a run is shown, beside its folder"""
+
+    log_to: tuple[str, ...] | None = option(
+        Targets(), None, "tell it parameters, metrics, and result.json as they come; may be given several times"
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class WorkerOptions(Options):
     """several workers instead of this process; their results do not depend on how many they are"""
@@ -186,7 +210,7 @@ class OneSettingOptions(ModelOptions, DecodeOptions, SettingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrateOptions(OneSettingOptions, WorkerOptions):
+class CalibrateOptions(OneSettingOptions, WorkerOptions, OutletOptions):
     """Calibrate one INT8 setting, evaluate it on all of val, and write the calibrated checkpoint.
 
         {command}                                          # the bundled sample
@@ -213,7 +237,7 @@ class CalibrateOptions(OneSettingOptions, WorkerOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(ModelOptions, DecodeOptions, WorkerOptions):
+class EvaluateOptions(ModelOptions, DecodeOptions, WorkerOptions, OutletOptions):
     """Evaluate a float or a calibrated checkpoint on all of val, in map order.
 
         {command}                                                         # the bundled sample, float
@@ -280,7 +304,7 @@ class ExportOptions(ModelOptions, DecodeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneOptions(ModelOptions, SettingOptions, RayOptions):
+class TuneOptions(ModelOptions, SettingOptions, RayOptions, OutletOptions):
     """Find the best calibration setting of a search space: one float pass, then a race of all settings under Ray Tune.
 
         {command}                                     # the bundled sample
@@ -387,7 +411,7 @@ class RecipeOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(OneSettingOptions, RecipeOptions, RayOptions):
+class TrainOptions(OneSettingOptions, RecipeOptions, RayOptions, OutletOptions):
     """Train a calibrated model with its quantizers on, taught by the float model; keep the best epoch.
 
         {command}                                            # the bundled sample, calibrated first

@@ -53,4 +53,6 @@ def _settings(declared: Option) -> dict[str, Any]:
     settings: dict[str, Any] = {"help": text.replace("%", "%%")}
     if isinstance(declared.kind, Flag):
         return settings | {"action": argparse.BooleanOptionalAction if declared.kind.negation else "store_true"}
+    if getattr(declared.kind, "repeated", False):
+        settings |= {"action": "append"}
     return settings | ({"metavar": shown} if shown else {})

@@ -7,7 +7,7 @@ float model ──► teacher, with distillation                    ──► fl
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +39,7 @@ from vitq_ray.commands.inputs import (
     with_sample,
 )
 from vitq_ray.commands.options import TrainOptions
+from vitq_ray.commands.outlets import OutletMeter, begun, numbers, outlets_of
 from vitq_ray.commands.outputs import require_apart
 from vitq_ray.commands.passes import IN_THIS_PROCESS
 from vitq_ray.commands.resume import stored_run, with_stored
@@ -59,13 +60,14 @@ from vitq_ray.measure.evaluation import Counts
 from vitq_ray.models.checkpoint import CalibratedModel, Sidecar, load_calibrated, open_checkpoint, save_calibrated
 from vitq_ray.models.load import LoadedModel
 from vitq_ray.models.weights import weights_fingerprint
-from vitq_ray.qat.ranks import QatData, Ranks, steps_per_epoch, thread_reader
+from vitq_ray.qat.ranks import QatData, Ranks, Reader, steps_per_epoch, thread_reader
 from vitq_ray.qat.recipe import QatConfig, recipe_of
 from vitq_ray.qat.state import STATE, EpochReport, QatOutcome, StepReport, epoch_row
-from vitq_ray.qat.task import Judgement, QatTask, Recorder, is_judged, read_judgement, run_task
+from vitq_ray.qat.task import Judgement, Meter, QatTask, Recorder, is_judged, read_judgement, run_task
 from vitq_ray.qat.teacher import TEACHER_LOGITS
 from vitq_ray.quant.vit import float_copy, scales_of
 from vitq_ray.run.folder import RunFolder, read_bad_images, record_bad_images
+from vitq_ray.run.outlets import Outlets
 from vitq_ray.run.results import SEARCH, TRAINING, Stopwatch, left_out_rows, result_of, versions
 
 # What may differ between a run and its continuation: it does not change what is computed. Images and checkpoints may
@@ -79,6 +81,7 @@ FREE_OPTIONS = frozenset(
         "output",
         "ray_address",
         "dashboard",
+        "log_to",
         "max_failures",
         "decode_threads",
         "checkpoint_steps",
@@ -135,33 +138,43 @@ def train(options: TrainOptions, screen: Screen = SILENT) -> TrainResult:
     watch = Stopwatch()
     options = complete(options, screen)
     device, config = device_of(options), config_of(options)
+    outlets = outlets_of(options, screen)
     with run_folder(options) as folder:
         job = prepare(options, folder, device, config, watch, screen)
         begin(job, screen)
-        return train_in_folder(job, watch, screen)
+        return train_in_folder(job, watch, outlets, screen)
 
 
-def train_in_folder(job: TrainJob, watch: Stopwatch, screen: Screen) -> TrainResult:
+def train_in_folder(job: TrainJob, watch: Stopwatch, outlets: Outlets, screen: Screen) -> TrainResult:
     """All of a training, in its folder."""
     options, path = job.options, job.folder.path
     if options.resume is not None and job.folder.finished and is_judged(job.task):
         screen.say(f"{path}: this training is finished; its outcome is in {path / 'result.json'}")
         return TrainResult.of(path, path / f"{checkpoint_name(options)}_qat.pth", job.folder.read_result())
     job.folder.take()  # also of a run that was finished, but is not judged
-    try:
-        with ray_if_needed(options) as url:
-            screen.say(f"run folder {path}" + dashboard_hint(url))
-            with watch.stage("train"):
-                outcome = run(job, screen)
-    except KeyboardInterrupt:
-        if job.folder.has_work:
-            screen.interrupted(path)
-        raise
+    with begun(outlets, options, TRAINING, job.folder):
+        try:
+            with ray_if_needed(options) as url:
+                screen.say(f"run folder {path}" + dashboard_hint(url))
+                with watch.stage("train"):
+                    outcome = run(job, OutletMeter(outlets), screen)
+        except KeyboardInterrupt:
+            if job.folder.has_work:
+                screen.interrupted(path)
+            raise
+        return finish(job, outcome, watch, outlets, screen)
+
+
+def finish(job: TrainJob, outcome: QatOutcome, watch: Stopwatch, outlets: Outlets, screen: Screen) -> TrainResult:
+    """What training has come to, written and shown."""
+    path = job.folder.path
     judgement = read_judgement(path)
     checkpoint, sidecar = save(job, outcome, judgement)
     (path / TEACHER_LOGITS).unlink(missing_ok=True)
     result = trained_result(job, outcome, judgement, sidecar, watch)
     job.folder.write_result(result)
+    for name, parts in judgement.items():
+        outlets.metrics("step", outcome.epochs[-1].step, numbers(parts["report"], f"report_{name}_"))
     report(job, outcome, judgement, checkpoint, watch, screen)
     return TrainResult.of(path, checkpoint, result)
 
@@ -398,7 +411,7 @@ def ray_if_needed(options: TrainOptions) -> Iterator[str | None]:
         yield ray_cluster.dashboard_url
 
 
-def run(job: TrainJob, screen: Screen) -> QatOutcome:
+def run(job: TrainJob, meter: Meter, screen: Screen) -> QatOutcome:
     """Train and judge, in this process or on workers."""
     task = job.task
     start = task.start.sidecar.label
@@ -406,32 +419,45 @@ def run(job: TrainJob, screen: Screen) -> QatOutcome:
         f"{start}: {task.config.epochs} epochs of {steps_per_epoch(len(task.data.train_ids), task.config)} steps"
     )
     with TrainingProgress(task.config.epochs, screen) as progress:
+
+        def on_step(report: StepReport) -> None:
+            progress.step(report)
+            meter.step(report)
+
+        def on_epoch(report: EpochReport) -> None:
+            progress.epoch(report)
+            meter.epoch(report)
+
         if job.workers.count == 1:
-            return run_here(job, progress)
+            return run_here(job, on_step, on_epoch, lambda read: progress.shown(read, task.data.val))
         resources = rank_resources(job.workers, ray_nodes(), worker_bytes(task))
         if resources.warning:
             screen.warn(resources.warning)
-        return run_on_workers(task, job.workers, job.options.on_bad_image, progress.step, progress.epoch, resources)
+        return run_on_workers(task, job.workers, job.options.on_bad_image, on_step, on_epoch, resources)
 
 
-def run_here(job: TrainJob, progress: TrainingProgress) -> QatOutcome:
+def run_here(
+    job: TrainJob,
+    on_step: Callable[[StepReport], None],
+    on_epoch: Callable[[EpochReport], None],
+    shown: Callable[[Reader], Reader],
+) -> QatOutcome:
     """One worker: this process, without Ray Train."""
     options = job.options
     recorder = Recorder(job.folder.path, QatMetrics(job.folder.path.name) if needs_ray(options) else None)
     bad_images: list[tuple[str, str]] = []
 
-    def on_step(report: StepReport) -> None:
+    def after_step(report: StepReport) -> None:
         recorder.step(report)
-        progress.step(report)
+        on_step(report)
 
-    def on_epoch(report: EpochReport) -> None:
+    def after_epoch(report: EpochReport) -> None:
         recorder.epoch(report)
-        progress.epoch(report)
+        on_epoch(report)
         record_bad_images(job.folder.path, bad_images)
 
-    read = thread_reader(options.decode_threads, options.on_bad_image, bad_images)
-    read = progress.shown(read, job.task.data.val)
-    outcome = run_task(job.task, read, Ranks(device=job.device), on_step, on_epoch)
+    read = shown(thread_reader(options.decode_threads, options.on_bad_image, bad_images))
+    outcome = run_task(job.task, read, Ranks(device=job.device), after_step, after_epoch)
     record_bad_images(job.folder.path, bad_images)
     return outcome
 

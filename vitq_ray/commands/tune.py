@@ -30,6 +30,7 @@ from vitq_ray.cluster.workers import torch_threads
 from vitq_ray.commands.inputs import checkpoint_name
 from vitq_ray.commands.live_race import LiveRace
 from vitq_ray.commands.options import TuneOptions
+from vitq_ray.commands.outlets import begun, numbers, outlets_of, racing
 from vitq_ray.commands.resume import stored_run, with_stored
 from vitq_ray.commands.screen import SILENT, Screen, accuracy_of, dashboard_hint, seconds_line
 from vitq_ray.commands.sketch import SYMBOLS, sketch_text, table_text
@@ -48,7 +49,7 @@ from vitq_ray.commands.tune_looks import planner_of
 from vitq_ray.commands.tune_outcome import Outcome, outcome_text, search_result
 from vitq_ray.commands.tune_qat import escalate, misses_target
 from vitq_ray.engines.execute import executed
-from vitq_ray.measure.evaluation import Evaluation, evaluate, evaluate_variants, sanity_problem
+from vitq_ray.measure.evaluation import Counts, Evaluation, evaluate, evaluate_variants, sanity_problem
 from vitq_ray.measure.fidelity import float_part
 from vitq_ray.measure.metrics import pack_text, unpack_text
 from vitq_ray.measure.racing import Decision, Race, Verdict
@@ -56,6 +57,7 @@ from vitq_ray.models.checkpoint import save_calibrated
 from vitq_ray.quant.vit import apply_plan, quantizers_off
 from vitq_ray.run.folder import TUNE_FOLDER, RunFolder
 from vitq_ray.run.log import Log
+from vitq_ray.run.outlets import Outlets
 from vitq_ray.run.results import SEARCH
 from vitq_ray.search.contest import Candidate, Contest, Listeners, race_rules
 from vitq_ray.search.optuna_journal import JournalFile, Searched
@@ -97,12 +99,13 @@ def tune(options: TuneOptions, screen: Screen = SILENT) -> TuneResult:
         if "search_space" not in options.given:  # nothing is executed that the user has not named
             space = space_of_run(stored, Path(options.resume))
         options = with_stored(options, {**BEFORE_FORMAT_4, **stored["options"]}, FREE_OPTIONS)
+    outlets = outlets_of(options, screen)
     job = prepare(options, screen, space)
     with open_folder(job, screen) as folder:
-        return search(job, folder, began, screen)
+        return search(job, folder, began, outlets, screen)
 
 
-def search(job: TuneJob, folder: RunFolder, began: float, screen: Screen) -> TuneResult:
+def search(job: TuneJob, folder: RunFolder, began: float, outlets: Outlets, screen: Screen) -> TuneResult:
     """All of a search, in its folder; `began` is `time.perf_counter()` of the start of the command."""
     options, name = job.options, checkpoint_name(job.options)
     if folder.finished:
@@ -110,10 +113,13 @@ def search(job: TuneJob, folder: RunFolder, began: float, screen: Screen) -> Tun
         return TuneResult.of(folder.path, name, options.calib_batchsz, folder.read_result())
     store = object_store_bytes(job)
     try:
-        with cluster(options.ray_address, object_store_bytes=store, dashboard=options.dashboard) as ray_cluster:
+        with (
+            begun(outlets, options, SEARCH, folder),
+            cluster(options.ray_address, object_store_bytes=store, dashboard=options.dashboard) as ray_cluster,
+        ):
             job.watch.seconds["start"] = round(time.perf_counter() - began, 3)  # checks, and Ray
             screen.say(f"run folder {folder.path}" + dashboard_hint(ray_cluster.dashboard_url))
-            result = run(job, folder, screen)
+            result = run(job, folder, outlets, screen)
     except KeyboardInterrupt:
         if folder.has_work:
             screen.interrupted(folder.path)
@@ -137,15 +143,15 @@ def open_folder(job: TuneJob, screen: Screen) -> RunFolder:
     return folder
 
 
-def run(job: TuneJob, folder: RunFolder, screen: Screen) -> dict[str, Any]:
+def run(job: TuneJob, folder: RunFolder, outlets: Outlets, screen: Screen) -> dict[str, Any]:
     """Every stage; what was done before, of a resumed run, is read from its folder. Returns result.json."""
     require_room(job.resources)
     require_store(job)
-    metrics = Metrics(folder.path.name)
-    journal = JournalFile(folder, Searched(job.space, job.defaults, job.options.objective, job.options.seed))
+    searched = Searched(job.space, job.defaults, job.options.objective, job.options.seed)
+    watchers = Watchers(Metrics(folder.path.name), JournalFile(folder, searched, screen.warn), outlets)
     unicode = screen.can_show(SYMBOLS)
     with job.watch.stage("calibrate"):
-        planner = planner_of(job, folder, lambda: metrics.add("vitq_calibration_batches", 1), screen)
+        planner = planner_of(job, folder, lambda: watchers.metrics.add("vitq_calibration_batches", 1), screen)
     with job.watch.stage("float"):
         images, baseline = evaluate_float(job, folder, screen)
     if problem := sanity_problem(baseline, job.loaded.geometry.num_classes, job.options.min_float_top1):
@@ -158,7 +164,7 @@ def run(job: TuneJob, folder: RunFolder, screen: Screen) -> dict[str, Any]:
     )
     screen.say(f"engine: {job.engine}")
     folder.append("engine", **job.engine.to_dict())  # of this start: a resumed search may run elsewhere
-    contest = race(job, folder, planner, images, baseline, metrics, journal, screen)
+    contest = race(job, folder, planner, images, baseline, watchers, screen)
     results = {"float": baseline} | contest.evaluations(images.labels, images.sample_ids)
     folder.write_correct(results)
     best = contest.race.leader()
@@ -169,10 +175,13 @@ def run(job: TuneJob, folder: RunFolder, screen: Screen) -> dict[str, Any]:
     path = save_best(job, folder, winner, {"winner": of_winner.summary(), "float": of_float.summary()})
     trained = None
     if job.space.qat is not None and misses_target(job, contest, baseline, screen):
-        trained = escalate(job, job.space.qat, folder, contest, screen)
+        trained = escalate(job, job.space.qat, folder, contest, watchers.journal, outlets, screen)
         path = trained.path
     folder.append("winner", name=winner.name, report=of_winner.summary())
-    journal.write()
+    watchers.journal.write()
+    outlets.params({"winner": winner.setting.label})
+    for name, evaluation in {"report_": of_winner, "report_float_": of_float}.items():
+        outlets.metrics("images", evaluation.images, numbers(Counts.of(evaluation), name))
     outcome = Outcome(contest, results, winner, of_winner, of_float, trained)
     result = search_result(job, folder, outcome)
     folder.write_result(result)
@@ -219,14 +228,27 @@ def _float_from(event: Mapping[str, Any], images: StoredImages, has_labels: bool
         raise log.error(None, f"results of the float model: {error}") from None
 
 
+@dataclass(frozen=True)
+class Watchers:
+    """Who else follows a search."""
+
+    metrics: Metrics
+    journal: JournalFile
+    outlets: Outlets
+
+    def listeners(self, race: Race, table: LiveRace) -> tuple[Listeners, ...]:
+        """Of a race that the table shows."""
+        of_journal = Listeners(on_chunk=lambda name, images: self.journal.refresh())
+        return metered(race, self.metrics, table), racing(race, self.outlets), of_journal
+
+
 def race(
     job: TuneJob,
     folder: RunFolder,
     planner: Planner,
     images: StoredImages,
     baseline: Evaluation,
-    metrics: Metrics,
-    journal: JournalFile,
+    watchers: Watchers,
     screen: Screen,
 ) -> Contest:
     """Race the settings of the space on the selection images."""
@@ -244,8 +266,7 @@ def race(
             (
                 Listeners(on_candidate=lambda candidate: shared.add(candidate.name, candidate.plan)),
                 table.listeners,
-                metered(field_of_race, metrics, table),
-                Listeners(on_chunk=lambda name, images: journal.refresh()),
+                *watchers.listeners(field_of_race, table),
             )
         )
         with job.watch.stage("scales"), torch_threads(available_cpus()):

@@ -65,6 +65,7 @@ FREE_OPTIONS = frozenset(
         "resume",
         "ray_address",
         "dashboard",
+        "log_to",
         "max_trials_in_flight",
         "num_workers",
         "object_store_memory",

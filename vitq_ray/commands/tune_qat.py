@@ -6,28 +6,35 @@ best epoch by the selection images ──► report images ──► best/<name>
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vitq_ray.cluster.qat_trials import run_training
+from vitq_ray.commands.countdown import Clock, Every, Pace, duration
 from vitq_ray.commands.inputs import checkpoint_name, training_ids
+from vitq_ray.commands.outlets import OutletMeter
 from vitq_ray.commands.screen import Screen, accuracy
 from vitq_ray.commands.tune_job import TuneJob, sidecar_of_search
 from vitq_ray.engines.execute import executed
 from vitq_ray.measure.evaluation import Evaluation, evaluate
 from vitq_ray.models.checkpoint import load_calibrated, save_calibrated
 from vitq_ray.models.weights import weights_fingerprint
-from vitq_ray.qat.ranks import QatData
-from vitq_ray.qat.state import read_outcome
+from vitq_ray.qat.ranks import QatData, steps_per_epoch
+from vitq_ray.qat.state import EpochReport, StepReport, read_outcome
+from vitq_ray.qat.task import Meter
 from vitq_ray.qat.teacher import TEACHER_LOGITS
 from vitq_ray.quant.vit import apply_plan, float_copy, scales_of
 from vitq_ray.run.folder import RunFolder, read_bad_images
+from vitq_ray.run.outlets import Outlets
 from vitq_ray.search.asha import Epoch, QatContest, TrainingRun, training_runs
 from vitq_ray.search.contest import Contest
+from vitq_ray.search.optuna_journal import JournalFile
 from vitq_ray.search.space import QatSpace
 
 
@@ -65,6 +72,8 @@ def escalate(
     space: QatSpace,
     folder: RunFolder,
     contest: Contest,
+    journal: JournalFile,
+    outlets: Outlets,
     screen: Screen,
 ) -> Trained:
     """QAT from the best and tied settings; the best epoch by the selection images, reported on the report images."""
@@ -76,9 +85,23 @@ def escalate(
         job.calib, training_ids(job.calib, job.val, screen), job.val, np.sort(job.splits.selection), job.transform
     )
     teacher = float_copy(job.model).cpu().eval()
-    on_epoch = epoch_listener(training, screen)
+    show, progress = epoch_listener(training, screen), TrainingsProgress(training, len(data.train_ids), screen)
+
+    def on_epoch(epoch: Epoch) -> None:
+        show(epoch)
+        journal.refresh()
+        if (status := training.status(epoch.name)) is not None:
+            outlets.end(epoch.name, status)
+
+    def meter_of(name: str) -> Meter:
+        run = training.runs[name]
+        outlets.params({"start": run.start, **run.config.to_dict()}, name)
+        return MeterOfRun(OutletMeter(outlets, name), partial(progress.step, name))
+
     with job.watch.stage("qat"):
-        run_training(training, starts, teacher, data, home, job.resources, job.options.on_bad_image, on_epoch)
+        run_training(training, starts, teacher, data, home, job.resources, job.options.on_bad_image, on_epoch, meter_of)
+    for name in training.failed:
+        outlets.end(name, "failed")
     for name in training.runs:
         job.bad_images.extend(read_bad_images(home / name))
         (home / name / TEACHER_LOGITS).unlink(missing_ok=True)
@@ -116,6 +139,53 @@ def epoch_listener(training: QatContest, screen: Screen) -> Callable[[Epoch], No
         )
 
     return show
+
+
+@dataclass(frozen=True)
+class MeterOfRun:
+    """Outlets, and the progress of all runs."""
+
+    outlet: Meter
+    on_step: Callable[[StepReport], None]
+
+    def step(self, report: StepReport) -> None:
+        self.outlet.step(report)
+        self.on_step(report)
+
+    def epoch(self, report: EpochReport) -> None:
+        self.outlet.epoch(report)
+
+
+class TrainingsProgress:
+    """How far all runs are, a line every 30 seconds; runs that stop early take less than it says."""
+
+    def __init__(self, training: QatContest, images: int, screen: Screen, clock: Clock = time.monotonic) -> None:
+        self._training = training
+        self._say = screen.say
+        self._pace, self._every = Pace(clock), Every(clock=clock)
+        runs = training.runs.values()
+        self._totals = {run.name: run.config.epochs * steps_per_epoch(images, run.config) for run in runs}
+        self._images = {run.name: run.config.global_batch for run in runs}
+        self._steps = {
+            name: self._totals[name] * max(0, len(epochs) - 1) // training.runs[name].config.epochs
+            for name, epochs in training.history.items()
+        }
+        self._seen = 0
+
+    def step(self, name: str, report: StepReport) -> None:
+        self._steps[name] = max(report.step, self._steps[name])
+        self._seen += report.images
+        self._pace.at(self._seen)
+        if self._every.due:
+            self._say(self.text)
+
+    @property
+    def text(self) -> str:
+        unfinished = self._training.unfinished()
+        images = sum((self._totals[name] - self._steps[name]) * self._images[name] for name in unfinished)
+        left = self._pace.seconds_for(images)
+        known = "" if left is None else f", at most {duration(left)} left"
+        return f"training: {len(self._totals) - len(unfinished)} of {len(self._totals)} runs done{known}"
 
 
 def report_trained(job: TuneJob, folder: RunFolder, training: QatContest, starts: Mapping[str, str]) -> Trained:

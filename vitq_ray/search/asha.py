@@ -128,6 +128,12 @@ class QatContest:
         if epoch.epoch and self._asha.stops(epoch.epoch, epoch.top1):
             self.stopped.add(epoch.name)
 
+    def status(self, name: str) -> str | None:
+        """How a run ended; None where it goes on."""
+        if name in self.failed:
+            return "failed"
+        return "stopped" if name in self.stopped else None if name in self.unfinished() else "finished"
+
     def unfinished(self) -> list[str]:
         """Runs that have neither stopped nor failed nor come to their last epoch."""
         done = self.stopped | set(self.failed)

@@ -14,6 +14,8 @@ event by event, so a longer log only adds lines at its end, and whoever reads th
 from __future__ import annotations
 
 import json
+import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +35,7 @@ from optuna.storages.journal import BaseJournalBackend
 from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
 
-from vitq_ray.base.files import atomic_file
+from vitq_ray.base.files import atomic_file, one_line
 from vitq_ray.calibration.setting import SITE_GROUPS, TECHNIQUES, Calibration, Rule, Setting, read_setting, techniques
 from vitq_ray.measure.metrics import METRICS, unpack_text
 from vitq_ray.measure.racing import OBJECTIVES, Verdict
@@ -42,6 +44,7 @@ from vitq_ray.search.asha import QatContest, training_runs
 from vitq_ray.search.space import FIELDS, PARAMETERS, LogUniform, QatSpace, SearchSpace
 
 JOURNAL = "optuna-journal.log"
+_log = logging.getLogger(__name__)
 _SHARE_OF_TIME = 0.05  # that writing it anew may take
 _SECONDS_BETWEEN = 10.0
 _NONE = "none"
@@ -62,10 +65,14 @@ class Searched:
 
 @dataclass
 class JournalFile:
-    """Keeps the journal of a run's folder up to date, at a small share of the time."""
+    """Keeps the journal of a run's folder up to date, at a small share of the time.
+
+    An error costs one warning and the journal, not the search.
+    """
 
     folder: RunFolder
     searched: Searched
+    warn: Callable[[str], None] = _log.warning
     clock: Callable[[], float] = time.monotonic
     _next: float = field(default=0.0, init=False)
 
@@ -77,9 +84,14 @@ class JournalFile:
     def write(self) -> None:
         """Anew, as the log is now."""
         began = self.clock()
-        data = journal(self.folder.events(), self.searched, self.folder.path.name)
-        with atomic_file(self.folder.path / JOURNAL) as stream:
-            stream.write(data)
+        try:
+            data = journal(self.folder.events(), self.searched, self.folder.path.name)
+            with atomic_file(self.folder.path / JOURNAL) as stream:
+                stream.write(data)
+        except Exception as error:
+            self._next = math.inf
+            self.warn(f"{self.folder.path / JOURNAL}: is not written any more: {one_line(error)}")
+            return
         now = self.clock()
         self._next = now + max(_SECONDS_BETWEEN, (now - began) / _SHARE_OF_TIME)
 
