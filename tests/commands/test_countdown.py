@@ -70,16 +70,13 @@ def test_pace_leaves_out_what_comes_before_the_first_piece(clock: Clock) -> None
     assert pace.seconds_for(10) == 20
 
 
-def test_every_counts_from_the_last_line(clock: Clock) -> None:
+def test_every_is_due_once_in_so_many_seconds(clock: Clock) -> None:
     every = Every(30, clock)
-    clock.now += 29
-    assert not every.due
-    every.said()
-    clock.now += 29
-    assert not every.due
-    clock.now += 1
-    assert every.due
-    assert not every.due
+    due = []
+    for _ in range(70):
+        clock.now += 1
+        due.append(every.due)
+    assert [second for second, is_due in enumerate(due, start=1) if is_due] == [30, 60]
 
 
 def work(clock: Clock, seconds: list[float]) -> Iterator[float]:

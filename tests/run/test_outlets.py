@@ -305,6 +305,21 @@ def test_calls_of_wandb(about: About, monkeypatch: pytest.MonkeyPatch) -> None:
     assert artifact.calls == [("result-0123abcd", "result"), ("add_file", str(about.folder / "result.json"))]
 
 
+def test_wandb_is_not_told_again_what_it_knows(about: About, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Fake()
+    run.__dict__ |= {"id": about.id, "config": Fake(), "summary": {"step": 5, "loss": 0.5}}
+    wandb = ModuleType("wandb")
+    wandb.__dict__.update({"init": lambda **options: run, "Settings": SimpleNamespace})
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    again = About(about.id, about.name, about.script, about.folder, resumed=True)
+    with Outlets({"wandb": Wandb("p")}).begin(again) as outlets:
+        for step in (4, 5, 6):
+            outlets.metrics("step", step, {"loss": 0.5})
+        outlets.metrics("step", 5, {"selection_top1": 1.0})
+    told = [call[1] for call in run.calls if call[0] == "log"]
+    assert told == [{"step": 6, "loss": 0.5}, {"step": 5, "selection_top1": 1.0}]
+
+
 def test_wandb_itself_offline(about: About, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -50,24 +50,22 @@ class Pace:
 
 @dataclass
 class Every:
-    """Every so many seconds, counted from now and from when something was said last."""
+    """Once in so many seconds from now on."""
 
     seconds: float = SECONDS_BETWEEN_LINES
     clock: Clock = time.monotonic
     _last: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        self.said()
-
-    def said(self) -> None:
         self._last = self.clock()
 
     @property
     def due(self) -> bool:
-        """It is time again; asking counts as having said something."""
-        if self.clock() - self._last < self.seconds:
+        """It is time again; then it is not, for as long."""
+        now = self.clock()
+        if now - self._last < self.seconds:
             return False
-        self.said()
+        self._last = now
         return True
 
 

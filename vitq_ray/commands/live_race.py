@@ -142,7 +142,6 @@ class LiveRace:
         """Without a terminal: one line for every decision."""
         if self._live is not None:
             return
-        self._every.said()
         results = results_text(counts_of(self._race, decision.name))
         done = sum(self._race.decision(name) is not None for name in self._labels)
         what = f"{decision.verdict.value} {note_of(decision)}".rstrip()

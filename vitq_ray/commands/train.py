@@ -427,6 +427,8 @@ def run(job: TrainJob, meter: Meter, screen: Screen) -> QatOutcome:
         def on_epoch(report: EpochReport) -> None:
             progress.epoch(report)
             meter.epoch(report)
+            if report.epoch == task.config.epochs and job.workers.count > 1:  # how far it is, the ranks do not say
+                screen.say(f"float, PTQ and QAT are counted on all {len(task.data.val)} images of val")
 
         if job.workers.count == 1:
             return run_here(job, on_step, on_epoch, lambda read: progress.shown(read, task.data.val))

@@ -66,7 +66,6 @@ class TrainingProgress:
 
     def epoch(self, report: EpochReport) -> None:
         self._say(epoch_line(report, self._epochs))
-        self._every.said()
 
     def shown(self, read: Reader, val: SampleIndex) -> Reader:
         """The reader, whose passes over val are shown, too: selection images after an epoch, in the end all of val."""

@@ -105,7 +105,7 @@ def escalate(
     for name in training.runs:
         job.bad_images.extend(read_bad_images(home / name))
         (home / name / TEACHER_LOGITS).unlink(missing_ok=True)
-    return report_trained(job, folder, training, starts)
+    return report_trained(job, folder, training, starts, screen)
 
 
 def save_starts(job: TuneJob, home: Path, contest: Contest, count: int) -> dict[str, str]:
@@ -188,7 +188,9 @@ class TrainingsProgress:
         return f"training: {len(self._totals) - len(unfinished)} of {len(self._totals)} runs done{known}"
 
 
-def report_trained(job: TuneJob, folder: RunFolder, training: QatContest, starts: Mapping[str, str]) -> Trained:
+def report_trained(
+    job: TuneJob, folder: RunFolder, training: QatContest, starts: Mapping[str, str], screen: Screen
+) -> Trained:
     """The best epoch of all runs, evaluated and saved."""
     run = training.runs[training.best().name]
     outcome = read_outcome(folder.path / "qat" / run.name)
@@ -199,7 +201,8 @@ def report_trained(job: TuneJob, folder: RunFolder, training: QatContest, starts
     model.load_state_dict(outcome.best_state)
     size, ids = job.batch_size, job.splits.report
     with job.watch.stage("report"), executed(model, job.engine) as run_model:
-        evaluation = evaluate(run_model, job.stream(job.val, ids, size), job.to_input)
+        batches = screen.track(job.stream(job.val, ids, size), -(-len(ids) // size), "report")
+        evaluation = evaluate(run_model, batches, job.to_input)
     recipe = {"config": run.config.to_dict(), "best_epoch": best.epoch, "run": run.name}
     weights = {k: v for k, v in model.state_dict().items() if not k.endswith("._amax")}
     sidecar = replace(

@@ -222,12 +222,17 @@ class Wandb:
             settings=wandb.Settings(silent=True, console="off"),
         )
         self._axes: set[str] = set()
+        self._known: dict[str, Any] = dict(self._run.summary) if about.resumed else {}  # last value of everything
 
     def params(self, part: str, values: Values) -> None:
         self._run.config.update({part: dict(values)} if part else dict(values), allow_val_change=True)
 
     def metrics(self, part: str, axis: str, step: int, values: Mapping[str, float]) -> None:
         home = f"{part}/" if part else ""
+        known = self._known.get(home + axis, -1)
+        values = {name: value for name, value in values.items() if step > known or home + name not in self._known}
+        if not values:
+            return
         for name in values:
             if home + name not in self._axes:
                 self._axes.add(home + name)
