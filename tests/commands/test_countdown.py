@@ -13,6 +13,7 @@ from vitq_ray.commands import countdown, screen
 from vitq_ray.commands.countdown import Countdown, Every, Pace, counted, duration
 from vitq_ray.commands.live_race import LiveRace
 from vitq_ray.commands.screen import Screen, Terminal
+from vitq_ray.commands.sketch import SYMBOLS
 from vitq_ray.commands.training_progress import TrainingProgress
 from vitq_ray.data.samples import SampleIndex
 from vitq_ray.measure.evaluation import Counts, Evaluation
@@ -196,3 +197,10 @@ def test_evaluations_of_a_training_are_counted(clock: Clock, said: Said) -> None
         assert not said.lines
         assert len(list(shown(val, range(25), None, 10))) == 3  # type: ignore[arg-type]
     assert said.lines == ["evaluate: 1 of 3"]
+
+
+@pytest.mark.parametrize(("encoding", "shows"), [("utf-8", True), ("ascii", False), ("latin-1", False)])
+def test_what_a_terminal_can_show(encoding: str, shows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    assert Terminal("x").can_show(SYMBOLS) is shows
+    assert Terminal("x").can_show("ox#|")

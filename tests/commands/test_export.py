@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import vitq_ray
-from tests.conftest import FT_MODES, Project, load_script, make_project
+from tests.conftest import FT_MODES, Project, load_script, make_project, scalars
 from tests.engines.test_onnx import hand_made
 from vitq_ray.base.config import InputError
 from vitq_ray.run.results import read_result
@@ -61,9 +61,12 @@ def test_written_verified_and_evaluated(made: tuple[Project, str], tmp_path: Pat
     assert all(row["ms_per_image"] > 0 for row in found["latency"])
     assert read_result(tmp_path / "e")["top1_correct"] == variants["ort"]["top1_correct"]
 
+    options = {"data_path": data, "log_to": "tensorboard"}
     again = vitq_ray.evaluate(
-        pretrained_dir=str(result.file), data_path=data, output=str(tmp_path / "v"), save_logits=str(tmp_path / "l.npz")
+        pretrained_dir=str(result.file), output=str(tmp_path / "v"), save_logits=str(tmp_path / "l.npz"), **options
     )
+    (top1,) = scalars(tmp_path / "v" / "tensorboard")["top1"].values()
+    assert top1 == pytest.approx(again.evaluation.top1)
     assert again.evaluation.top1_correct == variants["ort"]["top1_correct"]
     assert read_result(tmp_path / "v")["engine"] == {"name": "ort"}
     here = vitq_ray.evaluate(

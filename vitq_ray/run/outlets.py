@@ -12,6 +12,7 @@ Packages are imported when they are asked for. URIs may hold keys: they are used
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 import os
 import queue
@@ -37,6 +38,7 @@ PACKAGES = {  # what is imported, and what to install
 }
 _FILES = (RESULT, "report.html")
 _SECONDS_AT_THE_END = 60.0
+_THREAD = "outlet-"
 _LONGEST_VALUE = 500  # of a parameter, for MLflow's older servers
 Values = Mapping[str, Any]
 
@@ -124,6 +126,8 @@ class Mlflow:
         with _environment({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}):
             from mlflow import MlflowClient
 
+            for handler in logging.getLogger("mlflow").handlers:
+                handler.addFilter(_not_of_an_outlet)
             self._client = MlflowClient(tracking_uri=self._uri)
             self._experiment = self._experiment_id(os.environ.get("MLFLOW_EXPERIMENT_NAME", "vitq_ray"))
             self._about = about
@@ -253,6 +257,11 @@ class Wandb:
             self._run.finish(exit_code=0 if status == "finished" else 1)
 
 
+def _not_of_an_outlet(record: logging.LogRecord) -> bool:
+    """What goes wrong in the thread of an outlet is said once, and by us."""
+    return not str(record.threadName).startswith(_THREAD)
+
+
 @contextmanager
 def _environment(defaults: Mapping[str, str]) -> Iterator[None]:
     """Variables for as long as the context lasts, where they are not set."""
@@ -295,7 +304,7 @@ class _Worker:
         self._warn = warn
         self._calls: queue.SimpleQueue[tuple[str, tuple[Any, ...]] | None] = queue.SimpleQueue()
         self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._work, name=f"outlet-{name}", daemon=True)
+        self._thread = threading.Thread(target=self._work, name=_THREAD + name, daemon=True)
 
     def begin(self, about: About) -> None:
         try:

@@ -165,12 +165,12 @@ class _Race:
     ) -> None:
         objective = OBJECTIVES[searched.objective]
         self._storage, self._metric = storage, objective.metric
-        self._candidates = [event for event in events if event["event"] == "candidate"]
-        self._columns = _Columns(searched, [_setting(event, searched) for event in self._candidates])
+        candidates = (event for event in events if event["event"] == "candidate")
+        self._settings = {event["name"]: _setting(event, searched) for event in candidates}
+        self._columns = _Columns(searched, self._settings.values())
         attributes = {"search space": searched.space.name, "objective": searched.objective}
         title = _TITLES.get(self._metric, self._metric)
         self._study = _new_study(storage, name, objective.sign > 0, title, attributes)
-        self._searched = searched
         self._trials: dict[str, _Trial] = {}
 
     def take(self, event: Mapping[str, Any]) -> None:
@@ -183,7 +183,7 @@ class _Race:
             self._decide(event)
 
     def _enter(self, event: Mapping[str, Any]) -> None:
-        setting = _setting(event, self._searched)
+        setting = self._settings[event["name"]]
         attributes = {"name": event["name"], "label": setting.label, "forecast": event["predicted_noise"]}
         if event["same_as"] is not None:
             attributes["same as"] = event["same_as"]
