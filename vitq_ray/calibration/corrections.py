@@ -35,6 +35,7 @@ CORRECTIONS = {
 # {correction: layers of a block that must have a bias}
 _BIASES = {CENTRE: ("attn.qkv", "attn.proj"), BIAS: ("attn.proj", "mlp.fc2")}
 _AT_ONCE = 8  # images in one forward pass
+_RIDGE = 1.0  # of the mean diagonal, added to what `centre` solves
 _DAMP = 0.01  # of the mean diagonal, added to a layer's second moments before they are inverted
 _COLUMNS = 64  # of a weight that are rounded before the others are told
 
@@ -50,34 +51,35 @@ def require_correctable(model: nn.Module, name: str) -> None:
 def centred(model: nn.Module, plan: Plan, images: Tensor) -> dict[str, Tensor]:
     """{timm name: bias} with v -> v - c in every head, for the probabilities as the plan quantizes them.
 
-    Of a row of probabilities let m be the mass that is lost and e the error of its product with v. c = Σ w·m·e / Σ w·m²
-    makes Σ w·(e - m·c)² least, with w the row's sensitivity. The output projection's bias takes c up: the rows of the
-    float probabilities add up to one.
+    Of a row of probabilities let m be the mass that is lost, e the error of its product with v and g the gradient
+    there. c makes Σ (g·(e - m·c))² least, with a ridge on c as large as the mean of that square's diagonal: the first
+    is what the prediction of KL says of this site. The output projection's bias takes c up: the rows of the float
+    probabilities add up to one.
     """
     blocks = quant_blocks(model)
     kept: dict[str, Tensor] = {}
-    products: dict[int, Tensor] = {}  # Σ w·m·e (H, D)
-    squares: dict[int, Tensor] = {}  # Σ w·m² (H, 1)
+    products: dict[int, Tensor] = {}  # Σ m·(g·e)·g (H, D)
+    squares: dict[int, Tensor] = {}  # Σ m²·g·gᵀ (H, D, D)
     names = {site_key(i, f"attn.matmul_{n}_input_quantizer"): (i, n) for i in range(len(blocks)) for n in "va"}
     outputs = {site_key(i, "attn.out._input_quantizer"): i for i in range(len(blocks))}
 
     def take(key: str, x: Tensor, g: Tensor) -> None:
         if key in outputs:  # (B, N, H·D), the first of a block's to be shown
-            heads = g.unflatten(2, (blocks[outputs[key]].attn.num_heads, -1))
-            kept["w"] = heads.square().sum(dim=3).transpose(1, 2)  # (B, H, N)
+            kept["g"] = g.unflatten(2, (blocks[outputs[key]].attn.num_heads, -1)).transpose(1, 2)  # (B, H, N, D)
         elif key in names:
             index, name = names[key]
             kept[name] = x
             if {"v", "a"} <= kept.keys():
-                add(index, kept.pop("w"), kept.pop("a"), kept.pop("v"))
+                add(index, kept.pop("g"), kept.pop("a"), kept.pop("v"))
 
-    def add(index: int, weight: Tensor, probabilities: Tensor, v: Tensor) -> None:
+    def add(index: int, gradient: Tensor, probabilities: Tensor, v: Tensor) -> None:
         site = plan.sites[site_key(index, "attn.matmul_a_input_quantizer")]
         amax = site.amax.to(probabilities.device)
         error = probabilities - fake_quantize(probabilities, amax, levels=site.rule.levels)  # (B, H, N, N)
-        mass = error.sum(dim=3)
-        product = torch.einsum("bhn,bhnd->hd", weight * mass, error @ v).double()
-        square = (weight * mass.square()).sum(dim=(0, 2)).double()[:, None]
+        felt = error.sum(dim=3, keepdim=True) * gradient  # m·g
+        loss = ((error @ v) * gradient).sum(dim=3)  # g·e
+        product = torch.einsum("bhn,bhnd->hd", loss, felt).double()
+        square = torch.einsum("bhnd,bhne->hde", felt, felt).double()
         products[index] = products[index] + product if index in products else product
         squares[index] = squares[index] + square if index in squares else square
 
@@ -86,7 +88,10 @@ def centred(model: nn.Module, plan: Plan, images: Tensor) -> dict[str, Tensor]:
     for index, block in enumerate(blocks):
         if not plan.sites[site_key(index, "attn.matmul_a_input_quantizer")].rule.on:
             continue
-        centre = torch.where(squares[index] > 0, products[index] / squares[index].clamp(min=1e-300), 0).flatten()
+        square = squares[index]
+        mean = square.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=1e-300)
+        ridge = _RIDGE * mean[:, None, None] * torch.eye(square.shape[1]).to(square)
+        centre = torch.linalg.solve(square + ridge, products[index]).flatten()
         qkv, out = block.attn.qkv, block.attn.proj
         bias = qkv.bias.detach().double().clone()
         bias[-len(centre) :] -= centre

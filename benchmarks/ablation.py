@@ -1,0 +1,194 @@
+"""What each transform and correction brings, alone and left out of the whole: KL to float, classes, seconds.
+
+    python benchmarks/ablation.py --pretrained_dir ../shared/data/vits14/vits14.npz \
+        --data-path ../shared/data/clothing-zip --quant-mode ft2
+    python benchmarks/ablation.py --quant-mode ft2 --wprec 4 --aprec 4 --select-images 10000      # the bundled sample
+
+Every row is one setting with the calibrator `fisher` for activations and weights, unless it says otherwise, calibrated
+on the first images of train and evaluated on val (`--select-images` of it). `± ` is the standard error of the
+difference to the row of all transforms, image by image. "lost, won": images that float gets right and the setting does
+not, and the other way round. "look" is what was seen of the float model, shared by rows with the same transforms;
+"plan" is scales and corrections.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitq_ray.calibration.planner import Look, Planner, look_at, needs_of
+from vitq_ray.calibration.sensitivity import images_to_look_at
+from vitq_ray.calibration.setting import Setting
+from vitq_ray.calibration.statistics import CalibrationStatistics, collect_statistics
+from vitq_ray.calibration.transforms import ALL_TRANSFORMS
+from vitq_ray.data.loader import iter_batches
+from vitq_ray.data.samples import open_split
+from vitq_ray.data.transforms import EvalTransform
+from vitq_ray.engines.execute import default_engine, evaluation_batch, executed
+from vitq_ray.measure.fidelity import agrees, kl_to_float
+from vitq_ray.models.load import load_model
+from vitq_ray.quant.plan import Plan
+from vitq_ray.quant.sites import MODES
+from vitq_ray.quant.vit import apply_plan, quantize_vit, quantizers_off
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLE = ROOT / "vitq_ray" / "sample"
+
+
+@dataclass(frozen=True)
+class Images:
+    """Calibration images as the model takes them, and val: images uint8, labels."""
+
+    calibration: Tensor
+    pixels: Tensor
+    labels: Tensor
+
+
+class Bench:
+    """A model, its images, and what was seen of it so far."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.loaded = load_model("auto", args.pretrained_dir, None)
+        self.model = quantize_vit(self.loaded.model).eval()
+        self.transform = EvalTransform(self.loaded.geometry.img_size)
+        self.seed, self.args = args.seed, args
+        self.images = self._read(args)
+        self.batch = evaluation_batch(self.model, torch.device("cpu"))
+        self.looks: dict[tuple, Look] = {}
+        self.seconds: dict[tuple, float] = {}
+        with quantizers_off(self.model):
+            self.float_logits = self._logits(self.model)
+
+    def _read(self, args: argparse.Namespace) -> Images:
+        classes = self.loaded.geometry.num_classes
+        train, val = (open_split(args.data_path, split, classes) for split in ("train", "val"))
+        count = args.calibration_images or images_to_look_at(self.model)
+        drawn = np.random.default_rng(args.seed).permutation(len(train))
+        calibration = [batch.images for batch in iter_batches(train, drawn[:count].tolist(), self.transform, 8, 2)]
+        ids = np.random.default_rng(args.seed).permutation(len(val))[: args.select_images].tolist()
+        batches = list(iter_batches(val, ids, self.transform, 64, 2))
+        if args.other_images:
+            ids = drawn[count:][: args.other_images].tolist()
+            batches += list(iter_batches(train, ids, self.transform, 64, 2))
+        pixels, labels = (torch.cat([getattr(b, name) for b in batches]) for name in ("images", "labels"))
+        return Images(self.transform.normalize(torch.cat(calibration)), pixels, labels)
+
+    def _logits(self, run) -> Tensor:
+        with torch.inference_mode():
+            return torch.cat([run(self.transform.normalize(part)) for part in self.images.pixels.split(self.batch)])
+
+    def look(self, setting: Setting) -> float:
+        """Seconds that looking took, also where it was done before."""
+        if setting.transforms not in self.looks:
+            began = time.perf_counter()
+            bases = [replace(setting, calibrator=c, corrections=()) for c in ("fisher", "mse")]
+            needs = needs_of(bases, self.loaded.geometry.depth)[setting.transforms]
+            batches = list(enumerate(self.images.calibration.split(8)))
+
+            def collect(model: torch.nn.Module, kinds: tuple[str, ...]) -> CalibrationStatistics:
+                return collect_statistics(model, batches, (len(batches),), kinds=kinds)
+
+            args = (self.model, setting.transforms, needs, self.images.calibration, collect, self.seed)
+            self.looks[setting.transforms] = look_at(*args)
+            self.seconds[setting.transforms] = time.perf_counter() - began
+        return self.seconds[setting.transforms]
+
+    def plan(self, setting: Setting) -> tuple[Plan, float, float]:
+        """Its plan, what it forecasts, and the seconds that took."""
+        self.look(setting)
+        began = time.perf_counter()
+        planner = Planner(self.model, self.looks, lambda: self.images.calibration, self.seed)
+        plan = planner.plan(setting)
+        seconds = time.perf_counter() - began
+        return plan, planner.forecast(setting, plan), seconds
+
+    def kl(self, plan: Plan) -> tuple[Tensor, Tensor]:
+        apply_plan(self.model, plan)
+        with executed(self.model, default_engine(torch.device("cpu"))) as run:
+            logits = self._logits(run)
+        return kl_to_float(logits, self.float_logits), logits
+
+    def row(self, name: str, setting: Setting, base: Tensor | None = None) -> Tensor:
+        look = self.look(setting)
+        plan, forecast, seconds = self.plan(setting)
+        kl, logits = self.kl(plan)
+        right, right_float = (x.argmax(1) == self.images.labels for x in (logits, self.float_logits))
+        lost, won = int((right_float & ~right).sum()), int((right & ~right_float).sum())
+        difference = 0.0 if base is None else float((kl - base).std() / len(kl) ** 0.5)
+        agreement = float(agrees(logits, self.float_logits).double().mean())
+        top1 = float(right.double().mean())
+        print(
+            f"{name:<34} {forecast:9.4f} {kl.mean():9.4f} ±{difference:.4f} {agreement:8.2%} {top1:8.2%} {lost:4} "
+            f"{won:4} {look:6.0f} {seconds:6.0f}",
+            flush=True,
+        )
+        return kl
+
+
+def rows(setting: Setting, all_transforms: tuple[str, ...]) -> list[tuple[str, Setting]]:
+    """(name, setting) of every row but that of all transforms."""
+    whole = replace(setting, transforms=all_transforms)
+    found = [(f"no transform, {c}", replace(setting, calibrator=c, weights=w)) for c, w in
+             (("max", "max"), ("mse", "max"), ("fisher", "max"), ("fisher", "fisher"))]  # fmt: skip
+    found += [(f"{name} alone", replace(setting, transforms=(name,))) for name in all_transforms]
+    found += [
+        (f"all but {name}", replace(setting, transforms=tuple(t for t in all_transforms if t != name)))
+        for name in all_transforms
+    ]
+    found += [(f"all, {c}, weights {w}", replace(whole, calibrator=c, weights=w)) for c, w in
+              (("max", "max"), ("mse", "mse"), ("fisher", "max"))]  # fmt: skip
+    for names in (
+        ("centre",),
+        ("round",),
+        ("bias",),
+        ("centre", "round"),
+        ("round", "bias"),
+        ("centre", "round", "bias"),
+    ):
+        found.append((f"all + {', '.join(names)}", replace(whole, corrections=names)))
+    off, unsigned = (f"attention_probabilities -> {what}" for what in ("off", "unsigned"))
+    found.append(("all, probabilities float", replace(whole, rules=(off,))))
+    found.append(("all, probabilities unsigned", replace(whole, rules=(unsigned,))))
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pretrained_dir", default=str(SAMPLE / "vit.npz"))
+    parser.add_argument("--data-path", default=str(SAMPLE))
+    parser.add_argument("--quant-mode", default="ft2", choices=list(MODES))
+    parser.add_argument("--wprec", type=int, default=8)
+    parser.add_argument("--aprec", type=int, default=8)
+    parser.add_argument("--calibration-images", type=int, help="default: as many as gradients are taken of")
+    parser.add_argument("--select-images", type=int, help="of val; default: all")
+    parser.add_argument("--other-images", type=int, default=0, help="of train, not calibrated on, in addition")
+    parser.add_argument("--only", default="", help="rows whose name holds this text")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    bench = Bench(args)
+    fused = MODES[args.quant_mode].fuse_qkv
+    names = ALL_TRANSFORMS if fused else tuple(name for name in ALL_TRANSFORMS if name != "balance")
+    batches = -(-len(bench.images.calibration) // 8)
+    setting = Setting(args.quant_mode, "fisher", batches, 8, args.wprec, args.aprec, weights="fisher")
+    right = float((bench.float_logits.argmax(1) == bench.images.labels).double().mean())
+    print(f"{len(bench.images.labels)} images, float top-1 {right:.2%}; {len(bench.images.calibration)} calibrated on")
+    print(
+        f"{'setting':<34} {'predicted':>9} {'KL, nats':>9} {'±':>7} {'agrees':>8} {'top-1':>8} lost  won   look   plan"
+    )
+    base = bench.row("all transforms", replace(setting, transforms=names))
+    for name, each in rows(setting, names):
+        if args.only in name:
+            bench.row(name, each, base)
+
+
+if __name__ == "__main__":
+    main()
