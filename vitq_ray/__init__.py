@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from vitq_ray.commands.api import calibrate as calibrate
     from vitq_ray.commands.api import evaluate as evaluate
     from vitq_ray.commands.api import export as export
+    from vitq_ray.commands.api import sensitivity as sensitivity
     from vitq_ray.commands.api import train as train
     from vitq_ray.commands.api import tune as tune
     from vitq_ray.commands.calibrate import CalibrateResult as CalibrateResult
     from vitq_ray.commands.evaluate import EvaluateResult as EvaluateResult
     from vitq_ray.commands.export import ExportResult as ExportResult
+    from vitq_ray.commands.sensitivity import SensitivityResult as SensitivityResult
     from vitq_ray.commands.train import TrainResult as TrainResult
     from vitq_ray.commands.tune import TuneResult as TuneResult
     from vitq_ray.measure.evaluation import Evaluation as Evaluation
@@ -43,9 +45,11 @@ _WHERE = {
     "tune": "commands.api",
     "train": "commands.api",
     "export": "commands.api",
+    "sensitivity": "commands.api",
     "CalibrateResult": "commands.calibrate",
     "EvaluateResult": "commands.evaluate",
     "ExportResult": "commands.export",
+    "SensitivityResult": "commands.sensitivity",
     "TrainResult": "commands.train",
     "TuneResult": "commands.tune",
     "Evaluation": "measure.evaluation",

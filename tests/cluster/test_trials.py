@@ -42,6 +42,7 @@ from vitq_ray.engines.execute import Engine, executed
 from vitq_ray.measure.evaluation import Evaluation, evaluate
 from vitq_ray.measure.metrics import METRICS, Results, pack
 from vitq_ray.measure.racing import RaceRules
+from vitq_ray.models.checkpoint import load_calibrated
 from vitq_ray.quant.vit import quantize_vit
 
 tune_calib = load_script("tune_calib")
@@ -347,6 +348,43 @@ def test_two_workers_and_another_seed(finished: Path, tmp_path: Path, capsys: py
     printed = capsys.readouterr().out
     assert "12 settings, 8 of them with scales of their own" in printed
     assert "winner" in printed
+
+
+def run_some_in_float(project: Project, tmp_path: Path, *more: object) -> dict[str, Any]:
+    """A search that leaves some in float, cut after the first set and gone on with: the same. Returns its result."""
+    assert run_tune(project, tmp_path, "--int8-share", 0.6, "--wprec", 3, "--aprec", 3, *more) == 0
+    folder = tmp_path / "run"
+    result = json.loads((folder / "result.json").read_text())
+    lines = (folder / "trials.jsonl").read_text().splitlines(keepends=True)
+    kinds = [json.loads(line)["event"] for line in lines]
+    (folder / "trials.jsonl").write_text("".join(lines[: kinds.index("float_set") + 1]))
+    (folder / "result.json").unlink()
+    assert tune_calib.main(["--resume", str(folder)]) == 0
+    again = json.loads((folder / "result.json").read_text())
+    others = ("seconds", "options", "engine", "checksum")
+    assert {k: v for k, v in again.items() if k not in others} == {k: v for k, v in result.items() if k not in others}
+    events = [json.loads(line)["event"] for line in (folder / "trials.jsonl").read_text().splitlines()]
+    assert all(events.count(kind) == kinds.count(kind) for kind in ("chunk", "effect", "float_set"))
+    return again
+
+
+def test_some_of_the_winner_in_float(ray_cluster: None, project: Project, tmp_path: Path) -> None:
+    result = run_some_in_float(project, tmp_path)
+    whole, *sets = result["float_sets"]
+    assert whole["integer_share"] == 1
+    assert sets
+    assert all(0.6 <= one["integer_share"] < 1 for one in sets)
+    chosen = next(one for one in result["float_sets"] if one["name"] == result["winner"]["name"])
+    assert chosen["selection"]["kl"] == min(one["selection"]["kl"] for one in result["float_sets"])
+    assert result["integer_share"] == chosen["integer_share"]
+    checkpoint = load_calibrated(str(tmp_path / "run" / "best" / "vit_calib.pth"))
+    assert checkpoint.sidecar.setting.to_dict() == chosen["setting"]
+
+
+@pytest.mark.slow
+def test_refined(ray_cluster: None, project: Project, tmp_path: Path) -> None:
+    result = run_some_in_float(project, tmp_path, "--refine")
+    assert [c["setting"] for c in result["candidates"].values() if c["setting"]["rules"]]
 
 
 def test_best_evaluates_to_the_reported_counts(finished: Path, tmp_path: Path) -> None:

@@ -16,7 +16,14 @@ from vitq_ray.commands import combinations, train
 from vitq_ray.commands.declare import Options
 from vitq_ray.commands.inputs import bundled_spaces, find_space
 from vitq_ray.commands.main import COMMANDS
-from vitq_ray.commands.options import CalibrateOptions, EvaluateOptions, ExportOptions, TrainOptions, TuneOptions
+from vitq_ray.commands.options import (
+    CalibrateOptions,
+    EvaluateOptions,
+    ExportOptions,
+    SensitivityOptions,
+    TrainOptions,
+    TuneOptions,
+)
 from vitq_ray.commands.parser import parse, parser_of
 from vitq_ray.commands.resume import with_stored
 from vitq_ray.commands.screen import SILENT
@@ -27,7 +34,7 @@ from vitq_ray.quant.plan import Plan, SitePlan, rule_of
 from vitq_ray.quant.sites import MODES, sites_of_blocks
 from vitq_ray.search.space import load_space, space_of
 
-ALL = (CalibrateOptions, EvaluateOptions, TuneOptions, TrainOptions, ExportOptions)
+ALL = (CalibrateOptions, EvaluateOptions, TuneOptions, TrainOptions, ExportOptions, SensitivityOptions)
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -37,7 +44,8 @@ def test_both_spellings_of_every_option_are_read(kind: type[Options]) -> None:
             continue
         value = {"": "3"}.get(row.kind.shown, row.kind.shown.strip("{}").split(",")[0])
         value = "ft1" if name == "quant_mode" else "0.5" if name in ("alpha", "dropout", "tie_margin") else value
-        value = "0.5" if name in ("crop_pct", "min_float_top1") else value
+        value = "0.5" if name in ("crop_pct", "min_float_top1", "int8_share") else value
+        value = "site" if name == "parts" else value
         bare = row.spelling[2:]
         read = [
             getattr(parse(kind, [f"--{bare.replace(*pair)}", value], "x"), name) for pair in (("_", "-"), ("-", "_"))
@@ -127,6 +135,9 @@ IDLE = {
     "qat --max-failures 1": "--max-failures: 1 given, but one worker (--num-workers 1) trains in this process",
     "qat --ray-address auto --dashboard": "--dashboard: True given, but a cluster that is joined (--ray-address)",
     "qat --resume d --output e": "--output: e given, but a run that goes on (--resume) stays in its folder",
+    "sensitivity --percentile 99 --calibrator max": "--percentile: 99.0 given, but the calibrator (--calibrator) does",
+    "sensitivity --use-gpu": "--use-gpu: True given, but parts are measured on the CPU",
+    "sensitivity --resume d --output e": "--output: e given, but a run that goes on (--resume) stays in its folder",
 }
 KINDS = dict(zip(COMMANDS, ALL, strict=True))
 TABLES = {
@@ -134,6 +145,7 @@ TABLES = {
     "evaluate": combinations.EVALUATE,
     "tune": combinations.TUNE,
     "qat": combinations.TRAIN,
+    "sensitivity": combinations.SENSITIVITY,
 }
 
 

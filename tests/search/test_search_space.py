@@ -10,7 +10,7 @@ from vitq_ray.base.config import InputError
 from vitq_ray.calibration.planner import needs_of
 from vitq_ray.calibration.scales import kinds_of
 from vitq_ray.calibration.setting import Setting, require_sites
-from vitq_ray.search.proposals import proposals
+from vitq_ray.search.proposals import Round, proposals
 from vitq_ray.search.space import load_space, percentiles, space_of
 
 SPACES = ROOT / "search_spaces"
@@ -111,6 +111,11 @@ def test_calibrators_that_a_setting_may_have(tmp_path: Path) -> None:
     )
 
 
+def told(scores: dict[Setting, float]) -> Round:
+    best = max(scores, key=lambda setting: scores[setting])
+    return Round(scores, best, lambda setting, other: scores[setting] - scores[other])
+
+
 @pytest.mark.parametrize("algorithm", ["random", "optuna"])
 def test_rules_are_drawn_too(algorithm: str, tmp_path: Path) -> None:
     text = """SPACE = {"mode": ["ft1", "ft2"], "*.fc2.*": [None, "mse", "5 bits"],
@@ -119,7 +124,7 @@ def test_rules_are_drawn_too(algorithm: str, tmp_path: Path) -> None:
     found: list[Setting] = []
     while settings := source.next_round():
         found += settings
-        source.tell(dict.fromkeys(settings, 0.5))
+        source.tell(told(dict.fromkeys(settings, 0.5)))
     assert len({tuple(map(str, s.rules)) for s in found}) == 9
     assert len(found) == len(set(found)) == 18
 

@@ -8,6 +8,7 @@ A look is shared by all settings with the same transforms. It is a value: looked
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -25,7 +26,7 @@ from vitq_ray.calibration.corrections import (
     rounded,
     with_weights,
 )
-from vitq_ray.calibration.scales import NOISE_NEEDS, Scales, grids_of_setting, kinds_needed, noise_per_site, total_noise
+from vitq_ray.calibration.scales import NOISE_NEEDS, Scales, grids_of_setting, kinds_needed, noise_per_site
 from vitq_ray.calibration.sensitivity import Grid, Sensitivity, Track, collect_sensitivity
 from vitq_ray.calibration.setting import Setting, Technique
 from vitq_ray.calibration.statistics import CalibrationStatistics
@@ -195,13 +196,17 @@ class Planner:
         return "predicted_kl" if sensitive else "predicted_noise"
 
     def forecast(self, setting: Setting, plan: Plan) -> float:
-        """What a plan promises, less is better: predicted KL in nats, without corrections; where no sensitivity was
-        looked at, the sum of noise to signal over all sites."""
+        """What a plan promises, less is better: the sum of `losses`."""
+        return math.fsum(self.losses(setting, plan).values())
+
+    def losses(self, setting: Setting, plan: Plan) -> dict[str, float]:
+        """{site that is on: what it is forecast to lose}: predicted KL in nats, without corrections; where no
+        sensitivity was looked at, noise to signal."""
         look, (model, scales) = self._looks[setting.transforms], self._of(setting.transforms)
         if look.sensitivity is not None:
-            return sum(scales.predicted_kl(plan).values())
+            return scales.predicted_kl(plan)
         assert look.statistics is not None
-        return total_noise(noise_per_site(model, look.statistics, setting.num_batches, plan))
+        return noise_per_site(model, look.statistics, setting.num_batches, plan)
 
     def _complete(self, setting: Setting) -> None:
         """Look again where a setting has grids that nobody named before, as rules that meet at one site may."""

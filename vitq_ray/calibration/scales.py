@@ -17,7 +17,6 @@ The factor of a rule is one on amax, so on step, low and high alike.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
@@ -76,6 +75,18 @@ def require_possible(setting: Setting, depth: int) -> None:
 def grids_of_setting(setting: Setting, depth: int) -> dict[str, tuple[Grid, ...]]:
     """{site: grids whose loss curves say how a setting does there}. InputError as `Scales.plan`."""
     return {key: _grids(wanted.rule, wanted.grid) for key, wanted in _wanted(setting, depth).items()}
+
+
+def grids_of_plan(plan: Plan, depth: int) -> dict[str, tuple[Grid, ...]]:
+    """{tensor, or weight's site: grids whose loss curves say what the plan loses there}, of all sites that are on."""
+    found: dict[str, dict[Grid, None]] = {}
+    for key, site in sites_of_blocks(depth).items():
+        rule = plan.sites[key].rule
+        if rule.on:
+            tensor = key if site.family == WEIGHT else key.removesuffix(site.name) + site.tensor
+            grid = _grids(rule, ASYMMETRIC if rule.zero_point else UNSIGNED)
+            found.setdefault(tensor, {}).update(dict.fromkeys(grid))
+    return {tensor: tuple(grids) for tensor, grids in found.items()}
 
 
 def _grids(rule: SiteRule, grid: str) -> tuple[Grid, ...]:
@@ -407,8 +418,3 @@ def _noise_of_weight(weight: Tensor, site: SitePlan) -> float:
     error = fake_quantize(weight, site.amax.to(weight.device), axis=rule.axis, levels=rule.levels) - weight
     signal = float(weight.square().sum())
     return float(error.square().sum()) / signal if signal > 0 else 0.0
-
-
-def total_noise(noise: Mapping[str, float]) -> float:
-    """The sum over all sites, which puts candidates in order; it decides nothing."""
-    return math.fsum(noise.values())

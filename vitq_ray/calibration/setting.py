@@ -30,6 +30,7 @@ SITE_GROUPS: dict[str, str] = {
     "gemm_outputs": "*._aftergemm_quantizer",
 }
 _ARROW = " -> "
+_MOST_SHOWN = 8  # rules and techniques in a label
 _PERCENTILE, _MAX = Calibration("percentile", (PERCENTILE.default,)), Calibration("max")
 _ANY_DEPTH = 100  # blocks that a pattern is tried on where the model is not known yet
 
@@ -245,6 +246,8 @@ class Setting(Config):
         """Short name for tables, e.g. `ft2 percentile 99.99 n=10 w8a8`."""
         own = [] if self.weights == _MAX else [f"weights={self.weights}"]
         own += [str(item) for item in (*self.rules, *self.transforms, *self.corrections)]
+        if len(own) > _MOST_SHOWN:
+            own = [*own[: _MOST_SHOWN - 1], f"{len(own) - _MOST_SHOWN + 1} more"]
         tail = "".join(f" {text}," for text in own).rstrip(",")
         bits = f"w{self.weight_bits}a{self.act_bits}"
         return f"{self.mode} {self.calibrator.short} n={self.num_batches} {bits}{tail}"

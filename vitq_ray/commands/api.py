@@ -10,10 +10,18 @@ from typing import Any
 from vitq_ray.commands import calibrate as _calibrate
 from vitq_ray.commands import evaluate as _evaluate
 from vitq_ray.commands import export as _export
+from vitq_ray.commands import sensitivity as _sensitivity
 from vitq_ray.commands import train as _train
 from vitq_ray.commands import tune as _tune
 from vitq_ray.commands.declare import signature_of
-from vitq_ray.commands.options import CalibrateOptions, EvaluateOptions, ExportOptions, TrainOptions, TuneOptions
+from vitq_ray.commands.options import (
+    CalibrateOptions,
+    EvaluateOptions,
+    ExportOptions,
+    SensitivityOptions,
+    TrainOptions,
+    TuneOptions,
+)
 
 
 def calibrate(**options: Any) -> _calibrate.CalibrateResult:
@@ -41,11 +49,17 @@ def export(**options: Any) -> _export.ExportResult:
     return _export.export(ExportOptions.of(options))
 
 
+def sensitivity(**options: Any) -> _sensitivity.SensitivityResult:
+    """Say what each part of a plan costs; `resume=folder` goes on with it."""
+    return _sensitivity.sensitivity(SensitivityOptions.of(options))
+
+
 for _function, _options, _result in (
     (calibrate, CalibrateOptions, _calibrate.CalibrateResult),
     (evaluate, EvaluateOptions, _evaluate.EvaluateResult),
     (tune, TuneOptions, _tune.TuneResult),
     (train, TrainOptions, _train.TrainResult),
     (export, ExportOptions, _export.ExportResult),
+    (sensitivity, SensitivityOptions, _sensitivity.SensitivityResult),
 ):
     _function.__signature__ = signature_of(_options, _result)  # type: ignore[union-attr]

@@ -100,6 +100,7 @@ EVALUATE_FILE = (
     Idle("use_gpu", lambda o: o.use_gpu, "an ONNX file is run on the CPU"),
     Idle("reference", lambda o: True, "an ONNX file is compared with the float model when it is exported"),
 )
+SENSITIVITY = (*_PARAMETERS, Idle("use_gpu", lambda o: o.use_gpu, "parts are measured on the CPU"), _OUTPUT)
 EXPORT = (Idle("use_gpu", lambda o: o.use_gpu, "a file is verified on the CPU"),)
 
 

@@ -23,6 +23,7 @@ from vitq_ray.commands.inputs import eval_transform, images_as, open_images, req
 from vitq_ray.commands.options import ExportOptions
 from vitq_ray.commands.outputs import require_apart
 from vitq_ray.commands.passes import KeptLogits
+from vitq_ray.commands.runs import checkpoint_of_run
 from vitq_ray.commands.screen import SILENT, Screen, percent, result_line, warn_of_bad_images, warn_of_left_out
 from vitq_ray.data.loader import iter_batches
 from vitq_ray.data.samples import SampleIndex
@@ -39,7 +40,7 @@ from vitq_ray.measure.latency import milliseconds
 from vitq_ray.models.checkpoint import CalibratedModel, load_calibrated
 from vitq_ray.quant.plan import Plan
 from vitq_ray.quant.vit import apply_plan, float_copy
-from vitq_ray.run.results import EXPORT, Stopwatch, left_out_rows, read_result, result_of, versions, write_result
+from vitq_ray.run.results import EXPORT, Stopwatch, left_out_rows, result_of, versions, write_result
 
 VERIFICATION = "verification.json"
 FLOAT, PLAN = "float", "plan"  # variants beside the files: the float model, and the plan as it is executed here
@@ -140,19 +141,8 @@ def with_run(options: ExportOptions) -> ExportOptions:
         if options.data_path is None:
             raise InputError(f"{options.name_of('data_path')}: needed: the file is verified on images of val")
         return options
-    if options.pretrained_dir is not None:
-        raise InputError(f"{options.name_of('run')}: {options.run} given, and a checkpoint, too; expected one of them")
-    folder = Path(options.run)
-    made = read_result(folder)
-    found = [
-        path for place in (folder / "best", folder) for kind in ("qat", "calib") for path in place.glob(f"*_{kind}.pth")
-    ]
-    if not found:
-        raise InputError(f"{folder}: holds no calibrated checkpoint; expected the folder of a finished run")
-    data = options.data_path or made["options"].get("data_path")
-    if data is None:
-        raise InputError(f"{options.name_of('data_path')}: needed: the file is verified on images of val")
-    return dataclasses.replace(options, pretrained_dir=str(found[0]), data_path=data)
+    checkpoint, data = checkpoint_of_run(options)
+    return dataclasses.replace(options, pretrained_dir=checkpoint, data_path=data)
 
 
 def prepare(options: ExportOptions, screen: Screen) -> ExportJob:

@@ -1,4 +1,4 @@
-"""What a user runs: `vitq-ray calib|evaluate|tune|qat|export`, and one function for every script.
+"""What a user runs: `vitq-ray calib|evaluate|tune|qat|export|sensitivity`, and one function for every script.
 
 Exit codes: 0 done, 2 bad input or options (one line on stderr), 1 anything else, 130 after Ctrl-C, 143 and 129 after
 SIGTERM and SIGHUP.
@@ -39,6 +39,9 @@ COMMANDS = {
         Command("tune", "tune", "TuneOptions", "tune_calib.py", "find the best setting of a search space"),
         Command("qat", "train", "TrainOptions", "qat.py", "train a calibrated checkpoint with its quantizers on"),
         Command("export", "export", "ExportOptions", "export.py", "write an ONNX file for a runtime, and verify it"),
+        Command(
+            "sensitivity", "sensitivity", "SensitivityOptions", "sensitivity.py", "say what each part of a plan costs"
+        ),
     )
 }
 
@@ -62,7 +65,7 @@ def about(name: str, program: str) -> str:
 
 def usage(program: str) -> str:
     """The commands, one a line."""
-    rows = [f"  {row.name:<10} {row.help}" for row in COMMANDS.values()]
+    rows = [f"  {row.name:<12} {row.help}" for row in COMMANDS.values()]
     head = f"usage: {program} COMMAND [options]        {program} COMMAND --help        {program} --version"
     return "\n".join((head, "", *rows))
 
@@ -90,6 +93,11 @@ def qat(argv: Sequence[str] | None = None) -> int:
 def export(argv: Sequence[str] | None = None) -> int:
     """scripts/export.py"""
     return run_script("export", argv)
+
+
+def sensitivity(argv: Sequence[str] | None = None) -> int:
+    """scripts/sensitivity.py"""
+    return run_script("sensitivity", argv)
 
 
 def run_script(name: str, argv: Sequence[str] | None) -> int:

@@ -29,12 +29,15 @@ from vitq_ray.quant.plan import MAX_BITS, MIN_BITS
 from vitq_ray.quant.sites import MODES
 from vitq_ray.run.outlets import require_target
 from vitq_ray.search.proposals import DEFAULT_SAMPLES, SEARCH_ALGORITHMS
+from vitq_ray.search.site_effects import KINDS, WHOLE
 from vitq_ray.search.space import MOST_SETTINGS
 
 MOST_SELECTION_IMAGES = 10_000  # by default: they are kept decoded
 DEFAULT_SPACE = "calib"
 MOST_THREADS, MOST_WORKERS = 1024, 10_000
 MOST_GIGABYTES = 100_000
+AUTO_SHARE = "auto"
+PART_KINDS = tuple(kind for kind in KINDS if kind != WHOLE)
 _INPUT = Place(uri=True)
 _SEED = Number(int, 0, MOST_SEED)
 _THREADS, _WORKERS = Number(int, 1, MOST_THREADS), Number(int, 1, MOST_WORKERS)
@@ -303,6 +306,58 @@ class ExportOptions(ModelOptions, DecodeOptions):
     output: str = option(Place(), "runs/export", "folder for the file")
 
 
+@dataclass(frozen=True)
+class Kinds:
+    """Kinds of parts of a plan, such as `family,block`."""
+
+    shown: str | None = ""
+
+    def read(self, value: Any) -> str:
+        names = Text().read(value).split(",")
+        unknown = [name for name in names if name not in PART_KINDS]
+        if unknown:
+            raise InputError(f"{unknown[0]!r} is not one of {', '.join(PART_KINDS)}")
+        return ",".join(names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensitivityOptions(OneSettingOptions):
+    """Say what each site, family of sites and block costs: KL to the float model where it alone is quantized.
+
+        {command}                                                        # the bundled sample, calibrated first
+        {command} --run runs/search                                      # the best of a finished search or training
+        {command} --pretrained_dir runs/calib/vit_calib.pth --data-path /data/imagenet
+        {command} --resume runs/sensitivity                              # go on after an interruption
+
+    A float checkpoint is calibrated first, with the setting that --quant-mode, --calibrator, … describe. Predictions
+    come from gradients of a few calibration images. Writes run.json, trials.jsonl, sensitivity.json and result.json;
+    with --run also sensitivity.json of that run.
+    """
+
+    run: str | None = option(Place(), None, "folder of a finished search or training, in place of a checkpoint")
+    images: int = option(Number(int, 2), 32, "images of val, drawn by --seed, that parts are measured on")
+    parts: str = option(Kinds(), ",".join(PART_KINDS), "what is measured, with commas")
+    engine: str = _engine()
+    output: str | None = option(Place(), None, "folder of the run; default: a new one under runs/")
+    resume: str | None = option(Place(), None, "folder of an interrupted run to go on with")
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share from 0 to 1, or `auto`."""
+
+    shown: str | None = ""
+
+    def read(self, value: Any) -> float | str:
+        if value == AUTO_SHARE:
+            return AUTO_SHARE
+        try:
+            return Number(float, 0, 1).read(value)
+        except InputError as error:
+            expected = str(error).rpartition(", got ")[0]
+            raise InputError(f"{expected}, or {AUTO_SHARE}, got {value!r}") from None
+
+
 @dataclass(frozen=True, kw_only=True)
 class TuneOptions(ModelOptions, SettingOptions, RayOptions, OutletOptions):
     """Find the best calibration setting of a search space: one float pass, then a race of all settings under Ray Tune.
@@ -348,7 +403,20 @@ class TuneOptions(ModelOptions, SettingOptions, RayOptions, OutletOptions):
     from_run: str | None = option(
         Place(), None, "folder of a finished search: try its best and tied settings instead of the space's"
     )
-    target_drop: float = option(Number(float, -100, 100), 0.5, "points below float that need no QAT")
+    refine: bool = option(
+        Flag(), False, "go on from the best setting: scales and calibrators of families of sites, then of single sites"
+    )
+    int8_share: float | str | None = option(
+        Share(),
+        None,
+        "leave in float what costs most, so that this share of the blocks' multiply-accumulates stays in integers; "
+        "auto: the largest share that meets --target-drop",
+    )
+    target_drop: float = option(
+        Number(float, -100, 100),
+        0.5,
+        "points below float that need no QAT, or with --int8-share auto no more in float",
+    )
     split_seed: int = option(_SEED, 0, "seed of the three splits")
     min_float_top1: float | None = option(Number(float, 0, 1), None, "refuse to search below this float top-1")
     output: str | None = option(Place(), None, "folder of the run; default: a new one under runs/")

@@ -34,6 +34,7 @@ from vitq_ray.commands.outlets import begun, numbers, outlets_of, racing
 from vitq_ray.commands.resume import stored_run, with_stored
 from vitq_ray.commands.screen import SILENT, Screen, accuracy_of, dashboard_hint, seconds_line
 from vitq_ray.commands.sketch import SYMBOLS, sketch_text, table_text
+from vitq_ray.commands.tune_float import FloatSet, leave_in_float
 from vitq_ray.commands.tune_job import (
     BEFORE_FORMAT_4,
     FREE_OPTIONS,
@@ -166,10 +167,16 @@ def run(job: TuneJob, folder: RunFolder, outlets: Outlets, screen: Screen) -> di
     folder.append("engine", **job.engine.to_dict())  # of this start: a resumed search may run elsewhere
     contest = race(job, folder, planner, images, baseline, watchers, screen)
     results = {"float": baseline} | contest.evaluations(images.labels, images.sample_ids)
-    folder.write_correct(results)
     best = contest.race.leader()
     assert best is not None  # the first candidate is never stopped
-    winner = contest.candidates[best]
+    winner, tried = contest.candidates[best], list[FloatSet]()
+    if job.options.int8_share is not None:
+        with job.watch.stage("float sets"):
+            whole = results[best]
+            chosen, tried = leave_in_float(job, folder, planner, images, winner, whole, baseline, screen)
+        winner = chosen.candidate
+        results |= {one.candidate.name: one.selection for one in tried}
+    folder.write_correct(results)
     with job.watch.stage("report"):
         of_winner, of_float = evaluate_report(job, winner, screen)
     path = save_best(job, folder, winner, {"winner": of_winner.summary(), "float": of_float.summary()})
@@ -182,7 +189,7 @@ def run(job: TuneJob, folder: RunFolder, outlets: Outlets, screen: Screen) -> di
     outlets.params({"winner": winner.setting.label})
     for name, evaluation in {"report_": of_winner, "report_float_": of_float}.items():
         outlets.metrics("images", evaluation.images, numbers(Counts.of(evaluation), name))
-    outcome = Outcome(contest, results, winner, of_winner, of_float, trained)
+    outcome = Outcome(contest, results, winner, of_winner, of_float, trained, tuple(tried))
     result = search_result(job, folder, outcome)
     folder.write_result(result)
     for text in (table_text(contest, unicode), sketch_text(contest, unicode), outcome_text(outcome)):
@@ -257,7 +264,7 @@ def race(
         len(images), options.chunk_images, job.batch_size, options.alpha, options.tie_margin, options.objective
     )
     field_of_race = Race(rules)
-    rounds = options.search_alg == "optuna" and options.from_run is None
+    rounds = options.refine or (options.search_alg == "optuna" and options.from_run is None)
     with (
         share(job.model, images, rules, job.transform, job.batch_size, job.engine, job.resources) as shared,
         LiveRace(field_of_race, baseline, screen, rounds) as table,
@@ -269,8 +276,12 @@ def race(
                 *watchers.listeners(field_of_race, table),
             )
         )
+
+        def losses(setting: Setting) -> Mapping[str, float]:
+            return planner.losses(setting, planner.plan(setting))
+
         with job.watch.stage("scales"), torch_threads(available_cpus()):
-            contest = Contest(planner, job.proposals(), field_of_race, folder, listeners)
+            contest = Contest(planner, job.proposals(losses), field_of_race, folder, listeners)
         with job.watch.stage("trials"):
             if not contest.over:
                 run_trials(shared, contest, job.resources, folder.path / TUNE_FOLDER)

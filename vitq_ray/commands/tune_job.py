@@ -33,7 +33,7 @@ from vitq_ray.commands.inputs import (
     require_labels,
     with_sample,
 )
-from vitq_ray.commands.options import MOST_SELECTION_IMAGES, TuneOptions, parameters
+from vitq_ray.commands.options import AUTO_SHARE, MOST_SELECTION_IMAGES, TuneOptions, parameters
 from vitq_ray.commands.outputs import require_apart
 from vitq_ray.commands.screen import Screen, warn_of_left_out, warn_of_no_labels
 from vitq_ray.data.loader import Batch
@@ -51,6 +51,7 @@ from vitq_ray.run.folder import RUN, RunFolder
 from vitq_ray.run.results import Stopwatch, versions
 from vitq_ray.search.asha import training_runs
 from vitq_ray.search.proposals import ListProposals, Proposals, proposals
+from vitq_ray.search.refine import Losses, Refinement
 from vitq_ray.search.space import QatSpace, SearchSpace, load_space
 
 MOST_CHECKED = 100_000  # combinations of a grid that are looked through for impossible rules
@@ -117,13 +118,20 @@ class TuneJob:
         with torch_threads(self.resources.threads):
             return find_engine(self.options.engine, self.model, self.loaded.geometry.img_size, self.device)
 
-    def proposals(self) -> Proposals:
-        """Where the settings come from."""
-        if self.fixed is not None:
-            return ListProposals(self.fixed)
-        options = self.options
-        require = partial(require_possible, depth=self.loaded.geometry.depth)
-        return proposals(options.search_alg, self.space, self.defaults, options.num_samples, options.seed, require)
+    def proposals(self, losses: Losses | None = None) -> Proposals:
+        """Where the settings come from. `losses` are forecasts, by which the best is refined if that was asked for."""
+        options, depth = self.options, self.loaded.geometry.depth
+        require = partial(require_possible, depth=depth)
+        source: Proposals = (
+            proposals(options.search_alg, self.space, self.defaults, options.num_samples, options.seed, require)
+            if self.fixed is None
+            else ListProposals(self.fixed)
+        )
+        if losses is None or not options.refine:
+            return source
+        of_space = self.space.calibrations(self.defaults)
+        calibrations = of_space if self.fixed is None else [c for s in self.fixed for c in s.calibrations]
+        return Refinement(source, losses, calibrations, depth, require)
 
     def stream(self, index: SampleIndex, ids: Ids, batch_size: int) -> Iterator[Batch]:
         """Decoded by Ray Data, in the order of the ids."""
@@ -216,8 +224,9 @@ def require_labels_used(options: TuneOptions, val: SampleIndex, screen: Screen) 
         value = getattr(options, name)
         if value is not None and value != FIDELITY:
             raise InputError(f"{options.name_of(name)}: {value} given, but {val.no_labels}")
-    if "tie_margin" in options.given:
-        raise combinations.idle_error(options, "tie_margin", "there is no top-1 without labels")
+    for name, wanted in (("tie_margin", options.tie_margin), ("int8_share", AUTO_SHARE)):
+        if name in options.given and getattr(options, name) == wanted:
+            raise combinations.idle_error(options, name, "there is no top-1 without labels")
     warn_of_no_labels(screen, val)
 
 
@@ -235,8 +244,14 @@ def require_used_with(options: TuneOptions, space: SearchSpace) -> None:
     for name in parameters():
         if name in options.given and name not in taken:
             raise combinations.idle_error(options, name, f"no calibrator of {what} takes it")
-    if "target_drop" in options.given and space.qat is None:
-        raise combinations.idle_error(options, "target_drop", f"{what} ({{search_space}}) has no QAT")
+    if "target_drop" in options.given and space.qat is None and options.int8_share != AUTO_SHARE:
+        why = f"{what} ({{search_space}}) has no QAT, and {{int8_share}} is not {AUTO_SHARE}"
+        raise combinations.idle_error(options, "target_drop", why)
+    for name in ("int8_share", "refine"):
+        if getattr(options, name) and space.qat is not None:
+            raise combinations.idle_error(
+                options, name, f"{what} ({{search_space}}) has QAT, which starts from its race"
+            )
     if "search_space" in options.given and options.from_run is not None and space.qat is None:
         raise combinations.idle_error(
             options, "search_space", "{from_run} names the settings, and this space has no QAT"

@@ -8,9 +8,11 @@ from typing import Any
 
 from vitq_ray.commands.inputs import drawn_by
 from vitq_ray.commands.screen import result_table
+from vitq_ray.commands.tune_float import FloatSet
 from vitq_ray.commands.tune_job import TuneJob
 from vitq_ray.commands.tune_qat import Trained
 from vitq_ray.measure.evaluation import Counts, Evaluation
+from vitq_ray.quant.work import integer_share, products_of
 from vitq_ray.run.folder import RunFolder, read_bad_images
 from vitq_ray.run.results import SEARCH, left_out_rows, result_of
 from vitq_ray.search.contest import Candidate, Contest
@@ -24,6 +26,7 @@ class Outcome:
         results: {candidate with scales of its own, or `float`: its results on the selection images}.
         of_winner, of_float: on the report images.
         trained: where QAT followed.
+        float_sets: what was tried where a part of the winner may stay in float, the whole winner first.
     """
 
     contest: Contest
@@ -32,6 +35,7 @@ class Outcome:
     of_winner: Evaluation
     of_float: Evaluation
     trained: Trained | None
+    float_sets: tuple[FloatSet, ...] = ()
 
 
 def search_result(job: TuneJob, folder: RunFolder, outcome: Outcome) -> dict[str, Any]:
@@ -48,6 +52,7 @@ def search_result(job: TuneJob, folder: RunFolder, outcome: Outcome) -> dict[str
         for c in contest.candidates.values()
     }
     trained = {} if outcome.trained is None else {"qat": outcome.trained.summary}
+    sets = {"float_sets": [one.to_dict() for one in outcome.float_sets]} if outcome.float_sets else {}
     return result_of(
         SEARCH,
         outcome.of_winner,
@@ -73,6 +78,8 @@ def search_result(job: TuneJob, folder: RunFolder, outcome: Outcome) -> dict[str
             "split": job.splits.calib_split,
             "drawn_by": drawn_by("shuffled", "split seed", job.options.split_seed),
         },
+        integer_share=integer_share(products_of(job.model), outcome.winner.plan),
+        **sets,
         **trained,
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -109,6 +109,18 @@ class Plan:
     def rules(self) -> dict[str, SiteRule]:
         """{site: what it does apart from its scale}."""
         return {name: site.rule for name, site in self.sites.items()}
+
+    def only(self, keys: Collection[str]) -> Plan:
+        """All sites but these are off; those of these that are off stay so."""
+        return self._on({name: site.rule.on and name in keys for name, site in self.sites.items()})
+
+    def without(self, keys: Collection[str]) -> Plan:
+        """These sites are off, too."""
+        return self._on({name: site.rule.on and name not in keys for name, site in self.sites.items()})
+
+    def _on(self, on: Mapping[str, bool]) -> Plan:
+        sites = {k: SitePlan(site.amax, dataclasses.replace(site.rule, on=on[k])) for k, site in self.sites.items()}
+        return Plan(self.mode, sites, self.weights)
 
     def after_training(self, amax: Mapping[str, Tensor]) -> Plan:
         """The plan of a trained model: its scales, which may be learned; all of its weights are its own. Every site

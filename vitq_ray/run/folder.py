@@ -16,7 +16,8 @@ whose first line says which format it was begun in; without one that is format 1
 added say theirs. Its events: `float` (results of the float model), `engine` (what runs
 candidates from here on: each start has its own), `candidate` (name, setting, predicted noise),
 `chunk` (results of a candidate on images `start` … of the race's order; every metric of `measure.metrics` packed, in
-base64), `decision`, `resumed`, `winner`.
+base64), `decision`, `effect` (KL of one part of the winner alone), `float_set` (results of the winner with some of it
+in float), `resumed`, `winner`.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from vitq_ray.run.paths import absolute_paths, stored_paths
 from vitq_ray.run.results import (
     RESULT,
     SEARCH,
+    SENSITIVITY,
     TRAINING,
     read_result,
     versions,
@@ -61,7 +63,7 @@ TUNE_FOLDER, TRAIN_FOLDER = ".tune", ".train"  # what Ray writes for itself; sta
 _NOT_COMPARED = ("format", "script", "versions", "options", "start", "paths", "id", "space_sha256")
 _RELATIVE_TO_RUN = "relative to this folder"
 _STATISTICS_KNOWN_SINCE = 3
-_KINDS = {SEARCH: "search", TRAINING: "training"}
+_KINDS = {SEARCH: "search", TRAINING: "training", SENSITIVITY: "scan"}
 _HALVES: Schema = {"selection": [int], "report": [int]}
 SCHEMAS: dict[str, Schema] = {
     SEARCH: {

@@ -34,6 +34,8 @@ EVENTS: dict[str, Schema] = {
     "candidate": {"name": str, "setting": dict, "predicted_noise": NUMBER, "same_as": (str, type(None))},
     "chunk": {"name": str, "start": int, "images": int},
     "decision": {"name": str, "verdict": str, "images": int},
+    "effect": {"kind": str, "name": str, "images": int, "kl": str},
+    "float_set": {"name": str, "setting": dict},
     "winner": {"name": str},
     "qat_epoch": {"name": str, "epoch": int, "images": int, "top1_correct": int, "loss": (*NUMBER, type(None))},
     "qat_failed": {"name": str, "reason": str},

@@ -27,7 +27,7 @@ from vitq_ray.data.samples import SampleIndex
 from vitq_ray.measure.evaluation import Counts, Evaluation
 
 CALIBRATION, EVALUATION, SEARCH, TRAINING = "calib", "evaluate", "tune_calib", "qat"  # names of the scripts
-EXPORT = "export"
+EXPORT, SENSITIVITY = "export", "sensitivity"
 RESULT = "result.json"
 _FIDELITY: Schema = {"images": int, "kl_total": NUMBER, "agreed": int}
 _TOP1: Schema = {"images": int, "top1_correct": int}

@@ -26,7 +26,7 @@ from vitq_ray.measure.metrics import Results, pack_text, unpack_text
 from vitq_ray.measure.racing import Decision, Race, RaceRules, standings
 from vitq_ray.quant.plan import Plan
 from vitq_ray.run.folder import RunFolder
-from vitq_ray.search.proposals import Proposals
+from vitq_ray.search.proposals import Proposals, Round
 
 _SAME_NOISE = 1e-3  # relative: other processors round differently
 
@@ -153,7 +153,7 @@ class Contest:
     def _fill(self) -> None:
         """The next round of proposals as candidates, those with the least predicted noise first."""
         if self._round:
-            self._proposals.tell({c.setting: self._score(c) for c in self._round})
+            self._proposals.tell(self._told())
         settings = self._proposals.next_round()
         self._exhausted = not settings
         made = [(setting, plan, self._planner.forecast(setting, plan)) for setting, plan in self._plans(settings)]
@@ -211,11 +211,22 @@ class Contest:
             there, here = f"{then:.6g}, same as {logged['same_as']}", f"{now:.6g}, same as {candidate.same_as}"
             raise log.error(None, f"candidate {name}: forecast noise {there} there, {here} now")
 
-    def _score(self, candidate: Candidate) -> float:
-        """By how much it is better than the first candidate in the mean, on the images it has seen."""
-        name, first = candidate.same_as or candidate.name, self.race.names[0]
-        images = len(self.race.results(name)[self.race.objective.metric])
-        return self.race.objective.sign * (self.race.mean(name, images) - self.race.mean(first, images))
+    def _told(self) -> Round:
+        best, first = self.race.leader(), self.race.names[0]
+        assert best is not None
+        of = {c.setting: c for c in self.candidates.values()}
+        return Round(
+            {c.setting: self._better(c, self.candidates[first]) for c in self._round},
+            self.candidates[best].setting,
+            lambda setting, other: self._better(of[setting], of[other]),
+        )
+
+    def _better(self, candidate: Candidate, other: Candidate) -> float:
+        """By how much it is better than another candidate in the mean, on the images that both have seen."""
+        names = [c.same_as or c.name for c in (candidate, other)]
+        images = min(len(self.race.results(name)[self.race.objective.metric]) for name in names)
+        mine, others = (self.race.mean(name, images) for name in names)
+        return self.race.objective.sign * (mine - others)
 
     # The log ------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import optuna
@@ -21,14 +22,29 @@ DEFAULT_SAMPLES = 64
 _ROUND = 8  # settings that Optuna proposes at once
 
 
+@dataclass(frozen=True)
+class Round:
+    """How the settings of a round did; larger is better, each on the images it has seen.
+
+    Attributes:
+        scores: by how much in the mean each is better than the first setting of the search.
+        best: the best setting so far.
+        gain: (setting, other of the search) -> by how much it is better, on the images that both have seen.
+    """
+
+    scores: Mapping[Setting, float]
+    best: Setting
+    gain: Callable[[Setting, Setting], float]
+
+
 class Proposals(Protocol):
     """A source of settings."""
 
     def next_round(self) -> list[Setting]:
         """Settings that were not proposed before; empty when there are no more."""
 
-    def tell(self, scores: Mapping[Setting, float]) -> None:
-        """How the settings of the last round did: larger is better."""
+    def tell(self, told: Round) -> None:
+        """How the settings of the last round did."""
 
 
 class ListProposals:
@@ -41,7 +57,7 @@ class ListProposals:
         settings, self._settings = self._settings, []
         return settings
 
-    def tell(self, scores: Mapping[Setting, float]) -> None:
+    def tell(self, told: Round) -> None:
         """Nothing to learn for."""
 
 
@@ -109,8 +125,8 @@ class OptunaProposals:
             row[field] = values[trial.suggest_int(field, 0, len(values) - 1)] if len(values) > 1 else values[0]
         return setting_of(row, self._defaults)
 
-    def tell(self, scores: Mapping[Setting, float]) -> None:
-        self._scores |= scores
+    def tell(self, told: Round) -> None:
+        self._scores |= told.scores
         for trial, setting in self._asked:
             self._study.tell(trial, self._scores[setting])
         self._asked = []

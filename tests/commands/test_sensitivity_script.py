@@ -1,0 +1,97 @@
+"""What each part of a plan costs, from a checkpoint, a run, or calibrated first; interrupted and gone on with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import vitq_ray
+from tests.conftest import Project, make_project
+from vitq_ray.base.config import InputError
+from vitq_ray.run.folder import RunFolder
+from vitq_ray.run.log import Log
+from vitq_ray.run.results import read_result
+
+FEW = {"num_calib_batch": 2, "calib_batchsz": 4, "calibrator": "max", "engine": "fake"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, dict[str, str], str]:
+    """A project, its options, and a calibrated checkpoint."""
+    folder = tmp_path_factory.mktemp("sensitivity")
+    (folder / "project").mkdir()
+    project = make_project(folder / "project")
+    data = {"pretrained_dir": project.checkpoint, "data_path": str(project.folder)}
+    found = vitq_ray.calibrate(calib_output_path=str(folder / "calib"), wprec=4, aprec=4, **data, **FEW)
+    return project, data, str(found.checkpoint)
+
+
+def test_every_part_is_measured_and_predicted(made: tuple[Project, dict[str, str], str], tmp_path: Path) -> None:
+    _, data, checkpoint = made
+    found = vitq_ray.sensitivity(
+        pretrained_dir=checkpoint, data_path=data["data_path"], images=6, engine="fake", output=str(tmp_path / "s")
+    )
+    content = json.loads((tmp_path / "s" / "sensitivity.json").read_text())
+    parts = {(part["kind"], part["name"]): part for part in content["parts"]}
+    assert content["images"] == 6
+    assert content["integer_share"] == 1
+    whole = parts["whole", "*"]
+    assert whole["sites"] == sum(part["sites"] for (kind, _), part in parts.items() if kind == "block")
+    assert whole["kl"] > max(part["kl"] for (kind, _), part in parts.items() if kind == "site")
+    assert whole["predicted_kl"] == pytest.approx(
+        sum(part["predicted_kl"] for (kind, _), part in parts.items() if kind == "family")
+    )
+    low, high = whole["kl_interval95"]
+    assert low < whole["kl"] < high
+    assert read_result(tmp_path / "s")["kl"] == pytest.approx(whole["kl"])
+    assert [effect.part.kind for effect in found.effects] == sorted(
+        (effect.part.kind for effect in found.effects), key=["whole", "site", "family", "block"].index
+    )
+    with pytest.raises(InputError, match=r"already holds a run; resume it, or choose another"):
+        vitq_ray.sensitivity(pretrained_dir=checkpoint, data_path=data["data_path"], output=str(tmp_path / "s"))
+
+
+def test_it_goes_on_where_it_was_interrupted(
+    made: tuple[Project, dict[str, str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A float checkpoint, calibrated first; the rest is not measured twice, and comes to the same."""
+    _, data, _ = made
+    options = {**data, **FEW, "images": 4, "parts": "family,block"}
+    whole = vitq_ray.sensitivity(output=str(tmp_path / "whole"), **options)
+    append, measured = Log.append, []
+
+    def interrupted(self: Log, event: str, **values: object) -> None:
+        if len(measured) == 5:
+            raise KeyboardInterrupt
+        measured.append(values)
+        append(self, event, **values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "append", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            vitq_ray.sensitivity(output=str(tmp_path / "cut"), **options)
+    assert len(measured) == 5
+    again = vitq_ray.sensitivity(resume=str(tmp_path / "cut"))
+    assert again.result["parts"] == whole.result["parts"]
+    events = RunFolder.find(tmp_path / "cut", "sensitivity").events()
+    assert len({(event["kind"], event["name"]) for event in events}) == len(events) == len(whole.effects)
+    with pytest.raises(InputError, match=r"images: 5 given, but .* was started with 4"):
+        vitq_ray.sensitivity(resume=str(tmp_path / "cut"), images=5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"parts": "site,layer"}, "parts: 'layer' is not one of site, family, block"),
+        ({"images": 1}, "images: expected an integer >= 2, got 1"),
+        ({"run": "/nowhere", "pretrained_dir": "x"}, "run: /nowhere given, and a checkpoint, too"),
+        ({"run": "/nowhere"}, "result.json"),
+        ({"use_gpu": True}, "use_gpu: True given, but parts are measured on the CPU"),
+        ({"resume": "/nowhere"}, "/nowhere: has no run.json"),
+    ],
+)
+def test_bad_input(options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        vitq_ray.sensitivity(**options)
