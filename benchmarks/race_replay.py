@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from vitq_ray.base.files import atomic_file
-from vitq_ray.calibration.scales import Scales, noise_per_site, total_noise
+from vitq_ray.calibration.scales import Scales, noise_per_site
 from vitq_ray.calibration.setting import Setting
 from vitq_ray.commands.options import TuneOptions
 from vitq_ray.commands.screen import SILENT
@@ -45,11 +45,11 @@ def plans_of(job: TuneJob) -> list[tuple[Setting, Plan]]:
     """Every setting with scales of its own, in the order in which a search races them."""
     size = job.options.calib_batchsz
     batches = iter_batches(job.calib, job.splits.calibration.tolist(), job.transform, size)
-    statistics = calibration_pass(job.model, batches, size, job.snapshots, job.to_input, kinds=job.kinds).statistics
+    statistics = calibration_pass(job.model, batches, size, job.snapshots, job.to_input).statistics
     scales, found = Scales(job.model, statistics), {}
     for setting in job.proposals().next_round():
         plan = scales.plan(setting)
-        noise = total_noise(noise_per_site(job.model, statistics, setting.num_batches, plan))
+        noise = sum(noise_per_site(job.model, statistics, setting.num_batches, plan).values())
         found.setdefault(plan.key, (noise, setting, plan))
     return [(setting, plan) for _, setting, plan in sorted(found.values(), key=lambda row: row[0])]
 
