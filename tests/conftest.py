@@ -262,6 +262,14 @@ def descendants(root: int, title: str | tuple[str, ...]) -> list[int]:
     return sorted(pid for pid in found if titles.get(pid, "").startswith(title))
 
 
+@pytest.fixture(autouse=True)
+def no_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process draw no page at their end, but in tests marked `draws`."""
+    module = sys.modules.get("vitq_ray.commands.report")
+    if module is not None and "draws" not in request.keywords:
+        monkeypatch.setattr(module, "draw", lambda folder, script: folder / "report.html")
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One small Ray for all tests that need it."""

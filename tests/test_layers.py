@@ -24,6 +24,7 @@ ROOMS = (
     "qat",
     "run",
     "search",
+    "page",
     "cluster",
     "commands",
 )

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vitq_ray.commands.api import calibrate as calibrate
     from vitq_ray.commands.api import evaluate as evaluate
     from vitq_ray.commands.api import export as export
+    from vitq_ray.commands.api import report as report
     from vitq_ray.commands.api import sensitivity as sensitivity
     from vitq_ray.commands.api import train as train
     from vitq_ray.commands.api import tune as tune
@@ -45,6 +46,7 @@ _WHERE = {
     "tune": "commands.api",
     "train": "commands.api",
     "export": "commands.api",
+    "report": "commands.api",
     "sensitivity": "commands.api",
     "CalibrateResult": "commands.calibrate",
     "EvaluateResult": "commands.evaluate",

@@ -153,7 +153,7 @@ def test_console_command(project: Project, tmp_path: Path, capsys: pytest.Captur
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"vitq_ray {vitq_ray.__version__}\n"
     assert main(["calibrate"]) == 2
-    known = "calib, evaluate, tune, qat, export, sensitivity"
+    known = "calib, evaluate, tune, qat, export, sensitivity, report"
     assert capsys.readouterr().err == f"error: calibrate: no such command; the commands are {known}\n"
     assert main(["tune", "--help"]) == 0
     assert "vitq-ray tune --resume runs/search" in capsys.readouterr().out

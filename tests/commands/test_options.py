@@ -20,6 +20,7 @@ from vitq_ray.commands.options import (
     CalibrateOptions,
     EvaluateOptions,
     ExportOptions,
+    ReportOptions,
     SensitivityOptions,
     TrainOptions,
     TuneOptions,
@@ -34,13 +35,13 @@ from vitq_ray.quant.plan import Plan, SitePlan, rule_of
 from vitq_ray.quant.sites import MODES, sites_of_blocks
 from vitq_ray.search.space import load_space, space_of
 
-ALL = (CalibrateOptions, EvaluateOptions, TuneOptions, TrainOptions, ExportOptions, SensitivityOptions)
+ALL = (CalibrateOptions, EvaluateOptions, TuneOptions, TrainOptions, ExportOptions, SensitivityOptions, ReportOptions)
 
 
 @pytest.mark.parametrize("kind", ALL)
 def test_both_spellings_of_every_option_are_read(kind: type[Options]) -> None:
     for name, row in kind.declared().items():
-        if row.kind.shown is None:
+        if row.kind.shown is None or row.is_positional:
             continue
         value = {"": "3"}.get(row.kind.shown, row.kind.shown.strip("{}").split(",")[0])
         value = "ft1" if name == "quant_mode" else "0.5" if name in ("alpha", "dropout", "tie_margin") else value
@@ -62,6 +63,13 @@ def test_defaults_are_the_same_from_everywhere(kind: type[Options]) -> None:
     assert again.to_dict() == typed.to_dict(), "what run.json holds can be read back"
     with pytest.raises(dataclasses.FrozenInstanceError):
         typed.use_gpu = True  # type: ignore[attr-defined]
+
+
+def test_a_folder_is_typed_alone() -> None:
+    assert parse(ReportOptions, ["runs/search", "--table"], "x").to_dict() == {"run": "runs/search", "table": True}
+    assert ReportOptions.of({"run": "runs/search"}).name_of("run") == "run"
+    assert parse(ReportOptions, [], "x").name_of("run") == "DIR"
+    assert "[DIR]" in parser_of(ReportOptions, "x").format_usage()
 
 
 def test_help_says_text_and_default_of_every_option() -> None:

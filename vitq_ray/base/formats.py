@@ -20,6 +20,9 @@ FORMATS: dict[str, int] = {
     "sidecar": 3,  # <name>_calib.json, <name>_qat.json
     "training state": 2,  # state.pt
     "judgement": 3,  # judgement.json
+    "sites": 1,  # sites.npz
+    "images": 1,  # images.parquet
+    "scales": 1,  # scales.json
     "steps": 2,  # steps.jsonl and epochs.jsonl, in their first line
 }
 

@@ -10,6 +10,7 @@ from typing import Any
 from vitq_ray.commands import calibrate as _calibrate
 from vitq_ray.commands import evaluate as _evaluate
 from vitq_ray.commands import export as _export
+from vitq_ray.commands import report as _report
 from vitq_ray.commands import sensitivity as _sensitivity
 from vitq_ray.commands import train as _train
 from vitq_ray.commands import tune as _tune
@@ -18,6 +19,7 @@ from vitq_ray.commands.options import (
     CalibrateOptions,
     EvaluateOptions,
     ExportOptions,
+    ReportOptions,
     SensitivityOptions,
     TrainOptions,
     TuneOptions,
@@ -54,6 +56,11 @@ def sensitivity(**options: Any) -> _sensitivity.SensitivityResult:
     return _sensitivity.sensitivity(SensitivityOptions.of(options))
 
 
+def report(**options: Any) -> _report.ReportResult:
+    """Draw what a run found as one page, `report(run=folder)`, from its folder alone."""
+    return _report.report(ReportOptions.of(options))
+
+
 for _function, _options, _result in (
     (calibrate, CalibrateOptions, _calibrate.CalibrateResult),
     (evaluate, EvaluateOptions, _evaluate.EvaluateResult),
@@ -61,5 +68,6 @@ for _function, _options, _result in (
     (train, TrainOptions, _train.TrainResult),
     (export, ExportOptions, _export.ExportResult),
     (sensitivity, SensitivityOptions, _sensitivity.SensitivityResult),
+    (report, ReportOptions, _report.ReportResult),
 ):
     _function.__signature__ = signature_of(_options, _result)  # type: ignore[union-attr]

@@ -34,6 +34,7 @@ from vitq_ray.commands.options import CalibrateOptions, OneSettingOptions
 from vitq_ray.commands.outlets import begun, numbers, outlets_of
 from vitq_ray.commands.outputs import require_apart
 from vitq_ray.commands.passes import ValImages, Workers, collector, engine_for, evaluate_val, ray_for, workers_of
+from vitq_ray.commands.report import report_at_end
 from vitq_ray.commands.screen import (
     SILENT,
     Screen,
@@ -196,6 +197,7 @@ def calibrate_job(
     if overlap:
         screen.warn(f"{overlap} calibration images are in val, and so among the images evaluated")
     report(job, evaluation, path, watch, screen)
+    report_at_end(folder, CALIBRATION, screen)
     return CalibrateResult(job.setting, evaluation, seen.evaluation, path, result)
 
 

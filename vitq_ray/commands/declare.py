@@ -165,12 +165,17 @@ class Flag:
 
 @dataclass(frozen=True)
 class Option:
-    """What a field's metadata holds; `spelling` is that of messages and of the first place in help."""
+    """What a field's metadata holds; `spelling` is that of messages and of the first place in help: without dashes, the
+    value is typed alone."""
 
     kind: Kind
     help: str
     default: Any
     spelling: str
+
+    @property
+    def is_positional(self) -> bool:
+        return not self.spelling.startswith("--")
 
 
 def option(kind: Kind, default: Any, help: str, spelling: str | None = None) -> Any:

@@ -1,4 +1,4 @@
-"""What a user runs: `vitq-ray calib|evaluate|tune|qat|export|sensitivity`, and one function for every script.
+"""What a user runs: `vitq-ray calib|evaluate|tune|qat|export|sensitivity|report`, and one function for every script.
 
 Exit codes: 0 done, 2 bad input or options (one line on stderr), 1 anything else, 130 after Ctrl-C, 143 and 129 after
 SIGTERM and SIGHUP.
@@ -42,6 +42,7 @@ COMMANDS = {
         Command(
             "sensitivity", "sensitivity", "SensitivityOptions", "sensitivity.py", "say what each part of a plan costs"
         ),
+        Command("report", "report", "ReportOptions", "report.py", "draw what a run found as one page"),
     )
 }
 
@@ -98,6 +99,11 @@ def export(argv: Sequence[str] | None = None) -> int:
 def sensitivity(argv: Sequence[str] | None = None) -> int:
     """scripts/sensitivity.py"""
     return run_script("sensitivity", argv)
+
+
+def report(argv: Sequence[str] | None = None) -> int:
+    """scripts/report.py"""
+    return run_script("report", argv)
 
 
 def run_script(name: str, argv: Sequence[str] | None) -> int:

@@ -359,6 +359,22 @@ class Share:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportOptions(Options):
+    """Draw what a run found as one page, report.html in its folder: a file that needs no network.
+
+        {command} runs/search                             # also of a run that was killed, or is still at work
+        {command} runs/search --table                     # and every candidate as candidates.csv and candidates.parquet
+
+    It is drawn from the folder alone. Searches, trainings and calibrations write it at their end themselves.
+    """
+
+    run: str | None = option(Place(), None, "folder of a search, a training, a calibration, …", "DIR")
+    table: bool = option(
+        Flag(), False, "also write every candidate with every field, as candidates.csv and candidates.parquet"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TuneOptions(ModelOptions, SettingOptions, RayOptions, OutletOptions):
     """Find the best calibration setting of a search space: one float pass, then a race of all settings under Ray Tune.
 

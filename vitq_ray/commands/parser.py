@@ -37,6 +37,9 @@ def parser_of(kind: type[Options], command: str) -> Parser:
     for title, options in kind.groups().items():
         group = parser.add_argument_group(title)
         for name, declared in options.items():
+            if declared.is_positional:
+                group.add_argument(name, nargs="?", default=argparse.SUPPRESS, **_settings(declared))
+                continue
             group.add_argument(*_spellings(declared), dest=name, default=argparse.SUPPRESS, **_settings(declared))
     return parser
 
@@ -51,6 +54,8 @@ def _settings(declared: Option) -> dict[str, Any]:
     shown, default = declared.kind.shown, declared.default
     text = declared.help if default is None else f"{declared.help} (default: {default})"
     settings: dict[str, Any] = {"help": text.replace("%", "%%")}
+    if declared.is_positional:
+        return settings | {"metavar": declared.spelling}
     if isinstance(declared.kind, Flag):
         return settings | {"action": argparse.BooleanOptionalAction if declared.kind.negation else "store_true"}
     if getattr(declared.kind, "repeated", False):

@@ -42,6 +42,7 @@ from vitq_ray.commands.options import TrainOptions
 from vitq_ray.commands.outlets import OutletMeter, begun, numbers, outlets_of
 from vitq_ray.commands.outputs import require_apart
 from vitq_ray.commands.passes import IN_THIS_PROCESS
+from vitq_ray.commands.report import report_at_end
 from vitq_ray.commands.resume import stored_run, with_stored
 from vitq_ray.commands.screen import (
     SILENT,
@@ -69,6 +70,7 @@ from vitq_ray.quant.vit import float_copy, scales_of
 from vitq_ray.run.folder import RunFolder, read_bad_images, record_bad_images
 from vitq_ray.run.outlets import Outlets
 from vitq_ray.run.results import SEARCH, TRAINING, Stopwatch, left_out_rows, result_of, versions
+from vitq_ray.run.site_table import write_scales
 
 # What may differ between a run and its continuation: it does not change what is computed. Images and checkpoints may
 # have moved: their fingerprints are compared.
@@ -176,6 +178,7 @@ def finish(job: TrainJob, outcome: QatOutcome, watch: Stopwatch, outlets: Outlet
     for name, parts in judgement.items():
         outlets.metrics("step", outcome.epochs[-1].step, numbers(parts["report"], f"report_{name}_"))
     report(job, outcome, judgement, checkpoint, watch, screen)
+    report_at_end(path, TRAINING, screen)
     return TrainResult.of(path, checkpoint, result)
 
 
@@ -487,6 +490,7 @@ def save(job: TrainJob, outcome: QatOutcome, judgement: Judgement) -> tuple[Path
     )
     plan = start.plan.after_training(scales_of(model))
     path = save_calibrated(job.folder.path, checkpoint_name(options), model, plan, sidecar, suffix="qat")
+    write_scales(job.folder.path, start.plan, plan)
     return path, sidecar
 
 

@@ -12,10 +12,12 @@ used, so a search that was killed goes on from there.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from vitq_ray.base.config import InputError
 from vitq_ray.base.cpus import available_cpus
@@ -31,6 +33,7 @@ from vitq_ray.commands.inputs import checkpoint_name
 from vitq_ray.commands.live_race import LiveRace
 from vitq_ray.commands.options import TuneOptions
 from vitq_ray.commands.outlets import begun, numbers, outlets_of, racing
+from vitq_ray.commands.report import report_at_end
 from vitq_ray.commands.resume import stored_run, with_stored
 from vitq_ray.commands.screen import SILENT, Screen, accuracy_of, dashboard_hint, seconds_line
 from vitq_ray.commands.sketch import SYMBOLS, sketch_text, table_text
@@ -57,9 +60,11 @@ from vitq_ray.measure.racing import Decision, Race, Verdict
 from vitq_ray.models.checkpoint import save_calibrated
 from vitq_ray.quant.vit import apply_plan, quantizers_off
 from vitq_ray.run.folder import TUNE_FOLDER, RunFolder
+from vitq_ray.run.image_table import ImageJudge, write_images
 from vitq_ray.run.log import Log
 from vitq_ray.run.outlets import Outlets
 from vitq_ray.run.results import SEARCH
+from vitq_ray.run.site_table import MOST_CANDIDATES, SiteTable, write_sites
 from vitq_ray.search.contest import Candidate, Contest, Listeners, race_rules
 from vitq_ray.search.optuna_journal import JournalFile, Searched
 
@@ -178,7 +183,7 @@ def run(job: TuneJob, folder: RunFolder, outlets: Outlets, screen: Screen) -> di
         results |= {one.candidate.name: one.selection for one in tried}
     folder.write_correct(results)
     with job.watch.stage("report"):
-        of_winner, of_float = evaluate_report(job, winner, screen)
+        of_winner, of_float = evaluate_report(job, folder, winner, screen)
     path = save_best(job, folder, winner, {"winner": of_winner.summary(), "float": of_float.summary()})
     trained = None
     if job.space.qat is not None and misses_target(job, contest, baseline, screen):
@@ -197,6 +202,7 @@ def run(job: TuneJob, folder: RunFolder, outlets: Outlets, screen: Screen) -> di
             screen.say("\n" + text.strip("\n"))
     screen.say(f"\nwrote {path} and {folder.path / 'result.json'}")
     screen.say(seconds_line(job.watch.seconds))
+    report_at_end(folder.path, SEARCH, screen)
     return result
 
 
@@ -269,9 +275,14 @@ def race(
         share(job.model, images, rules, job.transform, job.batch_size, job.engine, job.resources) as shared,
         LiveRace(field_of_race, baseline, screen, rounds) as table,
     ):
+
+        def on_round(forecasts: str, candidates: Sequence[Candidate]) -> None:
+            rows = [(c.name, c.plan, c.by_site) for c in candidates[:MOST_CANDIDATES]]
+            write_sites(folder.path, SiteTable.of(forecasts, rows))
+
         listeners = Listeners.all(
             (
-                Listeners(on_candidate=lambda candidate: shared.add(candidate.name, candidate.plan)),
+                Listeners(on_candidate=lambda candidate: shared.add(candidate.name, candidate.plan), on_round=on_round),
                 table.listeners,
                 *watchers.listeners(field_of_race, table),
             )
@@ -318,16 +329,20 @@ def _count_states(race: Race, metrics: Metrics) -> None:
         metrics.set("vitq_candidates", count, state=state)
 
 
-def evaluate_report(job: TuneJob, winner: Candidate, screen: Screen) -> tuple[Evaluation, Evaluation]:
+def evaluate_report(
+    job: TuneJob, folder: RunFolder, winner: Candidate, screen: Screen
+) -> tuple[Evaluation, Evaluation]:
     """(winner, float model) on the report images; the model has the winner's scales afterwards."""
     ids, size = job.splits.report, job.batch_size
     batches = screen.track(job.stream(job.val, ids, size), -(-len(ids) // size), "report")
     apply_plan(job.model, winner.plan)
-
+    judge = ImageJudge(job.val.name)
     with executed(job.model, job.engine) as quantized:
-        results = evaluate_variants({"winner": quantized, "float": float_part(job.model)}, batches, job.to_input)
+        variants: dict[str, Callable[[Tensor], Tensor]] = {"winner": quantized, "float": float_part(job.model)}
+        results = evaluate_variants(variants, batches, job.to_input, judge)
     if not results["winner"].images:
         raise InputError("report: no readable image")
+    write_images(folder.path, judge.table())
     return results["winner"], results["float"]
 
 

@@ -108,7 +108,7 @@ class FloatSets:
             if known.candidate.setting == setting:
                 return known
         plan = self._planner.plan(setting)
-        candidate = Candidate(f"f{len(self.tried):02d}", setting, plan, self._planner.forecast(setting, plan))
+        candidate = Candidate(f"f{len(self.tried):02d}", setting, plan, self._planner.losses(setting, plan))
         values = {"name": candidate.name, "setting": setting.to_dict()}
         results = next(self._logged(values), None)
         if results is None:

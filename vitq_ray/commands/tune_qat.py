@@ -32,6 +32,7 @@ from vitq_ray.qat.teacher import TEACHER_LOGITS
 from vitq_ray.quant.vit import apply_plan, float_copy, scales_of
 from vitq_ray.run.folder import RunFolder, read_bad_images
 from vitq_ray.run.outlets import Outlets
+from vitq_ray.run.site_table import write_scales
 from vitq_ray.search.asha import Epoch, QatContest, TrainingRun, training_runs
 from vitq_ray.search.contest import Contest
 from vitq_ray.search.optuna_journal import JournalFile
@@ -213,6 +214,7 @@ def report_trained(
     )
     plan = start.plan.after_training(scales_of(model))
     path = save_calibrated(folder.best, checkpoint_name(job.options), model, plan, sidecar, suffix="qat")
+    write_scales(folder.path, start.plan, plan)
     summary = {
         **evaluation.summary(),
         **recipe,

@@ -5,7 +5,11 @@ statistics.npz    the histograms
 trials.jsonl      one line per event, appended and synced: the record of truth that survives a kill
 optuna-journal.log   trials.jsonl of a search as Optuna and its dashboard read it, made of it (`search.optuna_journal`)
 correct.parquet   what every image came to with each candidate: classified correctly, …
+sites.npz         what every candidate does at every site, and what is forecast to be lost there (`site_table`)
+images.parquet    what float model and winner say of every report image (`image_table`)
+scales.json       of what was trained: amax before and after (`site_table`)
 result.json       the outcome
+report.html       all of it, drawn
 best/             the winner: setting.json, calibrated checkpoint and sidecar
 qat/              of a search that trains: a folder for every training run
 bad_images.jsonl  with `--on-bad-image skip`: what was skipped; training runs have one of their own

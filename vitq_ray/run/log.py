@@ -66,8 +66,10 @@ class Log:
         append_whole(self.path, data)
         self._crc = crc
 
-    def events(self) -> list[dict[str, Any]]:
+    def events(self, whole: bool = True) -> list[dict[str, Any]]:
         """All events so far, in order, without the first line and the checksums.
+
+        Where the log need not be `whole`, half a line at its end, being written or left by a kill, does not count.
 
         Raises:
             InputError: naming the line, where one is not an event or not what was written; where a newer version began
@@ -77,7 +79,7 @@ class Log:
             lines = (self.path.read_bytes() if self.path.exists() else b"").split(b"\n")
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read: {error.strerror}") from None
-        if not lines[-1]:
+        if not lines[-1] or not whole:
             lines.pop()
         events, crc, checks = [], 0, False
         for number, line in enumerate(lines, start=1):

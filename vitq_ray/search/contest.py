@@ -35,14 +35,19 @@ _SAME_NOISE = 1e-3  # relative: other processors round differently
 class Candidate:
     """One setting of the search and its plan: what races is what is saved.
 
-    `noise` is `Planner.forecast`: less promises more; `same_as` names the earlier candidate with the same plan, if any.
+    `noise` is `Planner.forecast`: less promises more; `by_site` are its parts; `same_as` names the earlier candidate
+    with the same plan, if any.
     """
 
     name: str
     setting: Setting
     plan: Plan = field(compare=False)
-    noise: float
+    by_site: Mapping[str, float] = field(compare=False, repr=False)
     same_as: str | None = None
+
+    @property
+    def noise(self) -> float:
+        return math.fsum(self.by_site.values())
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,14 @@ class Listeners:
     Attributes:
         on_plan: how many settings of a round have their plan, of how many.
         on_candidate: a candidate with a plan of its own.
+        on_round: what the planner forecasts, and all candidates so far, after further ones were proposed.
         on_chunk: name, images of the chunk.
         on_decision: what the race decided.
     """
 
     on_plan: Callable[[int, int], None] = lambda done, total: None
     on_candidate: Callable[[Candidate], None] = lambda candidate: None
+    on_round: Callable[[str, Sequence[Candidate]], None] = lambda forecasts, candidates: None
     on_chunk: Callable[[str, int], None] = lambda name, images: None
     on_decision: Callable[[Decision], None] = lambda decision: None
 
@@ -156,8 +163,10 @@ class Contest:
             self._proposals.tell(self._told())
         settings = self._proposals.next_round()
         self._exhausted = not settings
-        made = [(setting, plan, self._planner.forecast(setting, plan)) for setting, plan in self._plans(settings)]
-        self._round = [self._enter(*row) for row in sorted(made, key=lambda row: row[2])]
+        made = [(s, plan, self._planner.losses(s, plan)) for s, plan in self._plans(settings)]
+        self._round = [self._enter(*row) for row in sorted(made, key=lambda row: math.fsum(row[2].values()))]
+        if self._round:
+            self._listeners.on_round(self._planner.forecasts, tuple(self.candidates.values()))
         self._replay(c.name for c in self._round)
 
     def _plans(self, settings: Sequence[Setting]) -> Iterator[tuple[Setting, Plan]]:
@@ -165,9 +174,9 @@ class Contest:
             self._listeners.on_plan(done, len(settings))
             yield setting, self._planner.plan(setting)
 
-    def _enter(self, setting: Setting, plan: Plan, noise: float) -> Candidate:
+    def _enter(self, setting: Setting, plan: Plan, by_site: Mapping[str, float]) -> Candidate:
         key = plan.key
-        candidate = Candidate(f"c{len(self.candidates):03d}", setting, plan, noise, self._first_with.get(key))
+        candidate = Candidate(f"c{len(self.candidates):03d}", setting, plan, by_site, self._first_with.get(key))
         self._log_candidate(candidate)
         self.candidates[candidate.name] = candidate
         if candidate.same_as is None:
