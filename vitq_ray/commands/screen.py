@@ -164,31 +164,33 @@ def result_line(name: str, evaluation: Evaluation) -> str:
     return f"{name}: {text} of {evaluation.images} images" if text else f"{name}: {evaluation.images} images"
 
 
-_COLUMNS: tuple[tuple[str, Callable[[Counts], str]], ...] = (("top-1", top1_of), ("KL, agreement", fidelity_of))
+_COLUMNS: tuple[tuple[str, Callable[[Counts], str]], ...] = (
+    ("images", lambda counts: str(counts.images)),
+    ("top-1 (95 % interval)", top1_of),
+    ("KL, agreement", fidelity_of),
+)
 
 
 def result_table(rows: Sequence[tuple[str, Counts | None, Counts | None, str]]) -> str:
-    """Rows of name, results on the selection and on the report images, and a label.
+    """Rows of name, results on the selection and on the report images, and a label; in 80 columns, but for labels.
 
-    Results are top-1 with 95 % intervals, and KL in nats and agreement with the float model, where any row has them.
+    One table for each half, of the rows that have results there; results are top-1 with 95 % intervals, and KL in nats
+    and agreement with the float model, where any row has them. Then the labels.
     """
-    halves = [[row[1] for row in rows], [row[2] for row in rows]]
-    table = [["", *(row[0] for row in rows)]]
-    for half, name in zip(halves, ("selection", "report"), strict=True):
-        for title, text_of in _COLUMNS:
-            texts = ["" if counts is None else text_of(counts) for counts in half]
-            if any(texts):
-                table.append([f"{name}: {title}", *texts])
-        if name == "selection":
-            table.append(["images", *("" if counts is None else str(counts.images) for counts in half)])
-    widths = [max(map(len, column)) for column in table]
-    labels = ["", *(row[3] for row in rows)]
     lines = []
-    for i, label in enumerate(labels):
-        first, *others = (column[i] for column in table)
-        cells = [f"{text:>{width}}" for text, width in zip(others, widths[1:], strict=True)]
-        lines.append("   ".join((f"{first:<{widths[0]}}", *cells, label)).rstrip())
-    return "\n".join(lines)
+    for half, part in (("selection", 1), ("report", 2)):
+        found = [(str(row[0]), counts) for row in rows if isinstance(counts := row[part], Counts)]
+        table = [[half, *(name for name, _ in found)]]
+        for title, text_of in _COLUMNS:
+            texts = [text_of(counts) for _, counts in found]
+            if any(texts):
+                table.append([title, *texts])
+        widths = [max(9, *map(len, table[0])), *(max(map(len, column)) for column in table[1:])]
+        for first, *others in zip(*table, strict=True):
+            cells = [f"{text:>{width}}" for text, width in zip(others, widths[1:], strict=True)]
+            lines.append("   ".join((f"{first:<{widths[0]}}", *cells)).rstrip())
+        lines.append("")
+    return "\n".join((*lines, *(f"{name}: {label}" for name, _, _, label in rows if label))).rstrip("\n")
 
 
 def seconds_line(seconds: Mapping[str, float]) -> str:
