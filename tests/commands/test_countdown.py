@@ -143,6 +143,27 @@ def test_time_left_of_a_race_is_at_most_what_those_still_in_it_need(clock: Clock
     assert more.time_left == "", "nothing was done meanwhile"
 
 
+def test_the_live_table_fits_into_80_columns(clock: Clock, said: Said) -> None:
+    race = Race(RaceRules(100, 50))
+    said.console = Console(file=io.StringIO(), width=80)
+    float_model = Evaluation(np.arange(9999), np.zeros(9999, int), {"correct": np.ones(9999, bool)})
+    live = LiveRace(race, float_model, said, clock=clock)
+    for i in range(3):
+        race.enter(f"c{i}")
+        live.enter(f"c{i}", f"ft1 percentile 99.999 n={i} w8a8 " + "x" * 40)
+    race.record("c0", 0, {"correct": np.ones(50, bool), "kl": np.full(50, 0.125, np.float32)})
+    said.console.print(live.table())
+    lines = said.console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, lines)) <= 80
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
+    label = cells[1].pop(0)
+    assert cells[0] == ["float", "9999", "100.00 %", "", ""]
+    assert cells[1] == ["50", "100.00 %", "0.12500", "racing"]
+    assert label.startswith("c0 ft1 percentile 99.999")
+    assert label.endswith("…")
+    assert [row[-1] for row in cells[2:]] == ["waiting", "waiting"]
+
+
 def test_time_left_says_where_more_settings_may_come(clock: Clock, said: Said) -> None:
     race = Race(RaceRules(30, 10))
     race.enter("c0")

@@ -7,17 +7,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.live import Live
 from rich.table import Table
 
 from vitq_ray.commands.countdown import Clock, Countdown, Every, Pace, duration
-from vitq_ray.commands.screen import Screen, fidelity_of, results_text, top1_of
+from vitq_ray.commands.screen import Screen, fidelity_of, percent, results_text, top1_of
 from vitq_ray.measure.evaluation import Counts, Evaluation
 from vitq_ray.measure.racing import Decision, Race, Verdict
 from vitq_ray.search.contest import Listeners
 
 _ROWS = 18
+_WIDE = 120  # columns that the whole table takes
+_SHORT = ("top-1", "KL")
+_OTHERS = 48  # columns of a narrow table beside the candidates'
 _STYLES = {
     "racing": "cyan",
     "waiting": "dim",
@@ -97,6 +100,7 @@ class LiveRace:
         self._known = 0
         self._pace, self._every = Pace(clock), Every(clock=clock)
         self._plans: Countdown | None = None
+        self._console = screen.console
         self._live = live_table(screen.console, self.table)
 
     def __enter__(self) -> LiveRace:
@@ -187,17 +191,32 @@ class LiveRace:
     def table(self) -> Table:
         rows = rows_of(self._race, self._labels)
         title = self.progress if rows or self._plans is None else self._plans.text
+        width = _WIDE if self._console is None else self._console.width
+        columns = ("candidate", "images", *(("top-1 (95 % interval)", "KL, agreement") if width >= _WIDE else _SHORT))
+        columns = (*columns, "state", *(("images won:lost",) if width >= _WIDE else ()))
         table = Table(title=title, title_justify="left")
-        for column in ("candidate", "images", "top-1 (95 % interval)", "KL, agreement", "state", "images won:lost"):
-            table.add_column(column, justify="left" if column in ("candidate", "state") else "right", no_wrap=True)
-        of_float = Counts.of(self._baseline)
-        table.add_row("float", str(of_float.images), top1_of(of_float), "", "", "", style="bold")
+        for column in columns:
+            most = max(10, width - _OTHERS) if column == "candidate" and width < _WIDE else None
+            justify: JustifyMethod = "left" if column in ("candidate", "state") else "right"
+            table.add_column(column, justify=justify, no_wrap=True, max_width=most)
+
+        def add(label: str, counts: Counts | None, state: str, note: str, style: str | None = None) -> None:
+            shown = ("", "", "") if counts is None or not counts.images else cells_of(counts, width >= _WIDE)
+            table.add_row(*(label, *shown, state, note)[: len(columns)], style=style)
+
+        add("float", Counts.of(self._baseline), "", "", "bold")
         hidden = max(0, len(rows) - _ROWS)
         for row in rows[: _ROWS - 1] if hidden else rows:
-            images = row.counts.images
-            shown = (str(images), top1_of(row.counts), fidelity_of(row.counts)) if images else ("", "", "")
-            style = _STYLES[row.state]
-            table.add_row(row.label, *shown, f"[{style}]{row.state}[/]", row.note)
+            add(row.label, row.counts, f"[{_STYLES[row.state]}]{row.state}[/]", row.note)
         if hidden:
-            table.add_row(f"… {hidden + 1} more …", "", "", "", "", "", style="dim")
+            add(f"… {hidden + 1} more …", None, "", "", "dim")
         return table
+
+
+def cells_of(counts: Counts, wide: bool) -> tuple[str, str, str]:
+    """Images, top-1, closeness to the float model; in a narrow table without intervals and agreement."""
+    means = counts.means
+    if wide:
+        return str(counts.images), top1_of(counts), fidelity_of(counts)
+    top1, kl = (means.get(name) for name in ("top1", "kl"))
+    return str(counts.images), "" if top1 is None else percent(top1), "" if kl is None else f"{kl:.5f}"
