@@ -200,6 +200,21 @@ def test_looks_and_chunks() -> None:
 
 
 @pytest.mark.parametrize(
+    ("images", "chunk", "first", "looks"),
+    [
+        (500, 100, 25, (25, 50, 100, 200, 300, 400, 500)),
+        (30, 10, 8, (8, 16, 26, 30)),
+        (20, 10, 10, (10, 20)),
+        (5, 10, 8, (5,)),
+    ],
+)
+def test_first_looks_are_closer_together(images: int, chunk: int, first: int, looks: tuple[int, ...]) -> None:
+    rules = RaceRules(images, chunk, first=first)
+    assert rules.looks == looks
+    assert [end for _, end in chunks_left(rules, 0)] == list(looks)
+
+
+@pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"alpha": 0.0}, "alpha: expected a number between 0 and 1, got 0.0"),
@@ -208,6 +223,7 @@ def test_looks_and_chunks() -> None:
         ({"objective": "kl"}, "objective: 'kl' is not one of fidelity, top1"),
         ({"images": 0}, "images of a race: expected an integer >= 1, got 0"),
         ({"chunk": 0}, "images of a chunk: "),
+        ({"first": 3}, "images before the first look: expected an integer from 1 to 2, got 3"),
     ],
 )
 def test_bad_rules(values: dict[str, float], message: str) -> None:

@@ -328,6 +328,17 @@ def test_chunks_are_whole_batches(images: int, chunk: int | None, batch: int, ex
     assert race_rules(images, chunk, batch, 0.05, 0.0, "top1").chunk == expected
 
 
+def test_first_looks_are_closer_together_by_fidelity() -> None:
+    assert race_rules(5000, None, 100, 0.05, 0.0, "fidelity").looks[:4] == (50, 100, 200, 400)
+    assert race_rules(170, None, 8, 0.05, 0.0, "fidelity").looks[:3] == (8, 16, 24)
+    for rules in (
+        race_rules(5000, None, 100, 0.05, 0.0, "top1"),
+        race_rules(5000, 200, 100, 0.05, 0.0, "fidelity"),
+        race_rules(5000, None, 100, 0.05, 0.0, "fidelity", grows=False),
+    ):
+        assert rules.looks[:3] == (200, 400, 600)
+
+
 def test_one_that_has_seen_everything_and_waits_is_not_handed_out_again(
     quant_vit: VisionTransformer, statistics: CalibrationStatistics, tmp_path: Path
 ) -> None:

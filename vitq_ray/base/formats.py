@@ -12,7 +12,7 @@ from vitq_ray import __version__
 from vitq_ray.base.config import InputError
 
 FORMATS: dict[str, int] = {
-    "run": 4,  # run.json
+    "run": 5,  # run.json
     "result": 4,  # result.json
     "log": 4,  # trials.jsonl, in its first line
     "statistics": 3,  # statistics.npz

@@ -408,7 +408,11 @@ class TuneOptions(ModelOptions, SettingOptions, RayOptions, OutletOptions):
     )
     batch_size: int | None = option(Number(int, 1), None, _BATCH_HELP)
     engine: str = _engine()
-    chunk_images: int | None = option(Number(int, 1), None, "images between two looks; default: a 25th of all")
+    chunk_images: int | None = option(
+        Number(int, 1),
+        None,
+        "images between two looks; default: a 25th of all, by fidelity fewer before the first ones",
+    )
     objective: str = option(
         Choice(tuple(OBJECTIVES)),
         FIDELITY,

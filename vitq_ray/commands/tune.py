@@ -41,6 +41,7 @@ from vitq_ray.commands.tune_float import FloatSet, leave_in_float
 from vitq_ray.commands.tune_job import (
     BEFORE_FORMAT_4,
     FREE_OPTIONS,
+    LOOKS_GROW_SINCE,
     TuneJob,
     describe,
     object_store_bytes,
@@ -267,7 +268,13 @@ def race(
     """Race the settings of the space on the selection images."""
     options = job.options
     rules = race_rules(
-        len(images), options.chunk_images, job.batch_size, options.alpha, options.tie_margin, options.objective
+        len(images),
+        options.chunk_images,
+        job.batch_size,
+        options.alpha,
+        options.tie_margin,
+        options.objective,
+        folder.read_run()["format"] >= LOOKS_GROW_SINCE,
     )
     field_of_race = Race(rules)
     rounds = options.refine or (options.search_alg == "optuna" and options.from_run is None)

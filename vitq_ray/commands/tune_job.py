@@ -75,6 +75,7 @@ FREE_OPTIONS = frozenset(
     | {"decode_threads"}  # of runs that an earlier version began
 )
 BEFORE_FORMAT_4 = {"objective": TOP1}  # options of runs that do not say them
+LOOKS_GROW_SINCE = 5  # format of run.json
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,8 @@ class RaceRules(Config):
     Attributes:
         images: how many images a candidate sees at most.
         chunk: images between two looks.
+        first: images before the first look; they double from look to look until looks are a chunk apart. None: a
+            chunk.
         alpha: chance of losing the best candidate, in (0, 1); what that means is in the module's docstring.
         tie_margin: difference of accuracies, as a fraction, that is not worth telling apart.
         objective: what better means, one of `OBJECTIVES`.
@@ -103,10 +105,13 @@ class RaceRules(Config):
     alpha: float = 0.05
     tie_margin: float = 0.005
     objective: str = TOP1
+    first: int | None = None
 
     def __post_init__(self) -> None:
         require_int("images of a race", self.images, 1)
         require_int("images of a chunk", self.chunk, 1)
+        if self.first is not None:
+            require_int("images before the first look", self.first, 1, self.chunk)
         if not 0 < self.alpha < 1:
             raise InputError(f"alpha: expected a number between 0 and 1, got {self.alpha!r}")
         if not 0 <= self.tie_margin < 1:
@@ -116,7 +121,11 @@ class RaceRules(Config):
     @property
     def looks(self) -> tuple[int, ...]:
         """Prefix lengths at which decisions are made; the last one is all images."""
-        return (*range(self.chunk, self.images, self.chunk), self.images)
+        looks, seen = [], self.first or self.chunk
+        while seen < self.images:
+            looks.append(seen)
+            seen += min(seen, self.chunk)
+        return (*looks, self.images)
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,12 @@ from vitq_ray.calibration.planner import Planner
 from vitq_ray.calibration.setting import Setting, read_setting
 from vitq_ray.measure.evaluation import Evaluation
 from vitq_ray.measure.metrics import Results, pack_text, unpack_text
-from vitq_ray.measure.racing import Decision, Race, RaceRules, standings
+from vitq_ray.measure.racing import FIDELITY, Decision, Race, RaceRules, standings
 from vitq_ray.quant.plan import Plan
 from vitq_ray.run.folder import RunFolder
 from vitq_ray.search.proposals import Proposals, Round
 
+_FEWEST = 8  # images before the first look
 _SAME_NOISE = 1e-3  # relative: other processors round differently
 
 
@@ -303,8 +304,19 @@ def _decision_fields(decision: Decision) -> dict[str, Any]:
 
 
 def race_rules(
-    images: int, chunk: int | None, batch_size: int, alpha: float, tie_margin: float, objective: str
+    images: int,
+    chunk: int | None,
+    batch_size: int,
+    alpha: float,
+    tie_margin: float,
+    objective: str,
+    grows: bool = True,
 ) -> RaceRules:
-    """Rules with about 25 looks, a whole number of batches each, unless `chunk` says otherwise."""
+    """Rules with about 25 looks, a whole number of batches each, unless `chunk` says otherwise.
+
+    By fidelity many candidates are beaten after few images: the first looks are then closer together, if it `grows`.
+    """
     batches = -(-images // (25 * batch_size))
-    return RaceRules(images, min(images, chunk or batches * batch_size), alpha, tie_margin, objective)
+    between = min(images, chunk or batches * batch_size)
+    first = min(between, max(_FEWEST, between // 4)) if grows and chunk is None and objective == FIDELITY else None
+    return RaceRules(images, between, alpha, tie_margin, objective, first)
