@@ -387,3 +387,25 @@ def test_an_unknown_space_lists_the_bundled_ones() -> None:
         find_space("wider.py")
     with pytest.raises(InputError, match=r"mine/calib\.py: no such file"):
         find_space("mine/calib.py")
+
+
+def test_memory_of_the_weights_that_candidates_bring(tmp_path: Path) -> None:
+    """A model's for two sets of transforms, and for each of six corrected settings of twelve."""
+    space = tmp_path / "space.py"
+    space.write_text(
+        'SPACE = {"calibrator": ("fisher", "mse"), "transforms": ((), ("rotate",), ("rotate", "shift")), '
+        '"corrections": ((), ("round",))}'
+    )
+    job = prepare(parse(TuneOptions, ["--search-space", str(space)], "x"), SILENT)
+    of_model = 4 * sum(parameter.numel() for parameter in job.model.parameters())
+    assert job.weight_bytes == (2 + 6) * of_model
+    assert job.stored_bytes == job.selection_bytes + job.weight_bytes
+    few = ["--search-space", str(space), "--search-alg", "random", "--num-samples", "3"]
+    assert prepare(parse(TuneOptions, few, "x"), SILENT).weight_bytes == (2 + 2) * of_model
+    plain = prepare(parse(TuneOptions, ["--search-space", "quick"], "x"), SILENT)
+    assert plain.weight_bytes == 0
+    with pytest.raises(InputError, match=r"--object-store-memory: 0\.1 GB cannot hold 500\d decoded selection images"):
+        prepare(
+            parse(TuneOptions, ["--search-space", "quick", "--object-store-memory", "0.1", "--img_size", "224"], "x"),
+            SILENT,
+        )

@@ -314,6 +314,11 @@ def remarks(
 ) -> list[str]:
     """What a reader must know."""
     notes = []
+    if corrections := job.calibrated.sidecar.setting.corrections:
+        names = ", ".join(map(str, corrections))
+        notes.append(
+            f"float: these weights have corrections ({names}); without quantizers they are not the float model"
+        )
     floor = to_plan[NUDGED].agreement
     for name, found in to_plan.items():
         if name != NUDGED and found.agreement < _LEAST_AGREEMENT:

@@ -50,7 +50,7 @@ from vitq_ray.quant.vit import apply_plan, quantize_vit
 from vitq_ray.run.folder import RUN, RunFolder
 from vitq_ray.run.results import Stopwatch, versions
 from vitq_ray.search.asha import training_runs
-from vitq_ray.search.proposals import ListProposals, Proposals, proposals
+from vitq_ray.search.proposals import DEFAULT_SAMPLES, ListProposals, Proposals, proposals
 from vitq_ray.search.refine import Losses, Refinement
 from vitq_ray.search.space import QatSpace, SearchSpace, load_space
 
@@ -153,6 +153,28 @@ class TuneJob:
         """Memory of the decoded selection images, and of the float model's logits of them."""
         geometry = self.loaded.geometry
         return len(self.splits.selection) * (geometry.img_size**2 * 3 + geometry.num_classes * 4)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the weights that candidates bring: a model's for each set of transforms, and for each setting with
+        corrections."""
+        values = self.space.values(self.defaults)
+        if self.fixed is not None:
+            transforms = {setting.transforms for setting in self.fixed if setting.transforms}
+            corrected = sum(bool(setting.corrections) for setting in self.fixed)
+        else:
+            transforms = {tuple(map(str, names)) for names in values["transforms"] if names}
+            tried, kinds = self.space.size(self.defaults), values["corrections"]
+            if self.options.search_alg != "grid":
+                tried = min(tried, self.options.num_samples or DEFAULT_SAMPLES)
+            corrected = -(-tried * sum(bool(names) for names in kinds) // len(kinds))
+        of_model = sum(parameter.numel() * 4 for parameter in self.model.parameters())
+        return (len(transforms) + corrected) * of_model
+
+    @property
+    def stored_bytes(self) -> int:
+        """What every node keeps in its object store."""
+        return self.selection_bytes + self.weight_bytes
 
 
 def prepare(options: TuneOptions, screen: Screen, space: SearchSpace | None = None) -> TuneJob:
@@ -345,33 +367,37 @@ def search_splits(options: TuneOptions, calib_split: str, calib: SampleIndex, va
 
 
 def require_memory(job: TuneJob) -> None:
-    """Raise InputError where the selection images do not fit into the memory that the options give them."""
+    """Raise InputError where what trials read does not fit into the memory that the options give it."""
     budget = job.options.object_store_memory
-    if budget is not None and job.selection_bytes > 0.8e9 * budget:
-        what, fewer = (job.options.name_of(name) for name in ("object_store_memory", "select_images"))
-        raise InputError(
-            f"{what}: {budget:g} GB cannot hold {len(job.splits.selection)} decoded selection images "
-            f"({job.selection_bytes / 1e9:.2f} GB of at most 80 %); expected more, or fewer {fewer}"
-        )
+    if budget is not None and job.stored_bytes > 0.8e9 * budget:
+        what = job.options.name_of("object_store_memory")
+        raise InputError(f"{what}: {budget:g} GB cannot hold {_stored(job)}")
 
 
 def require_store(job: TuneJob) -> None:
-    """Every node that can hold a trial needs the images. InputError where the object store of one is too small: that of
-    a cluster that was joined is as large as it is."""
+    """Every node that can hold a trial needs images and weights. InputError where the object store of one is too small:
+    that of a cluster that was joined is as large as it is."""
     store = min(node.get("object_store_memory", 0.0) for node in nodes_for(job.resources))
-    if job.selection_bytes > 0.8 * store:
-        raise InputError(
-            f"object store: {store / 1e9:.2f} GB of a node cannot hold {len(job.splits.selection)} decoded "
-            f"selection images ({job.selection_bytes / 1e9:.2f} GB of at most 80 %); expected a larger one, or "
-            f"fewer {job.options.name_of('select_images')}"
-        )
+    if job.stored_bytes > 0.8 * store:
+        raise InputError(f"object store: {store / 1e9:.2f} GB of a node cannot hold {_stored(job)}")
+
+
+def _stored(job: TuneJob) -> str:
+    weights, fewer = "", f"fewer {job.options.name_of('select_images')}"
+    if job.weight_bytes:
+        weights, fewer = f" and {job.weight_bytes / 1e9:.2f} GB of changed weights", f"{fewer}, or fewer corrections"
+    return (
+        f"{len(job.splits.selection)} decoded selection images{weights} ({job.stored_bytes / 1e9:.2f} GB of at most "
+        f"80 %); expected more memory, or {fewer}"
+    )
 
 
 def object_store_bytes(job: TuneJob) -> int:
-    """Memory of the object store: what the option says, or room for the images and as much again to stream."""
+    """Memory of the object store: what the option says, or room for what trials read, and for images to stream."""
     if job.options.object_store_memory is not None:
         return int(job.options.object_store_memory * 1e9)
-    return max(3 * job.selection_bytes, 300_000_000) if job.selection_bytes < 1e9 else 2 * job.selection_bytes
+    images = max(3 * job.selection_bytes, 300_000_000) if job.selection_bytes < 1e9 else 2 * job.selection_bytes
+    return images + 5 * job.weight_bytes // 4
 
 
 def require_trainable(job: TuneJob, space: QatSpace) -> None:
