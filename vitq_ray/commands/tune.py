@@ -156,19 +156,13 @@ def run(job: TuneJob, folder: RunFolder, outlets: Outlets, screen: Screen) -> di
     require_store(job)
     searched = Searched(job.space, job.defaults, job.options.objective, job.options.seed)
     watchers = Watchers(Metrics(folder.path.name), JournalFile(folder, searched, screen.warn), outlets)
-    unicode = screen.can_show(SYMBOLS)
     with job.watch.stage("calibrate"):
         planner = planner_of(job, folder, lambda: watchers.metrics.add("vitq_calibration_batches", 1), screen)
     with job.watch.stage("float"):
         images, baseline = evaluate_float(job, folder, screen)
     if problem := sanity_problem(baseline, job.loaded.geometry.num_classes, job.options.min_float_top1):
         raise InputError(f"{job.options.pretrained_dir}: {problem}; nothing was searched")
-    on_selection = f"{baseline.images} selection images"
-    screen.say(
-        f"float: {accuracy_of(baseline)} on the {on_selection}"
-        if baseline.has_accuracy
-        else f"{on_selection}, without labels: settings are compared with the float model"
-    )
+    say_float(baseline, screen)
     screen.say(f"engine: {job.engine}")
     folder.append("engine", **job.engine.to_dict())  # of this start: a resumed search may run elsewhere
     contest = race(job, folder, planner, images, baseline, watchers, screen)
@@ -178,8 +172,7 @@ def run(job: TuneJob, folder: RunFolder, outlets: Outlets, screen: Screen) -> di
     winner, tried = contest.candidates[best], list[FloatSet]()
     if job.options.int8_share is not None:
         with job.watch.stage("float sets"):
-            whole = results[best]
-            chosen, tried = leave_in_float(job, folder, planner, images, winner, whole, baseline, screen)
+            chosen, tried = leave_in_float(job, folder, planner, images, winner, results[best], baseline, screen)
         winner = chosen.candidate
         results |= {one.candidate.name: one.selection for one in tried}
     folder.write_correct(results)
@@ -198,13 +191,27 @@ def run(job: TuneJob, folder: RunFolder, outlets: Outlets, screen: Screen) -> di
     outcome = Outcome(contest, results, winner, of_winner, of_float, trained, tuple(tried))
     result = search_result(job, folder, outcome)
     folder.write_result(result)
-    for text in (table_text(contest, unicode), sketch_text(contest, unicode), outcome_text(outcome)):
-        if text is not None:
-            screen.say("\n" + text.strip("\n"))
+    show(outcome, screen)
     screen.say(f"\nwrote {path} and {folder.path / 'result.json'}")
     screen.say(seconds_line(job.watch.seconds))
     report_at_end(folder.path, SEARCH, screen)
     return result
+
+
+def say_float(baseline: Evaluation, screen: Screen) -> None:
+    on_selection = f"{baseline.images} selection images"
+    if baseline.has_accuracy:
+        screen.say(f"float: {accuracy_of(baseline)} on the {on_selection}")
+    else:
+        screen.say(f"{on_selection}, without labels: settings are compared with the float model")
+
+
+def show(outcome: Outcome, screen: Screen) -> None:
+    """Table, sketch and summary of a finished search."""
+    contest, unicode = outcome.contest, screen.can_show(SYMBOLS)
+    for text in (table_text(contest, unicode), sketch_text(contest, unicode), outcome_text(outcome)):
+        if text is not None:
+            screen.say("\n" + text.strip("\n"))
 
 
 # The stages ---------------------------------------------------------------------------------------------------------

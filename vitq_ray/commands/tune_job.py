@@ -160,16 +160,16 @@ class TuneJob:
         corrections."""
         values = self.space.values(self.defaults)
         if self.fixed is not None:
-            transforms = {setting.transforms for setting in self.fixed if setting.transforms}
+            transforms = len({setting.transforms for setting in self.fixed if setting.transforms})
             corrected = sum(bool(setting.corrections) for setting in self.fixed)
         else:
-            transforms = {tuple(map(str, names)) for names in values["transforms"] if names}
+            transforms = len({tuple(map(str, names)) for names in values["transforms"] if names})
             tried, kinds = self.space.size(self.defaults), values["corrections"]
             if self.options.search_alg != "grid":
                 tried = min(tried, self.options.num_samples or DEFAULT_SAMPLES)
             corrected = -(-tried * sum(bool(names) for names in kinds) // len(kinds))
         of_model = sum(parameter.numel() * 4 for parameter in self.model.parameters())
-        return (len(transforms) + corrected) * of_model
+        return (transforms + corrected) * of_model
 
     @property
     def stored_bytes(self) -> int:
