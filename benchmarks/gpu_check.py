@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 STEPS = {
     "calibration": "calib.py --calib-output-path {folder}/calib {gpu}",
     "calibration, Ray worker": "calib.py --num-workers 1 --calib-output-path {folder}/calib-worker {gpu}",
-    "evaluation": "evaluate.py --pretrained_dir {folder}/calib/vit_calib.pth --output {folder}/evaluate {data} {gpu}",
+    "evaluation": "evaluate.py --pretrained_dir {folder}/calib/vit_calib.pth --output {folder}/evaluate "
+    "--data-path {sample} {gpu}",
     "search": "tune_calib.py --search-space quick --no-dashboard --output {folder}/search {gpu}",
     "training": "qat.py --num-epochs 1 --no-dashboard --output {folder}/qat {gpu}",
     "training (nccl)": "qat.py --num-workers 1-2 --num-epochs 1 --no-dashboard --output {folder}/group {gpu}",
@@ -30,10 +32,10 @@ STEPS = {
 OUTPUTS = ("calib", "calib-worker", "evaluate", "search", "qat", "group")
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default=None, help="folder for all runs; default: a temporary one")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     import torch
 
@@ -59,12 +61,16 @@ def main() -> int:
 
 def run(name: str, folder: Path, device: str) -> tuple[int, float]:
     """(exit code, seconds) of a step."""
-    sample = ROOT / "vitq_ray" / "sample"
-    text = STEPS[name].format(folder=folder, gpu="--use-gpu" if device == "gpu" else "", data=f"--data-path {sample}")
-    script, *options = text.split()
     start = time.perf_counter()
-    ended = subprocess.run([sys.executable, str(ROOT / "scripts" / script), *options], stdout=subprocess.DEVNULL)
+    ended = subprocess.run([sys.executable, *command(name, folder, device)], stdout=subprocess.DEVNULL)
     return ended.returncode, time.perf_counter() - start
+
+
+def command(name: str, folder: Path, device: str) -> list[str]:
+    """The script of a step, and its options."""
+    script, *options = STEPS[name].split()
+    values = {"folder": folder, "gpu": "--use-gpu" if device == "gpu" else "", "sample": ROOT / "vitq_ray" / "sample"}
+    return [str(ROOT / "scripts" / script), *filter(None, (option.format(**values) for option in options))]
 
 
 def read_top1(folder: Path) -> float:

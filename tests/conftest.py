@@ -242,8 +242,9 @@ def fresh_package() -> Iterator[None]:
 
 
 def hears_ctrl_c() -> None:
-    """For a new process: SIGINT interrupts it, also where these tests run in the background, which ignores it."""
+    """For a new process: signals that these tests may ignore, as in the background or under nohup, are heard."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def descendants(root: int, title: str | tuple[str, ...]) -> list[int]:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from tests.conftest import DATA, RUN_DESCRIPTION
+from tests.conftest import DATA, ROOT, RUN_DESCRIPTION
 from vitq_ray.base.config import InputError
 from vitq_ray.commands.live_race import LiveRace
 from vitq_ray.commands.screen import SILENT, Terminal
@@ -289,6 +291,34 @@ def test_what_ray_left_of_a_killed_run_is_gone(tmp_path: Path) -> None:
         (tmp_path / "run" / name / "trial").mkdir(parents=True)
     with RunFolder.resume(tmp_path / "run", SEARCH) as folder:
         assert sorted(path.name for path in folder.path.iterdir()) == [".lock", "run.json", "trials.jsonl"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from vitq_ray.base.files import atomic_file
+
+for name in sys.argv[1:]:
+    if os.fork() == 0:
+        with atomic_file(Path(name)) as stream:
+            stream.write(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.wait()
+"""
+
+
+def test_what_was_being_written_when_a_run_was_killed_is_gone(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "run", SEARCH) as folder:
+        folder.write_run(RUN_DESCRIPTION)
+        folder.append("resumed")
+    of_user = tmp_path / "run" / ".of the user.tmp"
+    of_user.touch()
+    names = ("result.json", "best/vit_calib.pth", "qat/c000/state.pt")
+    subprocess.run([sys.executable, "-c", KILLED, *names], cwd=folder.path, env={"PYTHONPATH": str(ROOT)}, check=True)
+    left = [path for path in folder.path.rglob(".*") if path != of_user]
+    assert sorted(path.relative_to(folder.path).parts[0][:5] for path in left) == [".resu", "best", "qat"]
+    with RunFolder.resume(tmp_path / "run", SEARCH) as folder:
+        assert sorted(path.name for path in folder.path.rglob(".*")) == [".lock", of_user.name]
 
 
 def test_how_images_were_found_is_not_compared(tmp_path: Path) -> None:

@@ -142,6 +142,9 @@ class _Raw(io.FileIO):
             raise
 
 
+_TEMPORARY = ".vitq.tmp"
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Write to a temporary file beside `path`, renamed to it once complete and synced to disk.
@@ -149,7 +152,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     OSError, naming `path`, where it cannot be written, such as on a full disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", dir=path.parent)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=_TEMPORARY, dir=path.parent)
     raw = _Raw(handle, "wb")
     try:
         with io.BufferedWriter(raw) as stream:
@@ -167,6 +170,13 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)
         raise
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove what `atomic_file` left in a folder where its process was killed; nobody else may write there."""
+    for path in folder.glob(f".*{_TEMPORARY}"):
+        with suppress(OSError):
+            path.unlink()
 
 
 def append_whole(path: Path, data: bytes, sync: bool = True) -> None:

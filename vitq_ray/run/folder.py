@@ -42,7 +42,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vitq_ray.base.config import InputError
-from vitq_ray.base.files import append_whole, atomic_file, output_folder
+from vitq_ray.base.files import append_whole, atomic_file, output_folder, remove_temporary
 from vitq_ray.base.formats import FORMATS
 from vitq_ray.base.records import Schema, checked, read_sealed, require_whole, write_sealed
 from vitq_ray.calibration.statistics import CalibrationStatistics
@@ -132,12 +132,14 @@ class RunFolder:
     def resume(path: Path, script: str) -> RunFolder:
         """A run that was begun, to go on with; InputError as `find`.
 
-        Half a line at the end of its log is cut off, and what Ray had written for itself is gone.
+        Half a line at the end of its log is cut off; half-written files and what Ray had written for itself are gone.
         """
         folder = RunFolder.find(path, script)
         if not folder.finished:
             folder.take()
             folder.log.cut_half_line()
+            for own in (path, folder.best, *path.glob("qat/*")):
+                remove_temporary(own)
             for name in (TUNE_FOLDER, TRAIN_FOLDER):
                 shutil.rmtree(path / name, ignore_errors=True)
         return folder
