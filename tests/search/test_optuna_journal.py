@@ -159,6 +159,16 @@ def test_settings_of_an_earlier_search_are_none_of_the_space(tmp_path: Path) -> 
     assert rows == [first, {"mode": "trt", "num_batches": 9, "weight_bits": 4, "act_bits": 4}]
 
 
+def test_settings_that_leave_the_space_are_trials_too(folder: RunFolder) -> None:
+    """As refinement proposes them, later."""
+    refined = make_setting("ft1", "max", 1, rules=("0.attn.* -> 6 bits",))
+    folder.append("candidate", format=4, name="c005", setting=refined.to_dict(), predicted_noise=0.1, same_as=None)
+    JournalFile(folder, searched()).write()
+    trials = load(folder.path).trials
+    assert [t.params["rules"] for t in trials] == [*["none"] * 5, "0.attn.* -> 6 bits"]
+    assert trials[0].distributions["rules"] == CategoricalDistribution(("none", "0.attn.* -> 6 bits"))
+
+
 def test_trainings_are_a_study_of_their_own(folder: RunFolder) -> None:
     def epoch(name: str, number: int, correct: int) -> None:
         folder.append("qat_epoch", name=name, epoch=number, images=10, top1_correct=correct, loss=None)

@@ -3,7 +3,9 @@
     trials.jsonl ──► optuna-journal.log     one study of the race, one of the trainings where there are any
 
 The log stays the record of truth; the journal is made of it and can be deleted. It is a function of the log that goes
-event by event, so a longer log only adds lines at its end, and whoever reads the journal meanwhile can go on.
+event by event, so a longer log only adds lines at its end, and whoever reads the journal meanwhile can go on. The one
+exception are values that neither the space nor an earlier setting has, as refinement proposes: for Optuna a parameter
+has the same choices in all trials, so all are written anew, and a dashboard that is open must be started again.
 
     candidate            trial, with what the space varies as parameters: numbers, or one of several texts
     chunk                intermediate value: mean KL, or top-1, by images seen
