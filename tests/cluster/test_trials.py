@@ -352,7 +352,8 @@ def test_two_workers_and_another_seed(finished: Path, tmp_path: Path, capsys: py
 
 def run_some_in_float(project: Project, tmp_path: Path, *more: object) -> dict[str, Any]:
     """A search that leaves some in float, cut after the first set and gone on with: the same. Returns its result."""
-    assert run_tune(project, tmp_path, "--int8-share", 0.6, "--wprec", 3, "--aprec", 3, *more) == 0
+    few = ("--int8-share", 0.6, "--wprec", 3, "--aprec", 3, "--target", "tensorrt", "--latency", "1,2")
+    assert run_tune(project, tmp_path, *few, *more) == 0
     folder = tmp_path / "run"
     result = json.loads((folder / "result.json").read_text())
     lines = (folder / "trials.jsonl").read_text().splitlines(keepends=True)
@@ -361,7 +362,7 @@ def run_some_in_float(project: Project, tmp_path: Path, *more: object) -> dict[s
     (folder / "result.json").unlink()
     assert tune_calib.main(["--resume", str(folder)]) == 0
     again = json.loads((folder / "result.json").read_text())
-    others = ("seconds", "options", "engine", "checksum")
+    others = ("seconds", "options", "engine", "checksum", "latency")
     assert {k: v for k, v in again.items() if k not in others} == {k: v for k, v in result.items() if k not in others}
     events = [json.loads(line)["event"] for line in (folder / "trials.jsonl").read_text().splitlines()]
     assert all(events.count(kind) == kinds.count(kind) for kind in ("chunk", "effect", "float_set"))
@@ -370,7 +371,13 @@ def run_some_in_float(project: Project, tmp_path: Path, *more: object) -> dict[s
 
 def test_some_of_the_winner_in_float(ray_cluster: None, project: Project, tmp_path: Path) -> None:
     result = run_some_in_float(project, tmp_path)
+    assert {c["setting"]["mode"] for c in result["candidates"].values()} == {"tensorrt"}
     whole, *sets = result["float_sets"]
+    timed = {(row["candidate"], row["batch"]) for row in result["latency"]}
+    assert timed == {
+        (name, size) for name in ("float", *(one["name"] for one in result["float_sets"])) for size in (1, 2)
+    }
+    assert all(row["ms_per_image"] > 0 for row in result["latency"])
     assert whole["integer_share"] == 1
     assert sets
     assert all(0.6 <= one["integer_share"] < 1 for one in sets)

@@ -18,7 +18,7 @@ from tests.conftest import RUN_DESCRIPTION
 from vitq_ray.base.config import InputError
 from vitq_ray.calibration.setting import Setting
 from vitq_ray.commands.declare import Flag, Options
-from vitq_ray.commands.inputs import checkpoint_name, find_space
+from vitq_ray.commands.inputs import bundled_spaces, checkpoint_name, find_space
 from vitq_ray.commands.main import exit_code
 from vitq_ray.commands.options import CalibrateOptions, EvaluateOptions, TrainOptions, TuneOptions
 from vitq_ray.commands.outputs import require_apart
@@ -288,7 +288,7 @@ def test_numbers_in_the_text_leave_nothing_to_the_option() -> None:
     require_used_with(options, space_of({"calibrator": ("percentile 99", "percentile")}, "s.py"))
 
 
-@pytest.mark.parametrize("name", ["calib", "calib_qat", "qat", "quick", "rules", "wide"])
+@pytest.mark.parametrize("name", sorted(bundled_spaces()))
 def test_a_space_is_read_back_from_a_run(name: str) -> None:
     space = load_space(find_space(name))
     again = SearchSpace.from_dict(json.loads(json.dumps(space.to_dict())), "run.json")

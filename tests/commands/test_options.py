@@ -44,7 +44,8 @@ def test_both_spellings_of_every_option_are_read(kind: type[Options]) -> None:
         if row.kind.shown is None or row.is_positional:
             continue
         value = {"": "3"}.get(row.kind.shown, row.kind.shown.strip("{}").split(",")[0])
-        value = "ft1" if name == "quant_mode" else "0.5" if name in ("alpha", "dropout", "tie_margin") else value
+        value = "ft1" if name in ("quant_mode", "target") and not row.kind.shown else value
+        value = "0.5" if name in ("alpha", "dropout", "tie_margin") else value
         value = "0.5" if name in ("crop_pct", "min_float_top1", "int8_share") else value
         value = "site" if name == "parts" else value
         bare = row.spelling[2:]
@@ -133,6 +134,7 @@ IDLE = {
     "tune --from-run d --transforms all": "--transforms: all given, but the settings are those of the search",
     "tune --from-run d --corrections bias": "--corrections: bias given, but the settings are those of the search",
     "tune --from-run d --rules x.*->off": "--rules: x.*->off given, but the settings are those of the search",
+    "tune --from-run d --target ort": "--target: ort given, but the settings are those of the search that --from-run",
     "tune --ray-address auto --object-store-memory 2": "--object-store-memory: 2.0 given, but the object store of a",
     "tune --ray-address auto --dashboard": "--dashboard: True given, but a cluster that is joined (--ray-address) has",
     "tune --resume d --output e": "--output: e given, but a run that goes on (--resume) stays in its folder",
@@ -382,7 +384,7 @@ def test_bundled_spaces_are_found_by_name(name: str, tmp_path: Path, monkeypatch
 
 
 def test_an_unknown_space_lists_the_bundled_ones() -> None:
-    message = r"wider\.py: no such file; .*or one of advanced_ptq, calib, calib_qat, qat, quick, rules, wide"
+    message = r"wider\.py: no such file; .*or one of advanced_ptq, calib, calib_qat, ptq, qat, quick, rules, wide"
     with pytest.raises(InputError, match=message):
         find_space("wider.py")
     with pytest.raises(InputError, match=r"mine/calib\.py: no such file"):

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from urllib.parse import quote
@@ -17,6 +17,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 import torch
+from tests.killed_search import MOMENTS as KILLS
 
 from tests.conftest import ROOT, Project, descendants, hears_ctrl_c, make_project
 
@@ -35,7 +36,18 @@ class Run:
 
     def __init__(self, folder: Path, *argv: object, script: str = "tune_calib", **variables: str) -> None:
         self.folder = folder
-        command = [sys.executable, ROOT / "scripts" / f"{script}.py", "--no-dashboard", *argv]
+        command = (ROOT / "scripts" / f"{script}.py", "--no-dashboard", *argv)
+        self._start([sys.executable, *command], variables)
+
+    @classmethod
+    def killed_at(cls, moment: str, folder: Path, *argv: object) -> Run:
+        """A search that kills itself at a moment of `killed_search.MOMENTS`."""
+        run = cls.__new__(cls)
+        run.folder = folder
+        run._start([sys.executable, ROOT / "tests" / "killed_search.py", moment, "--no-dashboard", *argv], {})
+        return run
+
+    def _start(self, command: Sequence[object], variables: Mapping[str, str]) -> None:
         self.process = subprocess.Popen(
             [str(part) for part in command],
             env=environment() | variables,
@@ -59,6 +71,16 @@ class Run:
             assert time.monotonic() < end
             time.sleep(pause)
 
+    def stop(self, number: signal.Signals) -> tuple[str, set[int]]:
+        """(what it says, which of Ray's processes stay) after a signal: SIGTERM to the driver alone, as Kubernetes
+        sends it, SIGHUP and SIGINT to all of its group, as a terminal does."""
+        below = descendants(self.process.pid, "")
+        if number is signal.SIGTERM:
+            self.process.send_signal(number)
+        else:
+            os.killpg(self.process.pid, number)
+        return self.finish(128 + number), still_there(below, seconds=5)
+
     def kill(self) -> None:
         """`kill -9` of the driver, at once; then of what Ray left behind, so that it does not disturb."""
         left = descendants(self.process.pid, "")
@@ -69,6 +91,21 @@ class Run:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
+
+
+def still_there(pids: Iterable[int], seconds: float) -> set[int]:
+    """Those that live after so many seconds."""
+
+    def lives(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except OSError:
+            return False
+
+    left, end = set(pids), time.monotonic() + seconds
+    while (left := set(filter(lives, left))) and time.monotonic() < end:
+        time.sleep(0.2)
+    return left
 
 
 def events(folder: Path) -> list[dict]:
@@ -138,17 +175,73 @@ def test_a_killed_search_goes_on(moment: str, inputs: Path, undisturbed: Path, t
     assert_same_outcome(folder, undisturbed)
 
 
-def test_ctrl_c_keeps_the_state_and_says_how_to_go_on(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
+STOPS = [signal.SIGINT, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGHUP))]
+
+
+def assert_says_how_to_go_on(text: str, script: str, folder: Path) -> None:
+    """Once, and why it ended in one line more."""
+    *_, hint, error = text.splitlines()
+    assert hint.endswith(f"Go on with: python scripts/{script}.py --resume {folder}")
+    assert error.startswith(("error: stopped by SIG", "error: interrupted"))
+    assert text.count("Go on with") == text.count("error") == 1
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_stopped_search_says_how_to_go_on(
+    number: signal.Signals, inputs: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     run = Run(folder, *options(inputs, folder))
     run.wait_until(lambda log: sum(e["event"] == "chunk" for e in log) >= 5)
-    os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does
-    text = run.finish(130)
-    assert f"Go on with: python scripts/tune_calib.py --resume {folder}" in text
-    assert "Traceback" not in text
+    text, left = run.stop(number)
+    assert_says_how_to_go_on(text, "tune_calib", folder)
+    assert not left
     assert not (folder / ".tune").exists()
     Run(folder, "--resume", folder).finish()
     assert_same_outcome(folder, undisturbed)
+
+
+LOOKS_SPACE = """
+SPACE = {"mode": ("ft2",), "calibrator": ("max", "fisher"), "num_batches": (1, 3), "act_bits": (4, 6)}
+"""
+
+
+def looks_options(inputs: Path, output: Path) -> list[object]:
+    space = inputs / "looks.py"
+    space.write_text(LOOKS_SPACE)
+    return [*options(inputs, output), "--search-space", space]
+
+
+@pytest.fixture(scope="module")
+def undisturbed_looks(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed") / "looks"
+    Run(folder, *looks_options(inputs, folder)).finish()
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", KILLS)
+def test_a_search_killed_in_the_middle_of_a_stage_goes_on(
+    moment: str, inputs: Path, undisturbed_looks: Path, tmp_path: Path
+) -> None:
+    """Ray's processes end by themselves, and what stays in the folder goes when the run goes on."""
+    folder = tmp_path / "run"
+    run = Run.killed_at(moment, folder, *looks_options(inputs, folder))
+    below: set[int] = set()
+    while run.process.poll() is None:
+        below |= set(descendants(run.process.pid, ""))
+        time.sleep(0.1)
+    run.finish(-signal.SIGKILL)
+    assert not (folder / "result.json").exists()
+    Run(folder, "--resume", folder).finish()
+    assert_same_outcome(folder, undisturbed_looks)
+    assert files_of(folder) == files_of(undisturbed_looks)
+    assert not still_there(below, seconds=150)
+
+
+def files_of(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
 QAT_SPACE = """
@@ -381,9 +474,74 @@ def test_a_killed_training_goes_on(moment: str, inputs: Path, undisturbed_traini
         Run(folder, "--resume", folder, script="qat").finish()
     else:  # nothing was begun that could go on
         Run(folder, *training_options(inputs, folder), script="qat").finish()
-    results = [json.loads((f / "result.json").read_text()) for f in (folder, undisturbed_training)]
+    assert_same_training(folder, undisturbed_training)
+
+
+def assert_same_training(folder: Path, undisturbed: Path) -> None:
+    """Same counts, same losses, the same weights bit for bit."""
+    results = [json.loads((f / "result.json").read_text()) for f in (folder, undisturbed)]
     for key in ("float", "ptq", "qat", "epochs", "best_epoch", "images"):
         assert results[0][key] == results[1][key], key
-    weights = [torch.load(f / "vit_qat.pth", weights_only=True) for f in (folder, undisturbed_training)]
+    weights = [torch.load(f / "vit_qat.pth", weights_only=True) for f in (folder, undisturbed)]
     assert list(weights[0]) == list(weights[1])
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+WORKERS = {1: (), 2: ("--num-workers", 2)}
+LONG = ("--num-epochs", 60)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_long(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """{workers: folder}"""
+    folders = {workers: tmp_path_factory.mktemp("undisturbed") / "training" for workers in WORKERS}
+    for workers, folder in folders.items():
+        Run(folder, *training_options(inputs, folder), *LONG, *WORKERS[workers], script="qat").finish()
+    return folders
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stopped_training_says_how_to_go_on(
+    number: signal.Signals, workers: int, inputs: Path, undisturbed_long: dict[int, Path], tmp_path: Path
+) -> None:
+    """In the middle of an epoch. The sum of two ranks is always taken in the same order: the same weights."""
+    folder = tmp_path / "run"
+    run = Run(folder, *training_options(inputs, folder), *LONG, *WORKERS[workers], script="qat")
+    run.wait_until(lambda _: len(lines(folder / "steps.jsonl")) > 32)
+    text, left = run.stop(number)
+    assert not (folder / "result.json").exists()
+    assert_says_how_to_go_on(text, "qat", folder)
+    assert not left
+    assert not (folder / ".train").exists()
+    Run(folder, "--resume", folder, script="qat").finish()
+    assert_same_training(folder, undisturbed_long[workers])
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """{step: loss}; of a step that was done again, the last."""
+    rows = map(json.loads, lines(folder / "steps.jsonl"))
+    return {row["step"]: row["loss"] for row in rows if "step" in row}
+
+
+@pytest.mark.slow
+def test_a_training_with_a_range_of_workers_loses_a_node(
+    inputs: Path, undisturbed_long: dict[int, Path], two_nodes: tuple[str, subprocess.Popen], tmp_path: Path
+) -> None:
+    """It goes on with one worker from the last state, with the same steps; sums are taken in another order."""
+    address, nodes = two_nodes
+    folder = tmp_path / "run"
+    cluster = ("--ray-address", address, "--num-workers", "1-2")
+    run = Run(folder, *training_options(inputs, folder), *LONG, *cluster, script="qat")
+    run.wait_until(lambda _: len(lines(folder / "steps.jsonl")) > 100)
+    assert nodes.stdin is not None
+    nodes.stdin.write("kill\n")
+    nodes.stdin.flush()
+    text = run.finish()
+    assert "Traceback" not in text
+    ours, theirs = losses(folder), losses(undisturbed_long[2])
+    assert list(ours) == sorted(ours)
+    assert list(ours) == list(theirs)
+    assert [ours[step] for step in range(1, 90)] == [theirs[step] for step in range(1, 90)]
+    print(sorted(abs(ours[s] - theirs[s]) for s in ours)[-5:], text)

@@ -67,8 +67,9 @@ EVALUATE = _WORKERS
 TUNE = (
     *(
         Idle(name, lambda o: o.from_run is not None, "the settings are those of the search that {from_run} names")
-        for name in ("search_alg", "num_samples", *SETTING_FIELDS)
+        for name in ("search_alg", "num_samples", "target", *SETTING_FIELDS)
     ),
+    Idle("quant_mode", lambda o: o.target is not None, "{target} says which mode is searched"),
     Idle(
         "num_samples",
         lambda o: o.search_alg == "grid",

@@ -33,7 +33,7 @@ from vitq_ray.search.site_effects import KINDS, WHOLE
 from vitq_ray.search.space import MOST_SETTINGS
 
 MOST_SELECTION_IMAGES = 10_000  # by default: they are kept decoded
-DEFAULT_SPACE = "calib"
+DEFAULT_SPACE = "ptq"
 MOST_THREADS, MOST_WORKERS = 1024, 10_000
 MOST_GIGABYTES = 100_000
 AUTO_SHARE = "auto"
@@ -422,6 +422,14 @@ class TuneOptions(ModelOptions, SettingOptions, RayOptions, OutletOptions):
     tie_margin: float = option(Number(float, 0, 0.5), 0.005, "top-1 not worth telling apart, a fraction")
     from_run: str | None = option(
         Place(), None, "folder of a finished search: try its best and tied settings instead of the space's"
+    )
+    target: str | None = option(
+        _MODE,
+        None,
+        "search this mode, such as that of the runtime that the winner is for, in place of the space's modes",
+    )
+    latency: tuple[int, ...] | None = option(
+        Sizes(), None, "measure ms per image of float and winner on this machine, at batch sizes such as 1,8"
     )
     refine: bool = option(
         Flag(), False, "go on from the best setting: scales and calibrators of families of sites, then of single sites"

@@ -50,6 +50,7 @@ from vitq_ray.commands.tune_job import (
     sidecar_of_search,
     space_of_run,
 )
+from vitq_ray.commands.tune_latency import latencies
 from vitq_ray.commands.tune_looks import planner_of
 from vitq_ray.commands.tune_outcome import Outcome, outcome_text, search_result
 from vitq_ray.commands.tune_qat import escalate, misses_target
@@ -178,6 +179,8 @@ def run(job: TuneJob, folder: RunFolder, outlets: Outlets, screen: Screen) -> di
     folder.write_correct(results)
     with job.watch.stage("report"):
         of_winner, of_float = evaluate_report(job, folder, winner, screen)
+    plans = {winner.name: winner.plan, **{one.candidate.name: one.candidate.plan for one in tried}}
+    latency = latencies(job, plans, screen) if job.options.latency else []
     path = save_best(job, folder, winner, {"winner": of_winner.summary(), "float": of_float.summary()})
     trained = None
     if job.space.qat is not None and misses_target(job, contest, baseline, screen):
@@ -188,7 +191,7 @@ def run(job: TuneJob, folder: RunFolder, outlets: Outlets, screen: Screen) -> di
     outlets.params({"winner": winner.setting.label})
     for name, evaluation in {"report_": of_winner, "report_float_": of_float}.items():
         outlets.metrics("images", evaluation.images, numbers(Counts.of(evaluation), name))
-    outcome = Outcome(contest, results, winner, of_winner, of_float, trained, tuple(tried))
+    outcome = Outcome(contest, results, winner, of_winner, of_float, trained, tuple(tried), latency)
     result = search_result(job, folder, outcome)
     folder.write_result(result)
     show(outcome, screen)

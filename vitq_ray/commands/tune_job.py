@@ -71,6 +71,7 @@ FREE_OPTIONS = frozenset(
         "num_workers",
         "object_store_memory",
         "engine",
+        "latency",
     }
     | {"decode_threads"}  # of runs that an earlier version began
 )
@@ -184,6 +185,8 @@ def prepare(options: TuneOptions, screen: Screen, space: SearchSpace | None = No
     require_apart(options)
     space, defaults = space or load_space(find_space(options.search_space)), options.setting
     require_used_with(options, space)
+    if options.target is not None:
+        space = replace(space, choices={**space.choices, "mode": (options.target,)})
     if options.from_run is None:
         proposals(
             options.search_alg, space, defaults, options.num_samples, options.seed

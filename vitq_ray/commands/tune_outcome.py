@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ class Outcome:
         of_winner, of_float: on the report images.
         trained: where QAT followed.
         float_sets: what was tried where a part of the winner may stay in float, the whole winner first.
+        latency: rows of `tune_latency.latencies`, where they were asked for.
     """
 
     contest: Contest
@@ -36,6 +37,7 @@ class Outcome:
     of_float: Evaluation
     trained: Trained | None
     float_sets: tuple[FloatSet, ...] = ()
+    latency: Sequence[Mapping[str, Any]] = ()
 
 
 def search_result(job: TuneJob, folder: RunFolder, outcome: Outcome) -> dict[str, Any]:
@@ -80,6 +82,7 @@ def search_result(job: TuneJob, folder: RunFolder, outcome: Outcome) -> dict[str
         },
         integer_share=integer_share(products_of(job.model), outcome.winner.plan),
         **sets,
+        **({"latency": list(outcome.latency)} if outcome.latency else {}),
         **trained,
     )
 
