@@ -1,4 +1,4 @@
-"""Figures of an exported file: accuracy against time, and against the share of work that is done in integers."""
+"""Accuracy against time, and against the share of work that is done in integers: of an exported file, of a search."""
 
 from __future__ import annotations
 
@@ -25,16 +25,29 @@ def latency_charts(verification: Mapping[str, Any] | None) -> list[Chart]:
     return charts
 
 
-def share_charts(result: Mapping[str, Any] | None) -> list[Chart]:
-    """Of a search that left parts of its winner in float: accuracy of every such set on the selection images."""
+_SELECTION = "On the selection images."
+
+
+def search_latency_charts(result: Mapping[str, Any] | None) -> list[Chart]:
+    """Of a search that left parts of its winner in float, or measured latency: accuracy on the selection images."""
+    selection = {n: row for n, row in (result or {}).get("selection", {}).items() if "top1_interval95" in row}
+    charts = []
+    latency = [row for row in (result or {}).get("latency", ()) if row["candidate"] in selection]
+    for batch in sorted({row["batch"] for row in latency}):
+        rows = [_variant(row["candidate"], selection, row["ms_per_image"]) for row in latency if row["batch"] == batch]
+        charts.append(
+            _chart(f"Accuracy and latency, batch {batch}", rows, "milliseconds an image", log=True, caption=_SELECTION)
+        )
     sets = [row for row in (result or {}).get("float_sets", ()) if "top1_interval95" in row["selection"]]
-    rows = [
+    shares = [
         (f"{row['name']}, {row['by']}", row["selection"]["top1"], row["selection"]["top1_interval95"], share)
         for row in sets
         for share in [100 * row["integer_share"]]
     ]
-    label = "share of multiply-accumulates in integers, %"
-    return [_chart("Accuracy and INT8 work", rows, label, caption="On the selection images.")] if rows else []
+    if shares:
+        label = "share of multiply-accumulates in integers, %"
+        charts.append(_chart("Accuracy and INT8 work", shares, label, caption=_SELECTION))
+    return charts
 
 
 def _variant(name: str, variants: Mapping[str, Any], x: float) -> Variant:

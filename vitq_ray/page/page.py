@@ -26,7 +26,7 @@ from vitq_ray.page import summary
 from vitq_ray.page.compared import compare_all, why_beaten
 from vitq_ray.page.figures import Chart
 from vitq_ray.page.flips import Flip, drop, flips_of, per_class
-from vitq_ray.page.latency_charts import latency_charts, share_charts
+from vitq_ray.page.latency_charts import latency_charts, search_latency_charts
 from vitq_ray.page.search_charts import search_charts
 from vitq_ray.page.site_charts import histogram_charts
 from vitq_ray.page.site_grid import SiteGrid, site_grid
@@ -121,7 +121,7 @@ def search_page(folder: Path, commands: Commands) -> Page:
         next_step=summary.next_step(search, lost),
         candidates=candidate_table(search, rows, forecasts) if rows else None,
         charts=search_charts(search, rows, forecasts),
-        latency=[*latency_charts(verification), *share_charts(search.result)],
+        latency=[*latency_charts(verification), *search_latency_charts(search.result)],
         sites=None if found is None else site_grid(found, FORECAST_NAMES[forecasts]),
         histograms=() if found is None else histogram_charts(search, found, statistics, table),
         reasons=reason_table(reasons, forecasts) if reasons else None,
