@@ -13,12 +13,16 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 import vitq_ray
 from tests.conftest import Project, make_project, scalars
 from vitq_ray.commands.main import COMMANDS, main
 from vitq_ray.commands.options import TrainOptions
+from vitq_ray.models.checkpoint import load_calibrated
+from vitq_ray.run.image_table import read_images
+from vitq_ray.run.site_table import read_scales, read_sites
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -92,6 +96,7 @@ def test_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     project = make_project(tmp_path, train=40, val=30)
     small = {"num_calib_batch": 2, "calib_batchsz": 4, "batch_size": 8, "num_epochs": 1, "dashboard": False}
     common = {"pretrained_dir": project.checkpoint, "data_path": project.folder}
+    small |= {"learn_amax": True, "qat_lr": 0.1}
     trained = vitq_ray.train(**common, **small, output=tmp_path / "run", log_to="tensorboard")
     found = scalars(tmp_path / "run" / "tensorboard")
     assert list(found["loss"]) == [1, 2, 3, 4, 5]
@@ -107,6 +112,14 @@ def test_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         trained.checkpoint,
     )
     assert tuple(capsys.readouterr()) == ("", "")
+    scales = read_scales(tmp_path / "run")
+    before, after = (
+        {key: float(site.amax.max()) for key, site in load_calibrated(str(path)).plan.sites.items() if site.rule.on}
+        for path in (tmp_path / "run" / "start" / "vit_calib.pth", trained.checkpoint)
+    )
+    assert scales == {key: (value, after[key]) for key, value in before.items()}
+    page = vitq_ray.report(run=tmp_path / "run").page.read_text()
+    assert ("The scales were learned, too." in page) == (before != after)
 
 
 def test_tune(ray_cluster: None, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,6 +131,16 @@ def test_tune(ray_cluster: None, project: Project, tmp_path: Path, capsys: pytes
     assert found.winner.label in ("ft2 max n=1 w8a8", "ft2 mse n=1 w8a8")
     assert found.checkpoint.exists()
     assert found.result["images"] == 11
+    page = vitq_ray.report(run=tmp_path / "run", table=True).page.read_text()
+    assert f"Of 2 settings, {found.winner.label} is the best" in page
+    table, images = read_sites(tmp_path / "run"), read_images(tmp_path / "run")
+    assert table is not None
+    assert images is not None
+    assert table.candidates == ("c000", "c001")
+    assert list(images["label"] == images["quantized_class"]).count(True) == found.result["top1_correct"]
+    assert images.flipped.sum() == len(images.pictures) == 11 - found.result["agreed"]
+    rows = pq.read_table(tmp_path / "run" / "candidates.parquet").to_pylist()
+    assert {row["name"]: row["kl"] for row in rows} == {n: found.result["selection"][n]["kl"] for n in table.candidates}
     again = vitq_ray.tune(resume=tmp_path / "run")
     assert (again.winner, again.checkpoint) == (found.winner, found.checkpoint)
     assert tuple(capsys.readouterr()) == ("", "")

@@ -212,7 +212,8 @@ def race_chart(search: SearchRun) -> Chart:
     seen = sum(entry.images for entry in search.measured)
     share = seen / max(1, len(search.measured) * search.images)
     more = f" The first {len(shown)} of {len(runners)} are drawn." if len(runners) > len(shown) else ""
-    caption = f"In the order of the forecast; {100 * share:.0f} % of the images of a full evaluation count.{more}"
+    counted = f"; {100 * share:.0f} % of the images of a full evaluation count" if search.result is not None else ""
+    caption = f"In the order of the forecast{counted}.{more}"
     return Chart("The race", made.svg, f"Images seen by each of {len(runners)} candidates. {caption}", caption)
 
 

@@ -15,6 +15,7 @@ _VIRIDIS = (
     *("#1e9b8a", "#2ab07f", "#52c569", "#86d549", "#c2df23", "#fde725"),
 )
 _DECADES = 4  # that the colours stand for
+Legend = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class SiteGrid:
     Attributes:
         what: what is predicted: `predicted KL, nats`; empty where nothing is.
         total: of all sites.
-        scale: (colour, what it stands for) of the legend, from small to large.
+        scale, measured_scale: (colour, what it stands for) of the legends, from small to large.
     """
 
     blocks: tuple[str, ...]
@@ -52,7 +53,8 @@ class SiteGrid:
     what: str
     has_measured: bool
     total: float
-    scale: tuple[tuple[str, str], ...]
+    scale: Legend
+    measured_scale: Legend
 
 
 def site_grid(found: SiteMap, what: str) -> SiteGrid:
@@ -83,7 +85,8 @@ def site_grid(found: SiteMap, what: str) -> SiteGrid:
         (site.name.removesuffix("_quantizer"), tuple(cell(block, site.name) for block in blocks)) for site in SITES
     )
     what = what if losses else ""
-    return SiteGrid(tuple(blocks), rows, what, bool(measured), math.fsum(losses), shades.legend if losses else ())
+    legends = shades.legend if losses else (), measured_shades.legend if measured else ()
+    return SiteGrid(tuple(blocks), rows, what, bool(measured), math.fsum(losses), *legends)
 
 
 class _Shades:
@@ -101,6 +104,6 @@ class _Shades:
         return Shade(_VIRIDIS[index], "#000" if index > 5 else "#fff")
 
     @property
-    def legend(self) -> tuple[tuple[str, str], ...]:
+    def legend(self) -> Legend:
         texts = {0: f"{self._least:.2g} or less", len(_VIRIDIS) - 1: f"{self._largest:.2g}"}
         return tuple((colour, texts.get(index, "")) for index, colour in enumerate(_VIRIDIS))
