@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from vitq_ray.base.config import InputError, is_number, require_choice
-from vitq_ray.base.kernels import compiled
+from vitq_ray.base.kernels import compiled, compiled_with
 from vitq_ray.calibration.histogram import Histogram, Range
-from vitq_ray.quant.fake_quant import fake_quantize
+from vitq_ray.quant.fake_quant import integer_range, step_of
 
 FIRST_CANDIDATE = 128  # bin at which the searches of mse and entropy start, at every bit width
 _TIE = 1e-12  # KL divergences closer than this differ by rounding only
@@ -122,14 +122,19 @@ def weight_max(weight: Tensor, axis: int | None) -> Tensor:
 
 def weight_mse(weight: Tensor, axis: int | None, bits: int) -> Tensor:
     """Of 1.00, 0.99, … 0.30 times max|w|, the amax with the least squared error; the largest on a tie."""
-    largest = weight_max(weight, axis)
-    best, least = largest, torch.full_like(largest, torch.inf)
-    for percent in range(100, 29, -1):
-        amax = largest * (percent / 100)
-        squared = (fake_quantize(weight.detach(), amax, bits, axis) - weight.detach()).square()
-        error = squared.sum() if axis is None else squared.sum(dim=1, keepdim=True)
-        best, least = torch.where(error < least, amax, best), torch.minimum(error, least)
-    return best
+    largest, (low, high) = weight_max(weight, axis), integer_range(bits)
+    tried = torch.stack([largest * (percent / 100) for percent in range(100, 29, -1)])  # (71, rows, 1), or (71,)
+    values = weight.detach().float().cpu().contiguous().numpy()
+    steps = step_of(tried, high).cpu().reshape(len(tried), -1).expand(-1, len(values)).numpy()
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+        parts = np.array_split(np.arange(len(values)), max(1, torch.get_num_threads()))
+        found = pool.map(
+            lambda rows: _squared_errors(values[rows], np.ascontiguousarray(steps[:, rows]), low, high), parts
+        )
+        errors = torch.from_numpy(np.concatenate(list(found), axis=1))  # (71, rows)
+    if axis is None:
+        return tried[int(errors.sum(dim=1).argmin())]
+    return tried[errors.argmin(dim=0).to(largest.device), torch.arange(len(weight))]
 
 
 def _for_each_site(amax_of: Callable[[Histogram], float], histograms: Sequence[Histogram]) -> Amax:
@@ -156,6 +161,26 @@ def _mse_kernel(counts: npt.NDArray[np.int64], qmax: int) -> int:
         if error < best_error:
             best, best_error = candidate, error
     return best
+
+
+@compiled_with(fastmath=True)
+def _squared_errors(
+    weight: npt.NDArray[np.float32], steps: npt.NDArray[np.float32], low: int, high: int
+) -> npt.NDArray[np.float64]:
+    """Of every row (rows, columns) at every step (tries, rows): (tries, rows)."""
+    lowest, highest = np.float32(low), np.float32(high)
+    errors = np.zeros(steps.shape)
+    for row in range(weight.shape[0]):
+        values = weight[row]
+        for index in range(steps.shape[0]):
+            step = steps[index, row]
+            inverse, total = np.float32(1) / step, np.float32(0)
+            for column in range(values.shape[0]):
+                level = min(max(np.rint(values[column] * inverse), lowest), highest)
+                error = level * step - values[column]
+                total += error * error
+            errors[index, row] = total
+    return errors
 
 
 @compiled
