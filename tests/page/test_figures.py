@@ -29,6 +29,14 @@ def test_text_is_text_and_harmless() -> None:
     assert "<script" not in svg
 
 
+def test_a_narrow_log_scale_has_ticks_too() -> None:
+    with drawing("narrow") as made:
+        points(made.axes, [1, 2], [0.0104, 0.0117], SERIES[0], "o")
+        made.axes.set_yscale("log")
+        plain_numbers(made.axes.yaxis)
+    assert len(set(re.findall(r">(0\.01\d*)</text>", made.svg))) >= 3
+
+
 def test_colours_are_those_of_the_page() -> None:
     svg = svg_of("a")
     assert {"var(--blue)", "var(--orange)", "var(--line)", "var(--faint)"} <= set(re.findall(r"var\(--\w+\)", svg))

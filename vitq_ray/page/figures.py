@@ -18,7 +18,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 # {CSS variable: its value on the light page}; the page's style sheet has both.
 COLOURS = {
@@ -141,7 +141,8 @@ def plain_numbers(axis: Axis, unit: str = "") -> None:
     """Ticks as `0.001`, not as powers; on a log scale also between powers of ten. To be called when all is drawn."""
     if axis.get_scale() == "log":
         low, high = axis.get_view_interval()
-        axis.set_major_locator(LogLocator(subs=(1.0, 3.0) if high > 50 * low else (1.0, 2.0, 3.0, 5.0)))
+        wide = LogLocator(subs=(1.0, 3.0) if high > 50 * low else (1.0, 2.0, 3.0, 5.0))
+        axis.set_major_locator(wide if high > 4 * low else MaxNLocator(4))
     axis.set_major_formatter(
         FuncFormatter(lambda value, _: f"{value:,.0f}{unit}" if value >= 10_000 else f"{value:g}{unit}")
     )
