@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import DATA
+from tests.conftest import DATA, make_setting
 from tests.made_runs import MadeSearch, made_training
+from vitq_ray.measure.paired import Interval
+from vitq_ray.page.compared import Reason
 from vitq_ray.page.page import Page, html_of, page_of
+from vitq_ray.page.summary import points_from_float
+from vitq_ray.page.tables import reason_table
+from vitq_ray.run.report_search import RaceEntry
 
 HOSTILE = ('"><img src=x onerror=alert(1)>', "</script><script>alert(2)</script>", "{{ 7 * 7 }} $\\frac{$ 'x'")
 VOID = {"meta", "img", "input", "br"}
@@ -131,6 +136,27 @@ def test_names_can_do_nothing(tmp_path: Path) -> None:
     assert not any(values.get("src") == "x" for _, values in reader.tags)
     assert HOSTILE[2] in reader.text
     assert "/data/<b>x</b>" in reader.text
+
+
+def test_what_one_family_wins_is_no_share_of_what_others_lose() -> None:
+    entry = RaceEntry("c001", make_setting(), "beaten", None, 1.0, {}, None, 0.0)
+    families = {"probabilities": 3.0, "weight": 1.0, "input": -3.0}
+    reason = Reason(entry, (("mode", "ft2", "ft1"),), 1.0, families, ("0.attn.matmul_a_input_quantizer", 2.0))
+    (row,) = reason_table([reason], "predicted_kl").rows
+    assert row.cells[1].text == "mode ft2, not ft1"
+    assert row.cells[3].text == "attention probabilities 75 %, weights 25 %"
+
+
+@pytest.mark.parametrize(
+    ("interval", "text"),
+    [
+        (Interval(-0.0154, -0.0209, -0.0099), "1.54 points (0.99 to 2.09) below"),
+        (Interval(0.0, -0.0301, 0.0301), "0 points (−3.01 to +3.01) from"),
+        (Interval(0.01, -0.002, 0.03), "1.00 points (−0.20 to 3.00) above"),
+    ],
+)
+def test_points_from_float_are_said_in_words(interval: Interval, text: str) -> None:
+    assert points_from_float(interval) == text
 
 
 def test_a_killed_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

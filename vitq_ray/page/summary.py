@@ -50,13 +50,15 @@ def _winner(search: SearchRun, result: Mapping[str, Any], drop: Interval | None)
     if "top1_correct" not in result:
         return f"{begin}{accuracy_text(result)} nats to the float model on {images}."
     floats = percent(result["float"]["top1_correct"] / result["float"]["images"])
-    beside = f"{_below(drop)} the float model's {floats}" if drop else f"float has {floats}"
+    beside = f"{points_from_float(drop)} the float model's {floats}" if drop else f"float has {floats}"
     return f"{begin}top-1 {accuracy_text(result)} on {images}; {beside}."
 
 
-def _below(drop: Interval) -> str:
+def points_from_float(drop: Interval) -> str:
     """E.g. `1.54 points (0.99 to 2.09) below`."""
-    down = drop.value <= 0
+    if drop.value == 0:
+        return f"0 points ({100 * drop.low:+.2f} to {100 * drop.high:+.2f}) from".replace("-", "−")
+    down = drop.value < 0
     value, *ends = (100 * (-x if down else x) for x in (drop.value, drop.low, drop.high))
     low, high = sorted(ends)
     return f"{value:.2f} points ({low:.2f} to {high:.2f}) {'below' if down else 'above'}".replace("-", "−")

@@ -168,9 +168,10 @@ def _explained(reason: Reason) -> str:
     """The families that make up most of what is lost more: E.g. `weights 80 %, q, k and v 15 %`."""
     if reason.more <= 0:
         return "not seen by the forecast, which promised no more loss than the winner's"
+    lost = sum(value for value in reason.families.values() if value > 0)  # others may lose less than the winner's
     parts, told = [], 0.0
     for family, value in reason.families.items():
-        share = value / reason.more
+        share = value / lost
         if share < 0.05 or told > 0.9:
             break
         parts.append(f"{FAMILIES[family]} {100 * share:.0f} %")
