@@ -291,6 +291,8 @@ def test_what_ray_left_of_a_killed_run_is_gone(tmp_path: Path) -> None:
         (tmp_path / "run" / name / "trial").mkdir(parents=True)
     with RunFolder.resume(tmp_path / "run", SEARCH) as folder:
         assert sorted(path.name for path in folder.path.iterdir()) == [".lock", "run.json", "trials.jsonl"]
+        (folder.path / ".train" / "trial").mkdir(parents=True)  # a stopped Ray is not gone at once
+    assert sorted(path.name for path in folder.path.iterdir()) == ["run.json", "trials.jsonl"]
 
 
 KILLED = """

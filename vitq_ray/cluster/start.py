@@ -139,7 +139,7 @@ _COMMON: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERRO
 
 
 def _start(num_cpus: int | None, object_store_bytes: int | None, dashboard: bool) -> None:
-    with environment(_own_token(dashboard)), _on_loopback():
+    with environment(_own_token(dashboard)), _on_loopback(), _later_hangup():
         try:
             ray.init(
                 address="local",
@@ -247,6 +247,19 @@ def _own_sigterm() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGTERM, ours)
+
+
+@contextmanager
+def _later_hangup() -> Iterator[None]:
+    """SIGHUP waits until the context ends, and processes that are started meanwhile never hear it.
+
+    A closed terminal sends it to Ray's processes, too; without them this one could not end Ray in order.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _quiet() -> None:

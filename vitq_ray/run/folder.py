@@ -140,8 +140,7 @@ class RunFolder:
             folder.log.cut_half_line()
             for own in (path, folder.best, *path.glob("qat/*")):
                 remove_temporary(own)
-            for name in (TUNE_FOLDER, TRAIN_FOLDER):
-                shutil.rmtree(path / name, ignore_errors=True)
+            folder._remove_rays_files()
         return folder
 
     def take(self) -> None:
@@ -153,6 +152,10 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"{self.path}: cannot be written to: {error.strerror}") from None
 
+    def _remove_rays_files(self) -> None:
+        for name in (TUNE_FOLDER, TRAIN_FOLDER):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
     def _give_back(self) -> None:
         if self._lock is not None:
             self._lock.release()
@@ -163,6 +166,8 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._lock is not None:
+            self._remove_rays_files()  # a Ray that was stopped may have written to the last
         if self._is_new and not self.has_work:
             (self.path / RUN).unlink(missing_ok=True)
         self._give_back()
