@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import io
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,8 +21,9 @@ from typing import Any
 import numba
 import pytest
 import ray
+import torch
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, make_project
 from vitq_ray.base import cpus
 from vitq_ray.base.config import InputError
 from vitq_ray.base.kernels import compiled
@@ -259,6 +262,26 @@ def test_kernels_need_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compiled(lambda x: x + 1)(2) == 3
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="runs commands as another user")
+def test_a_read_only_installation() -> None:
+    """Of a user who can write neither to the package nor to a home: here and on workers, the same scales."""
+    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        folder.chmod(0o777)
+        small = (*make_project(folder).options, "--num-calib-batch", "4", "--calib-batchsz", "4", "--calib-output-path")
+        states = []
+        for name, workers in {"here": (), "workers": ("--num-workers", "2")}.items():
+            command = [*user, sys.executable, ROOT / "scripts" / "calib.py", *small, folder / name, *workers]
+            run = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240)
+            assert (run.returncode, run.stderr) == (0, ""), run.stdout + run.stderr
+            assert "cache" not in run.stdout
+            states.append(torch.load(folder / name / "vit_calib.pth", weights_only=True))
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0] | states[1])
+
+
 @pytest.mark.parametrize("home", ["", "/proc/none"])
 def test_a_home_that_cannot_keep_a_token(home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
@@ -403,8 +426,6 @@ def test_scripts_start_ray_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_error_names_of_the_boundary_exist() -> None:
-    import torch
-
     assert issubclass(torch.OutOfMemoryError, RuntimeError)
     assert issubclass(ray.exceptions.OutOfMemoryError, Exception)
 
