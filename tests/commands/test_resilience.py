@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from functools import cache
 from pathlib import Path
 from urllib.parse import quote
 from urllib.request import Request, urlopen
@@ -492,19 +493,23 @@ LONG = ("--num-epochs", 60)
 
 
 @pytest.fixture(scope="module")
-def undisturbed_long(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """{workers: folder}"""
-    folders = {workers: tmp_path_factory.mktemp("undisturbed") / "training" for workers in WORKERS}
-    for workers, folder in folders.items():
+def undisturbed_long(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a training on these workers."""
+
+    @cache
+    def folder_of(workers: str) -> Path:
+        folder = tmp_path_factory.mktemp("undisturbed") / "training"
         Run(folder, *training_options(inputs, folder), *LONG, *WORKERS[workers], script="qat").finish()
-    return folders
+        return folder
+
+    return folder_of
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("stop", ["closed terminal", "SIGTERM"])
 def test_a_stopped_search_or_training_says_how_to_go_on(
-    stop: str, workers: str, inputs: Path, undisturbed_long: dict[str, Path], tmp_path: Path
+    stop: str, workers: str, inputs: Path, undisturbed_long: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """In the middle of an epoch. The sum of two ranks is always taken in the same order: the same weights."""
     folder = tmp_path / "run"
@@ -516,7 +521,7 @@ def test_a_stopped_search_or_training_says_how_to_go_on(
     assert not left
     assert not (folder / ".train").exists()
     Run(folder, "--resume", folder, script="qat").finish()
-    assert_same_training(folder, undisturbed_long[workers])
+    assert_same_training(folder, undisturbed_long(workers))
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -527,7 +532,7 @@ def losses(folder: Path) -> dict[int, float]:
 
 @pytest.mark.slow
 def test_a_training_with_a_range_of_workers_loses_a_node(
-    inputs: Path, undisturbed_long: dict[str, Path], two_nodes: tuple[str, subprocess.Popen], tmp_path: Path
+    inputs: Path, undisturbed_long: Callable[[str], Path], two_nodes: tuple[str, subprocess.Popen], tmp_path: Path
 ) -> None:
     """It goes on with one worker from the last state, with the same steps; sums are taken in another order."""
     address, nodes = two_nodes
@@ -540,7 +545,7 @@ def test_a_training_with_a_range_of_workers_loses_a_node(
     nodes.stdin.flush()
     text = run.finish()
     assert "Traceback" not in text
-    ours, theirs = losses(folder), losses(undisturbed_long["two workers"])
+    ours, theirs = losses(folder), losses(undisturbed_long("two workers"))
     assert list(ours) == list(theirs)
     print(sorted((abs(ours[s] - theirs[s]), s) for s in ours)[-5:], text)
     assert [ours[step] for step in range(1, 90)] == [theirs[step] for step in range(1, 90)]
