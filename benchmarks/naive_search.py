@@ -1,6 +1,6 @@
 """The search done the naive way: every setting calibrated and evaluated on its own, against a run of tune_calib.py.
 
-    python scripts/tune_calib.py --output runs/w4 --wprec 4 --aprec 4
+    python scripts/tune_calib.py --search-space calib --output runs/w4 --wprec 4 --aprec 4
     python benchmarks/naive_search.py --run runs/w4
     python benchmarks/naive_search.py --run runs/w4 --processes --calibrators max,percentile
 

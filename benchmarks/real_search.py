@@ -46,6 +46,7 @@ def search(options: argparse.Namespace, folder: Path) -> tuple[float, dict[str, 
         "--data-path",
         options.data_path,
     ]
+    command += ["--search-space", "calib"]
     more = ["--select-images", str(options.select_images)] if options.select_images else []
     start = time.perf_counter()
     subprocess.run([*command, *more, "--output", str(folder / "run")], check=True, stdout=sys.stderr)

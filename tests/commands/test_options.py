@@ -12,7 +12,7 @@ import torch
 from tests.conftest import DATA, fresh_package
 from vitq_ray.base.config import InputError
 from vitq_ray.calibration.setting import Setting
-from vitq_ray.commands import combinations, train
+from vitq_ray.commands import combinations, train, tune_job
 from vitq_ray.commands.declare import Options
 from vitq_ray.commands.inputs import bundled_spaces, find_space
 from vitq_ray.commands.main import COMMANDS
@@ -31,6 +31,7 @@ from vitq_ray.commands.screen import SILENT
 from vitq_ray.commands.train import complete
 from vitq_ray.commands.tune import open_folder
 from vitq_ray.commands.tune_job import FREE_OPTIONS, describe, prepare, require_used_with, sidecar_of_search
+from vitq_ray.models.load import LoadedModel, load_model
 from vitq_ray.quant.plan import Plan, SitePlan, rule_of
 from vitq_ray.quant.sites import MODES, sites_of_blocks
 from vitq_ray.search.space import load_space, space_of
@@ -391,6 +392,25 @@ def test_an_unknown_space_lists_the_bundled_ones() -> None:
         find_space("mine/calib.py")
 
 
+def test_what_the_model_does_not_allow_is_left_out_of_the_default_space(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A model without biases of q, k and v cannot be rotated; who names the space is told so."""
+
+    def load_without_biases(*args: object, **more: object) -> LoadedModel:
+        loaded = load_model(*args, **more)  # type: ignore[arg-type]
+        for block in loaded.model.blocks:
+            block.attn.qkv.bias = None
+        return loaded
+
+    monkeypatch.setattr(tune_job, "load_model", load_without_biases)
+    job = prepare(parse(TuneOptions, [], "x"), SILENT)
+    assert job.space.choices["transforms"] == ((),)
+    assert "not tried: rotate; rotate, shift, heads, balance (transform rotate: " in caplog.text
+    with pytest.raises(InputError, match="transform rotate: "):
+        prepare(parse(TuneOptions, ["--search-space", "ptq"], "x"), SILENT)
+
+
 def test_memory_of_the_weights_that_candidates_bring(tmp_path: Path) -> None:
     """A model's for two sets of transforms, and for each of six corrected settings of twelve."""
     space = tmp_path / "space.py"
@@ -402,6 +422,8 @@ def test_memory_of_the_weights_that_candidates_bring(tmp_path: Path) -> None:
     of_model = 4 * sum(parameter.numel() for parameter in job.model.parameters())
     assert job.weight_bytes == (2 + 6) * of_model
     assert job.stored_bytes == job.selection_bytes + job.weight_bytes
+    refined = prepare(parse(TuneOptions, ["--search-space", str(space), "--refine"], "x"), SILENT)
+    assert refined.weight_bytes > 50 * of_model
     few = ["--search-space", str(space), "--search-alg", "random", "--num-samples", "3"]
     assert prepare(parse(TuneOptions, few, "x"), SILENT).weight_bytes == (2 + 2) * of_model
     plain = prepare(parse(TuneOptions, ["--search-space", "quick"], "x"), SILENT)

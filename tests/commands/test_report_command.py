@@ -110,6 +110,10 @@ def test_commands_can_be_typed(tmp_path: Path) -> None:
     options = parse(TuneOptions, words[2:], "x")
     assert options.data_path == "/data/<b>x</b>"
     assert shlex.split(commands["Export it"])[3] == str(folder)
+    outlets = ("mlflow:sqlite:///a.db", "tensorboard")
+    again = _given(TuneOptions, {"log_to": list(outlets), "latency": [1, 8], "dashboard": False})
+    options = parse(TuneOptions, again, "x")
+    assert (options.log_to, options.latency, options.dashboard) == (outlets, (1, 8), False)
     assert set(commands) == {"Do it again", "Export it", "Every candidate as a table"}
     killed = MadeSearch(finished=False).write(tmp_path / "killed")
     assert list(dict(_commands(killed, "tune_calib"))) == ["Do it again", "Go on with it"]

@@ -547,7 +547,6 @@ def test_a_training_with_a_range_of_workers_loses_a_node(
     assert "Traceback" not in text
     ours, theirs = losses(folder), losses(undisturbed_long("two workers"))
     assert list(ours) == list(theirs)
-    print(sorted((abs(ours[s] - theirs[s]), s) for s in ours)[-5:], text)
     assert [ours[step] for step in range(1, 90)] == [theirs[step] for step in range(1, 90)]
     assert [*ours.values()] == pytest.approx([*theirs.values()], rel=0.02)
 
@@ -559,6 +558,5 @@ def test_a_range_of_workers_on_one_node(inputs: Path, tmp_path: Path) -> None:
     for name, workers in {"one": ("--accumulate", 4), "range": ("--num-workers", "2-4")}.items():
         Run(tmp_path / name, *training_options(inputs, tmp_path / name), *same_steps, *workers, script="qat").finish()
     one, several = losses(tmp_path / "one"), losses(tmp_path / "range")
-    print(sorted((abs(one[s] - several[s]), s) for s in one)[-5:])
     assert list(one) == list(several)
     assert [*one.values()] == pytest.approx([*several.values()], rel=0.02)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,35 @@ def test_it_goes_on_where_it_was_interrupted(
     assert len({(event["kind"], event["name"]) for event in events}) == len(events) == len(whole.effects)
     with pytest.raises(InputError, match=r"images: 5 given, but .* was started with 4"):
         vitq_ray.sensitivity(resume=str(tmp_path / "cut"), images=5)
+
+
+def test_the_checkpoint_of_a_run_is_looked_at_and_gone_on_with(
+    made: tuple[Project, dict[str, str], str], tmp_path: Path
+) -> None:
+    """Of a calibration here, named by a relative path; it has what was found, too."""
+    _, _, checkpoint = made
+    run = tmp_path / "calib"
+    shutil.copytree(Path(checkpoint).parent, run)
+    options = {"images": 2, "parts": "block", "engine": "fake", "output": str(tmp_path / "s")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        whole = vitq_ray.sensitivity(run="calib", **options)
+    assert json.loads((run / "sensitivity.json").read_text()) == json.loads(
+        (tmp_path / "s" / "sensitivity.json").read_text()
+    )
+    (tmp_path / "s" / "result.json").unlink()
+    (run / "sensitivity.json").unlink()
+    assert vitq_ray.sensitivity(resume=str(tmp_path / "s")).result["parts"] == whole.result["parts"]
+    assert (run / "sensitivity.json").exists()
+
+
+def test_weights_with_corrections_are_refused(made: tuple[Project, dict[str, str], str], tmp_path: Path) -> None:
+    _, data, _ = made
+    few = {**FEW, "calibrator": "fisher", "corrections": "round"}
+    with pytest.raises(
+        InputError, match=r"its weights have corrections \(round\), which no part alone can be told from"
+    ):
+        vitq_ray.sensitivity(**data, **few, images=2, output=str(tmp_path / "s"))
 
 
 @pytest.mark.parametrize(

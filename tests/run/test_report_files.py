@@ -22,7 +22,7 @@ from vitq_ray.data.samples import NO_LABEL
 from vitq_ray.quant.sites import LAYER_PREFIX
 from vitq_ray.run.candidate_table import write_candidates
 from vitq_ray.run.image_table import IMAGES, MOST_PICTURES, ImageJudge, read_images, write_images
-from vitq_ray.run.report_parts import json_lines, measured_sites, statistics_of
+from vitq_ray.run.report_parts import json_lines, measured_sites, statistics_of, verification_of
 from vitq_ray.run.report_search import read_search
 from vitq_ray.run.report_training import read_training
 from vitq_ray.run.site_table import SITES, SiteTable, read_scales, read_sites, write_scales, write_sites
@@ -155,6 +155,22 @@ def test_looks_are_found_by_their_transforms(tmp_path: Path) -> None:
     again = statistics_of(folder, ())
     assert again is not None
     assert again.keys == found.keys
+
+
+def test_measured_sites_of_another_setting_are_not_shown(tmp_path: Path) -> None:
+    (tmp_path / "sensitivity.json").write_text(json.dumps({"setting": {"mode": "ft1"}, "parts": {FC1: 0.25}}))
+    assert measured_sites(tmp_path, {"mode": "ft1"}) == {FC1: 0.25}
+    with pytest.raises(InputError, match="of another setting than the one shown"):
+        measured_sites(tmp_path, {"mode": "ft2"})
+
+
+@pytest.mark.parametrize(
+    "values", [[], {"variants": []}, {"variants": {"a": 5}}, {"variants": {}, "latency": [{}]}, {"latency": []}]
+)
+def test_a_verification_of_another_shape_is_named(values: object, tmp_path: Path) -> None:
+    (tmp_path / "verification.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"verification\.json: not what an export writes"):
+        verification_of(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from vitq_ray.commands.options import (
 )
 from vitq_ray.commands.screen import SILENT, Screen
 from vitq_ray.run.candidate_table import write_candidates
-from vitq_ray.run.folder import RUN
+from vitq_ray.run.folder import RUN, RunFolder
 from vitq_ray.run.report_parts import checkpoints, tolerant
 from vitq_ray.run.report_search import read_search
 from vitq_ray.run.results import CALIBRATION, EVALUATION, EXPORT, RESULT, SEARCH, SENSITIVITY, TRAINING, read_result
@@ -89,6 +89,8 @@ def draw(folder: Path, script: str) -> Path:
     """Write report.html of a run of a script. Returns its path."""
     from vitq_ray.page.page import REPORT, page_of, write_page  # matplotlib: slow to load, and at the end only
 
+    if script not in _OPTIONS:
+        raise InputError(f"{folder}: holds a run of {script!r}; expected one of {', '.join(_OPTIONS)}")
     write_page(page_of(folder, script, list(_commands(folder, script))), folder / REPORT)
     return folder / REPORT
 
@@ -128,7 +130,7 @@ def _write_tables(folder: Path, screen: Screen) -> tuple[Path, Path]:
 def _commands(folder: Path, script: str) -> Iterator[tuple[str, str]]:
     """(what for, command line) that reproduce a run, and go on from it."""
     home, is_run = str(folder.absolute()), (folder / RUN).is_file()
-    options = _described(folder)["options"] if is_run else read_result(folder)["options"]
+    options = RunFolder(folder, script).read_run()["options"] if is_run else read_result(folder)["options"]
     yield "Do it again", _line(script, _given(_OPTIONS[script], options))
     finished = (folder / RESULT).is_file()
     if is_run and not finished:
@@ -165,6 +167,8 @@ def _given(kind: type[Options], options: Mapping[str, Any]) -> list[str]:
             continue
         if isinstance(row.kind, Flag):
             arguments.append(row.spelling if value else row.spelling.replace("--", "--no-", 1))
+        elif getattr(row.kind, "repeated", False):
+            arguments += [part for one in value for part in (row.spelling, str(one))]
         else:
             text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
             arguments += [row.spelling, text]

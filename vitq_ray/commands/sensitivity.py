@@ -138,6 +138,8 @@ def with_run(options: SensitivityOptions) -> tuple[SensitivityOptions, Path | No
     """The checkpoint and the images of a finished run, where one is named, and its folder."""
     if options.run is None:
         return options, None
+    if options.resume is not None:  # the checkpoint was found when the run was begun
+        return options, Path(options.run)
     checkpoint, data = checkpoint_of_run(options)
     return replace(options, pretrained_dir=checkpoint, data_path=data), Path(options.run)
 
@@ -170,6 +172,12 @@ def prepare(
             plan = apply(calibration, look, looked_at, screen)
         setting, model, crop = calibration.setting, calibration.model, options.crop_pct
         bad_images += calibration.bad_images
+    if setting.corrections:
+        names = ", ".join(map(str, setting.corrections))
+        raise InputError(
+            f"{options.pretrained_dir}: its weights have corrections ({names}), which no part alone can be told from; "
+            "expected a setting without corrections"
+        )
     transform = eval_transform(loaded, crop)
     images = gradient_images(options, model, transform, classes, bad_images)
     warn_of_left_out(screen, {"val": val})

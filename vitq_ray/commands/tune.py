@@ -179,13 +179,13 @@ def run(job: TuneJob, folder: RunFolder, outlets: Outlets, screen: Screen) -> di
     folder.write_correct(results)
     with job.watch.stage("report"):
         of_winner, of_float = evaluate_report(job, folder, winner, screen)
-    plans = {winner.name: winner.plan, **{one.candidate.name: one.candidate.plan for one in tried}}
-    latency = latencies(job, plans, screen) if job.options.latency else []
     path = save_best(job, folder, winner, {"winner": of_winner.summary(), "float": of_float.summary()})
     trained = None
     if job.space.qat is not None and misses_target(job, contest, baseline, screen):
         trained = escalate(job, job.space.qat, folder, contest, watchers.journal, outlets, screen)
         path = trained.path
+    timed = {c.name: c.plan for c in (contest.candidates[best], winner)}  # the winner, and with some of it in float
+    latency = latencies(job, timed, screen) if job.options.latency else []
     folder.append("winner", name=winner.name, report=of_winner.summary())
     watchers.journal.write()
     outlets.params({"winner": winner.setting.label})

@@ -19,6 +19,7 @@ from vitq_ray.commands.tune_job import TuneJob
 from vitq_ray.engines.execute import executed
 from vitq_ray.measure.evaluation import Evaluation, evaluate
 from vitq_ray.measure.metrics import pack_text, unpack_text
+from vitq_ray.quant.plan import Plan
 from vitq_ray.quant.vit import apply_plan
 from vitq_ray.quant.work import Product, integer_share, products_of
 from vitq_ray.run.folder import RunFolder
@@ -93,12 +94,20 @@ class FloatSets:
         }
         left = [choice.part for choice in self._choices if choice.part.name not in logged]
         batches = [job.to_input(b.images) for b in images.batches(job.batch_size, 0, min(SCAN_IMAGES, len(images)))]
-        found = effects(job.model, self._whole.candidate.plan, left, batches, job.engine) if left else ()
+        found = effects(job.model, self._plan_of_parts, left, batches, job.engine) if left else ()
         for part, results in self._screen.track(found, len(left), "what each part loses"):
             logged[part.name] = results["kl"]
             values = {"kind": part.kind, "name": part.name, "images": len(results["kl"])}
             self._folder.append("effect", **values, **pack_text(results))
         return {choice.part.name: float(logged[choice.part.name].mean(dtype=float)) for choice in self._choices}
+
+    @property
+    def _plan_of_parts(self) -> Plan:
+        """The winner without corrections: these change weights that a part alone leaves in float."""
+        winner = self._whole.candidate
+        if not winner.setting.corrections:
+            return winner.plan
+        return self._planner.plan(replace(winner.setting, corrections=()))
 
     def _measured(self, chosen: Sequence[Choice], by: str) -> FloatSet:
         """A set on all selection images."""
@@ -146,6 +155,10 @@ def leave_in_float(
     with torch_threads(available_cpus()):
         sets = FloatSets(job, folder, planner, images, whole, screen)
         if isinstance(share := job.options.int8_share, float):
+            if share > whole.share:
+                screen.warn(
+                    f"{percent(share)} of the work in integers asked for; of the winner {percent(whole.share)} is"
+                )
             return sets.best_at(share), sets.tried
         best = whole
         for share in (1.0, *SHARES):

@@ -17,7 +17,8 @@ from vitq_ray.base.config import InputError
 from vitq_ray.calibration.calibrators import CALIBRATORS
 from vitq_ray.calibration.planner import require_techniques
 from vitq_ray.calibration.scales import require_all_possible, require_possible
-from vitq_ray.calibration.setting import Setting, read_setting, require_sites
+from vitq_ray.calibration.setting import Setting, read_setting, require_sites, techniques
+from vitq_ray.calibration.transforms import require_transformable
 from vitq_ray.cluster.stream import stream_batches
 from vitq_ray.cluster.trials import Resources, nodes_for
 from vitq_ray.cluster.workers import torch_threads
@@ -51,7 +52,7 @@ from vitq_ray.run.folder import RUN, RunFolder
 from vitq_ray.run.results import Stopwatch, versions
 from vitq_ray.search.asha import training_runs
 from vitq_ray.search.proposals import DEFAULT_SAMPLES, ListProposals, Proposals, proposals
-from vitq_ray.search.refine import Losses, Refinement
+from vitq_ray.search.refine import Losses, Refinement, most_steps
 from vitq_ray.search.space import QatSpace, SearchSpace, load_space
 
 MOST_CHECKED = 100_000  # combinations of a grid that are looked through for impossible rules
@@ -169,6 +170,8 @@ class TuneJob:
             if self.options.search_alg != "grid":
                 tried = min(tried, self.options.num_samples or DEFAULT_SAMPLES)
             corrected = -(-tried * sum(bool(names) for names in kinds) // len(kinds))
+        if self.options.refine and corrected:
+            corrected += most_steps(len(self.space.calibrations(self.defaults)))
         of_model = sum(parameter.numel() * 4 for parameter in self.model.parameters())
         return (transforms + corrected) * of_model
 
@@ -186,7 +189,7 @@ def prepare(options: TuneOptions, screen: Screen, space: SearchSpace | None = No
     space, defaults = space or load_space(find_space(options.search_space)), options.setting
     require_used_with(options, space)
     if options.target is not None:
-        space = replace(space, choices={**space.choices, "mode": (options.target,)})
+        space = space.with_values("mode", (options.target,))
     if options.from_run is None:
         proposals(
             options.search_alg, space, defaults, options.num_samples, options.seed
@@ -194,6 +197,8 @@ def prepare(options: TuneOptions, screen: Screen, space: SearchSpace | None = No
     device = device_of(options)
     checkpoint, data = paths_of(options)
     loaded = load_model(options.model_type, checkpoint, options.img_size, heads=options.heads)
+    if "search_space" not in options.given and options.resume is None:
+        space = without_impossible_transforms(space, quantize_vit(loaded.model), screen)
     require_sites([*space.rules, *defaults.rules], loaded.geometry.depth)
     classes = loaded.geometry.num_classes
     val = open_images(options, "val", classes)
@@ -227,6 +232,22 @@ def prepare(options: TuneOptions, screen: Screen, space: SearchSpace | None = No
     if space.qat is not None:
         require_trainable(job, space.qat)
     return job
+
+
+def without_impossible_transforms(space: SearchSpace, model: nn.Module, screen: Screen) -> SearchSpace:
+    """The default space without what the model's parts do not allow; who names a space gets an error instead."""
+    possible, left_out = [], {}
+    for names in space.choices.get("transforms", ()):
+        try:
+            for technique in techniques("transforms", names):
+                require_transformable(model, technique.name)
+            possible.append(names)
+        except InputError as error:
+            left_out[", ".join(names)] = error
+    if not left_out:
+        return space
+    screen.warn(f"not tried: {'; '.join(left_out)} ({next(iter(left_out.values()))})")
+    return space.with_values("transforms", tuple(possible))
 
 
 def gpus_per_trial(options: TuneOptions) -> float:
@@ -335,6 +356,8 @@ def settings_of_run(options: TuneOptions) -> tuple[Setting, ...]:
         candidates = result["candidates"].values()
         chosen = [c for outcome in ("best", "tied") for c in candidates if c["outcome"] == outcome]
         settings = [read_setting(c["setting"], result["format"], size) for c in chosen if c["same_as"] is None]
+        if result["winner"]["name"] not in result["candidates"]:  # a part of it was left in float behind the race
+            settings.insert(0, read_setting(result["winner"]["setting"], result["format"], size))
         return tuple(replace(setting, batch_size=size) for setting in settings)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"

@@ -135,7 +135,8 @@ def search_page(folder: Path, commands: Commands) -> Page:
 
 def _map_of_search(search: SearchRun, table: SiteTable | None, notes: list[str]) -> SiteMap | None:
     """Of the leader: from sites.npz, or without a forecast from the checkpoint of the winner."""
-    measured = tolerant(partial(measured_sites, search.path), notes)
+    setting = (search.result or {}).get("winner", {}).get("setting")
+    measured = tolerant(partial(measured_sites, search.path, setting), notes)
     if table is not None and search.leader is not None:
         at = table.row(search.leader.same_as or search.leader.name)
         if at is not None:

@@ -36,7 +36,7 @@ PACKAGES = {  # what is imported, and what to install
     TENSORBOARD: ("tensorboardX", "tensorboardX"),
     WANDB: ("wandb", "'vitq_ray[wandb]'"),
 }
-_FILES = (RESULT, "report.html")
+_FILES = (RESULT,)  # not the page: it has pictures
 _SECONDS_AT_THE_END = 60.0
 _THREAD = "outlet-"
 _LONGEST_VALUE = 500  # of a parameter, for MLflow's older servers

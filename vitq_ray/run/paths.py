@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_PATHS = ("pretrained_dir", "data_path", "teacher", "from_run")
+_PATHS = ("pretrained_dir", "data_path", "teacher", "from_run", "run")
 
 
 def stored_paths(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:

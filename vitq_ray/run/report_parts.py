@@ -96,8 +96,8 @@ def statistics_of(folder: Path, transforms: tuple[Technique, ...]) -> Calibratio
     return None
 
 
-def measured_sites(folder: Path) -> dict[str, float] | None:
-    """{site: measured KL in nats} of a sensitivity.json, if there is one.
+def measured_sites(folder: Path, setting: Mapping[str, Any] | None = None) -> dict[str, float] | None:
+    """{site: measured KL in nats} of a sensitivity.json, if there is one. InputError where it is of another setting.
 
     They are numbers, or objects with a `kl`, under the names of sites, wherever these stand in it. What does not fit is
     passed over.
@@ -106,9 +106,13 @@ def measured_sites(folder: Path) -> dict[str, float] | None:
     if not path.is_file():
         return None
     try:
-        found = dict(_numbers_of_sites(json.loads(path.read_bytes())))
+        values = json.loads(path.read_bytes())
+        there = values.get("setting") if isinstance(values, dict) else None
+        found = dict(_numbers_of_sites(values))
     except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({type(error).__name__})") from None
+    if None not in (setting, there) and there != setting:
+        raise InputError(f"{path}: of another setting than the one shown")
     return found or None
 
 
@@ -135,8 +139,20 @@ def verification_of(folder: Path) -> Mapping[str, Any] | None:
                 values = json.loads(path.read_bytes())
             except ValueError:
                 raise InputError(f"{path}: not JSON") from None
-            return values if isinstance(values, dict) else None
+            if not _is_verification(values):
+                raise InputError(f"{path}: not what an export writes")
+            return dict(values)
     return None
+
+
+def _is_verification(values: Any) -> bool:
+    if not isinstance(values, dict) or not isinstance(variants := values.get("variants"), dict):
+        return False
+    rows = values.get("latency") or []
+    return all(isinstance(row, dict) for row in variants.values()) and (
+        isinstance(rows, list)
+        and all(isinstance(row, dict) and {"variant", "batch", "ms_per_image"} <= row.keys() for row in rows)
+    )
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:

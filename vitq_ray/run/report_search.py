@@ -21,7 +21,8 @@ from vitq_ray.run.folder import RunFolder
 from vitq_ray.run.results import SEARCH
 
 RACING, WAITING = "racing", "waiting"  # of candidates of a run that is not finished
-OUTCOME_ORDER = ("best", "tied", "finished", RACING, "behind", "beaten", WAITING)
+# Of a run that is not finished, "tied" is who has stopped early.
+OUTCOME_ORDER = ("best", "finished", RACING, "tied", "behind", "beaten", WAITING)
 _KNOWN_SINCE = 2  # format of the log in which candidates say theirs
 
 

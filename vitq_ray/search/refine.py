@@ -38,6 +38,12 @@ Losses = Callable[[Setting], Mapping[str, float]]  # {full name of a site that i
 Step = tuple[str, Setting]  # (pattern of the sites, setting that takes it)
 
 
+def most_steps(calibrations: int) -> int:
+    """Settings that a refinement tries at most, with so many calibrators in the space."""
+    together = 3
+    return len(FAMILIES) * (len(_FACTORS) + calibrations) + _SITES * len(_FACTORS) + 2 * together
+
+
 class Refinement:
     """A source of settings that goes on from the best of another one."""
 

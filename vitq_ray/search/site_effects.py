@@ -118,6 +118,7 @@ def effects(
 
     Args:
         model: from `quantize_vit`; it follows `plan` afterwards.
+        plan: without corrections, which change weights that a part alone leaves in float.
         images: batches as the model takes them, (B, 3, S, S).
     """
     apply_plan(model, plan.only(()))

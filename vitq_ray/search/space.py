@@ -174,6 +174,10 @@ class SearchSpace:
         patterns = {name: values for name, values in self.choices.items() if name not in FIELDS}
         return {name: self.choices.get(name, own[name]) for name in FIELDS} | patterns
 
+    def with_values(self, column: str, values: tuple[Any, ...]) -> SearchSpace:
+        """The same space with other values of a column."""
+        return replace(self, choices={**self.choices, column: values})
+
     def size(self, defaults: Setting) -> int:
         """Combinations of the values; settings that are the same count more than once."""
         return math.prod(len(values) for values in self.values(defaults).values())
