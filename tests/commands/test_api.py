@@ -92,6 +92,7 @@ def test_calibrate_and_evaluate(
         vitq_ray.evaluate(**common, quant_mode="ft1")
 
 
+@pytest.mark.draws
 def test_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     project = make_project(tmp_path, train=40, val=30)
     small = {"num_calib_batch": 2, "calib_batchsz": 4, "batch_size": 8, "num_epochs": 1, "dashboard": False}
@@ -122,6 +123,7 @@ def test_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ("The scales were learned, too." in page) == (before != after)
 
 
+@pytest.mark.draws
 def test_tune(ray_cluster: None, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "space.py").write_text("SPACE = {'calibrator': ('max', 'mse'), 'num_batches': (1,)}")
     common = {"pretrained_dir": project.checkpoint, "data_path": project.folder}

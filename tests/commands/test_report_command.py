@@ -14,7 +14,7 @@ from vitq_ray.base.config import InputError
 from vitq_ray.commands.main import main
 from vitq_ray.commands.options import TuneOptions
 from vitq_ray.commands.parser import parse
-from vitq_ray.commands.report import _commands, report_at_end
+from vitq_ray.commands.report import _commands, _given, report_at_end
 from vitq_ray.commands.screen import Screen
 
 pytestmark = pytest.mark.draws

@@ -156,9 +156,8 @@ def leave_in_float(
         sets = FloatSets(job, folder, planner, images, whole, screen)
         if isinstance(share := job.options.int8_share, float):
             if share > whole.share:
-                screen.warn(
-                    f"{percent(share)} of the work in integers asked for; of the winner {percent(whole.share)} is"
-                )
+                has, asked = percent(whole.share), percent(share)
+                screen.warn(f"{asked} of the work in integers asked for; of the winner {has} is")
             return sets.best_at(share), sets.tried
         best = whole
         for share in (1.0, *SHARES):

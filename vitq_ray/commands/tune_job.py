@@ -197,8 +197,6 @@ def prepare(options: TuneOptions, screen: Screen, space: SearchSpace | None = No
     device = device_of(options)
     checkpoint, data = paths_of(options)
     loaded = load_model(options.model_type, checkpoint, options.img_size, heads=options.heads)
-    if "search_space" not in options.given and options.resume is None:
-        space = without_impossible_transforms(space, quantize_vit(loaded.model), screen)
     require_sites([*space.rules, *defaults.rules], loaded.geometry.depth)
     classes = loaded.geometry.num_classes
     val = open_images(options, "val", classes)
@@ -208,13 +206,16 @@ def prepare(options: TuneOptions, screen: Screen, space: SearchSpace | None = No
     require_labels_used(options, val, screen)
     fixed = None if options.from_run is None else settings_of_run(options)
     needed = max(batch_counts(space, defaults, fixed)) * options.calib_batchsz
+    model = quantize_vit(loaded.model).to(device).eval()
+    if "search_space" not in options.given and options.resume is None:
+        space = without_impossible_transforms(space, model, screen)
     job = TuneJob(
         options=options,
         space=space,
         defaults=defaults,
         fixed=fixed,
         loaded=loaded,
-        model=quantize_vit(loaded.model).to(device).eval(),
+        model=model,
         transform=eval_transform(loaded, options.crop_pct),
         device=device,
         calib=calib,
