@@ -132,6 +132,7 @@ class DeadlyTeacher(nn.Module):
         return result
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_killed_worker_does_not_end_training(setup: Setup, tmp_path: Path) -> None:
     """Killed at step 10, training goes on from the state of step 8 and follows the run that was not disturbed."""
@@ -154,6 +155,7 @@ def test_a_killed_worker_does_not_end_training(setup: Setup, tmp_path: Path) -> 
     assert [two[step + 1] for step in range(18)] == pytest.approx(one, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_diverging_loss_is_one_clear_error_and_not_tried_again(setup: Setup, tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, lr=1e38, augment="none")

@@ -220,6 +220,7 @@ def test_time_left_of_all_trainings() -> None:
     assert progress.text == "training: 1 of 2 runs done, at most 2 min 0 s left"
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_does_not_end_the_others(ray_cluster: None, tmp_path: Path) -> None:
     (tmp_path / "project").mkdir()
     make_project(tmp_path / "project", train=64, val=60)

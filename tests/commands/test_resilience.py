@@ -156,9 +156,8 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "moment", ["in the middle", *(pytest.param(m, marks=pytest.mark.slow) for m in MOMENTS if m != "in the middle")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_search_goes_on(moment: str, inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run = Run(folder, *options(inputs, folder))
@@ -189,7 +188,8 @@ def assert_says_how_to_go_on(text: str, script: str, folder: Path) -> None:
     assert "Traceback" not in text
 
 
-@pytest.mark.parametrize("stop", [pytest.param(s, marks=pytest.mark.slow) if s != "Ctrl-C" else s for s in STOPS])
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", STOPS)
 def test_a_stopped_search_says_how_to_go_on(stop: str, inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run = Run(folder, *options(inputs, folder))
