@@ -134,7 +134,8 @@ def weight_mse(weight: Tensor, axis: int | None, bits: int) -> Tensor:
         errors = torch.from_numpy(np.concatenate(list(found), axis=1))  # (71, rows)
     if axis is None:
         return tried[int(errors.sum(dim=1).argmin())]
-    return tried[errors.argmin(dim=0).to(largest.device), torch.arange(len(weight))]
+    rows = torch.arange(len(weight), device=largest.device)
+    return tried[errors.argmin(dim=0).to(largest.device), rows]
 
 
 def _for_each_site(amax_of: Callable[[Histogram], float], histograms: Sequence[Histogram]) -> Amax:

@@ -207,7 +207,7 @@ def prepare(options: TuneOptions, screen: Screen, space: SearchSpace | None = No
     fixed = None if options.from_run is None else settings_of_run(options)
     needed = max(batch_counts(space, defaults, fixed)) * options.calib_batchsz
     model = quantize_vit(loaded.model).to(device).eval()
-    if "search_space" not in options.given and options.resume is None:
+    if not {"search_space", "from_run", "resume"} & options.given:
         space = without_impossible_transforms(space, model, screen)
     job = TuneJob(
         options=options,
@@ -412,7 +412,10 @@ def require_store(job: TuneJob) -> None:
 def _stored(job: TuneJob) -> str:
     weights, fewer = "", f"fewer {job.options.name_of('select_images')}"
     if job.weight_bytes:
-        weights, fewer = f" and {job.weight_bytes / 1e9:.2f} GB of changed weights", f"{fewer}, or fewer corrections"
+        weights, fewer = (
+            f" and {job.weight_bytes / 1e9:.2f} GB of changed weights",
+            f"{fewer}, transforms or corrections",
+        )
     return (
         f"{len(job.splits.selection)} decoded selection images{weights} ({job.stored_bytes / 1e9:.2f} GB of at most "
         f"80 %); expected more memory, or {fewer}"

@@ -21,6 +21,6 @@ def milliseconds(models: Mapping[str, nn.Module], images: Tensor, rounds: int = 
         for _ in range(rounds):
             for name, model in models.items():
                 start = time.perf_counter()
-                model(images)
+                model(images).cpu()  # waits for a GPU
                 seconds[name].append(time.perf_counter() - start)
     return {name: 1000 * median(times) / len(images) for name, times in seconds.items()}
