@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -143,28 +145,32 @@ class _Raw(io.FileIO):
 
 
 _TEMPORARY = ".vitq.tmp"
+_SECONDS_OF_A_DAY = 86_400
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Write to a temporary file beside `path`, renamed to it once complete and synced to disk.
 
-    OSError, naming `path`, where it cannot be written, such as on a full disk.
+    What killed processes left beside it is removed. OSError, naming `path`, where it cannot be written, such as on a
+    full disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=_TEMPORARY, dir=path.parent)
+    remove_temporary(path.parent)
+    handle, temporary = _temporary_file(path)
     raw = _Raw(handle, "wb")
     try:
         with io.BufferedWriter(raw) as stream:
             yield stream
             stream.flush()
             os.fsync(raw.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)  # still locked
     except BaseException as error:
         with suppress(OSError):
             raw.close()
-        os.unlink(temporary)
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
         if raw.error is not None:
             raise OSError(raw.error.errno, raw.error.strerror, str(path)) from None
         if isinstance(error, OSError) and error.filename is None:
@@ -172,11 +178,46 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def remove_temporary(folder: Path) -> None:
-    """Remove what `atomic_file` left in a folder where its process was killed; nobody else may write there."""
+def _temporary_file(path: Path) -> tuple[int, str]:
+    """(handle, name) of a new file beside `path`. Its lock goes with this process, however that ends."""
+    while True:
+        handle, name = tempfile.mkstemp(f".{_host()}{_TEMPORARY}", f".{path.name[:40]}.", path.parent)
+        if _locked(handle) is not False and os.fstat(handle).st_nlink:
+            return handle, name
+        os.close(handle)  # another process found it not locked yet, and removes it
+
+
+def _locked(handle: int) -> bool | None:
+    """Whether this process holds the lock of the file now; None on a file system without locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _host() -> str:
+    return socket.gethostname().replace("/", "_")[:40]
+
+
+def remove_temporary(folder: Path, is_own: bool = False) -> None:
+    """Remove what `atomic_file` left in a folder where its process was killed; never what one is writing.
+
+    A lock may be seen on its own host only. So files of other hosts go a day after their last change; in a folder
+    that `is_own`, where no other host writes, at once.
+    """
     for path in folder.glob(f".*{_TEMPORARY}"):
-        with suppress(OSError):
-            path.unlink()
+        with suppress(OSError):  # such as gone meanwhile
+            handle = os.open(path, os.O_RDWR)
+            try:
+                locked, age = _locked(handle), time.time() - os.fstat(handle).st_mtime
+                of_this_host = locked and path.name.endswith(f".{_host()}{_TEMPORARY}")
+                if locked is not False and (is_own or of_this_host or age > _SECONDS_OF_A_DAY):
+                    path.unlink()
+            finally:
+                os.close(handle)
 
 
 def append_whole(path: Path, data: bytes, sync: bool = True) -> None:

@@ -139,7 +139,7 @@ class RunFolder:
             folder.take()
             folder.log.cut_half_line()
             for own in (path, folder.best, *path.glob("qat/*")):
-                remove_temporary(own)
+                remove_temporary(own, is_own=True)
             folder._remove_rays_files()
         return folder
 

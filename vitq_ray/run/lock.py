@@ -83,8 +83,8 @@ def _owner(path: Path) -> dict[str, Any] | None:
 def _is_gone(owner: dict[str, Any], path: Path) -> bool:
     if owner.get("host") == socket.gethostname():
         return _started(owner["pid"]) != owner.get("started")
-    with tempfile.NamedTemporaryFile(dir=path.parent) as now:  # by the file system's clock
-        return os.stat(now.name).st_mtime - path.stat().st_mtime > SECONDS_WITHOUT_SIGN
+    with tempfile.TemporaryFile(dir=path.parent) as now:  # by the file system's clock
+        return os.fstat(now.fileno()).st_mtime - path.stat().st_mtime > SECONDS_WITHOUT_SIGN
 
 
 def _started(pid: int) -> str | None:
