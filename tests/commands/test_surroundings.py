@@ -275,7 +275,7 @@ def test_a_read_only_installation() -> None:
         states = []
         for name, workers in {"here": (), "workers": ("--num-workers", "2")}.items():
             command = [*user, sys.executable, ROOT / "scripts" / "calib.py", *small, folder / name, *workers]
-            run = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240)
+            run = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=600)
             assert (run.returncode, run.stderr) == (0, ""), run.stdout + run.stderr
             assert "cache" not in run.stdout
             states.append(torch.load(folder / name / "vit_calib.pth", weights_only=True))
@@ -312,7 +312,12 @@ def test_a_long_temporary_folder(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    "error", [PermissionError(errno.EACCES, "Permission denied", "/tmp/ray"), RuntimeError("no\nport")]
+    "error",
+    [
+        PermissionError(errno.EACCES, "Permission denied", "/tmp/ray"),
+        RuntimeError("no\nport"),
+        Exception("The current node timed out during startup."),  # so Ray says it
+    ],
 )
 def test_a_ray_that_cannot_start(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", "/tmp")

@@ -46,6 +46,7 @@ from vitq_ray.qat.task import Follower, QatTask, Recorder, run_task
 from vitq_ray.run.folder import TRAIN_FOLDER, record_bad_images
 
 MAX_FAILURES = 3
+_MOST_STARTS = 18  # of a group, 30 s each (start.py): nine minutes for nodes to come; Ray Train's default has no end
 _COPIES = 5  # of the student's weights: weights, gradients, DDP's buckets, up to two of the optimizer
 _SECONDS_BETWEEN_LOOKS = 0.2
 
@@ -202,7 +203,7 @@ def run_on_workers(
             storage_path=str(folder / TRAIN_FOLDER),
             failure_config=FailureConfig(
                 max_failures=workers.max_failures,
-                controller_failure_limit=2,  # type: ignore[call-arg]  # of Train V2; -1, its default, never gives up
+                controller_failure_limit=_MOST_STARTS,  # type: ignore[call-arg]  # of Train V2
             ),
         ),
     )
