@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 from urllib.parse import quote
 from urllib.request import Request, urlopen
 
@@ -28,12 +29,17 @@ SPACE = {"mode": ("ft1", "ft2"), "calibrator": ("max", "percentile"), "percentil
 """
 
 
+PATIENCE_S = 900  # for what takes a minute on a machine that does nothing else
+
+
 def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 class Run:
     """A script as a process of its own."""
+
+    begun: ClassVar[list[subprocess.Popen[str]]] = []
 
     def __init__(self, folder: Path, *argv: object, script: str = "tune_calib", **variables: str) -> None:
         self.folder = folder
@@ -58,15 +64,16 @@ class Run:
             start_new_session=True,
             preexec_fn=hears_ctrl_c,
         )
+        self.begun.append(self.process)
 
     def finish(self, code: int = 0) -> str:
-        text, _ = self.process.communicate(timeout=240)
+        text, _ = self.process.communicate(timeout=PATIENCE_S)
         assert self.process.returncode == code, text
         return text
 
     def wait_until(self, reached: Callable[[list[dict]], bool], pause: float = 0.02) -> None:
         """Until the log has come so far."""
-        end = time.monotonic() + 240
+        end = time.monotonic() + PATIENCE_S
         while not reached(events(self.folder)):
             assert self.process.poll() is None, self.process.communicate()[0]
             assert time.monotonic() < end
@@ -88,6 +95,16 @@ class Run:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test() -> Iterator[None]:
+    yield
+    for process in Run.begun:
+        if process.poll() is None:  # of a test that failed
+            process.send_signal(signal.SIGTERM)
+            process.communicate()
+    Run.begun.clear()
 
 
 def still_there(pids: Iterable[int], seconds: float) -> set[int]:
@@ -383,7 +400,7 @@ def test_a_submitted_job(inputs: Path, undisturbed: Path, head: str, tmp_path: P
         env={**os.environ, **TOKEN},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PATIENCE_S,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert "succeeded" in run.stdout
