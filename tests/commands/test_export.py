@@ -46,17 +46,18 @@ def test_written_verified_and_evaluated(made: tuple[Project, str], tmp_path: Pat
     found = json.loads((tmp_path / "e" / "verification.json").read_text())
     assert found == json.loads(json.dumps(result.verification))
     variants = found["variants"]
-    assert set(variants) == {"float", "plan", "plan, input nudged", "ort", "ort, Q/DQ in float"}
+    ours = {"plan", "plan, input nudged", "plan, symmetric"}
+    assert set(variants) == {"float", *ours, "ort", "ort, Q/DQ in float"}
     for name in ("ort", "ort, Q/DQ in float"):
         assert variants[name]["images"] == 22
         assert variants[name]["to_plan"]["agreement"] == 1
         assert variants[name]["to_plan"]["largest"] < 0.1
     assert variants["ort"]["integer_products"] == 16
     assert set(variants["ort"]["float_products"]) == {"patch_embed", "head.matmul"}
-    assert 0 < variants["plan"]["to_float"]["kl"] < 0.1
+    assert 0 < variants["plan"]["to_float"]["kl"] < variants["plan, symmetric"]["to_float"]["kl"] < 0.1
     assert found["bytes"] == result.file.stat().st_size
     assert {(row["variant"], row["batch"]) for row in found["latency"]} == {
-        (v, b) for v in variants if "nudged" not in v for b in (1, 2)
+        (v, b) for v in ("float", "plan", "ort", "ort, Q/DQ in float") for b in (1, 2)
     }
     assert all(row["ms_per_image"] > 0 for row in found["latency"])
     assert read_result(tmp_path / "e")["top1_correct"] == variants["ort"]["top1_correct"]

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import timm
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from tests.conftest import plan_by_hand, tiny_vit
@@ -24,8 +24,8 @@ from vitq_ray.engines.conditions import tensorrt_conditions
 from vitq_ray.engines.execute import Engine, executed
 from vitq_ray.engines.onnx import Encoding, onnx_model
 from vitq_ray.engines.runtimes import METADATA, open_file, read_metadata
-from vitq_ray.engines.targets import TARGETS, Shape, reduced_range
-from vitq_ray.quant.plan import Plan
+from vitq_ray.engines.targets import TARGETS, Shape, reduced_range, symmetric
+from vitq_ray.quant.plan import Plan, SitePlan, SiteRule
 from vitq_ray.quant.sites import MODES, WEIGHT
 from vitq_ray.quant.vit import apply_plan, quantize_vit
 
@@ -67,13 +67,33 @@ def test_every_kind_of_vit(kind: str, tmp_path: Path) -> None:
     assert_same(open_file(path, "ort", integers=False)(images), expected)
 
 
-def test_a_distilled_deit(images: Tensor, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_base_patch32_384",
+        "deit_tiny_distilled_patch16_224",
+        "deit3_small_patch16_384",
+        "vit_small_patch14_reg4_dinov2",
+        "vit_base_patch16_siglip_224",
+        "vit_base_patch16_siglip_gap_384",
+    ],
+)
+def test_families_of_timm(name: str, tmp_path: Path) -> None:
+    """As timm builds them, but for width and depth."""
     torch.manual_seed(0)
-    options: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
-    model = quantize_vit(VisionTransformerDistilled(num_classes=7, **options)).eval()
+    size = {} if name[-3:] in ("224", "384") else {"img_size": 224}
+    model = timm.create_model(name, embed_dim=32, depth=2, num_heads=4, num_classes=7, **size)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    images = torch.randn(2, 3, *model.patch_embed.img_size)
+    model = quantize_vit(model).eval()
     plan = plan_by_hand(model, images, "ort")
     apply_plan(model, plan)
-    assert_same(open_file(save(model, plan, tmp_path / "m.onnx"), "ort")(images), here(model, images))
+    path, expected = save(model, plan, tmp_path / "m.onnx"), here(model, images)
+    for integers in (True, False):
+        off = (open_file(path, "ort", integers)(images) - expected).abs().mean() / expected.std()
+        assert off < 0.02, off
 
 
 def test_a_hybrid_is_refused(images: Tensor) -> None:
@@ -129,6 +149,20 @@ def test_seven_bits_do_not_saturate(quant_vit: nn.Module, ort_plan: Plan, images
     assert len(levels) == 12
     assert max(np.abs(level).max() for level in levels) == 63
     assert_same(open_file(path, "ort")(images), here(quant_vit, images))
+
+
+def test_symmetric_grids_have_the_same_ranges(ort_plan: Plan) -> None:
+    """Of [-0.5, 2] in 0 to 255: the step is then 2 / 127; of [-3, 1]: 3 / 127. Of probabilities up to 1: 1 / 127."""
+    names = ("ffn.fc1._input_quantizer", "ffn.fc2._input_quantizer", "attn.matmul_a_input_quantizer")
+    keys = [f"transformer.encoder.layer.0.{name}" for name in names]
+    rules = (SiteRule(signed=False, zero_point=51), SiteRule(signed=False, zero_point=191), SiteRule(signed=False))
+    sites = {key: SitePlan(torch.tensor(a), r) for key, a, r in zip(keys, (2.0, 1.0, 1.0), rules, strict=True)}
+    found = symmetric(dataclasses.replace(ort_plan, sites={**ort_plan.sites, **sites}))
+    steps = [float(found.sites[key].scale) for key in keys]
+    np.testing.assert_allclose(steps, [2 / 127, 191 / 64 / 127, 1 / 127], rtol=1e-6)
+    assert all(site.rule.signed and not site.rule.zero_point for site in found.sites.values())
+    key = "transformer.encoder.layer.0.attn.matmul_q_input_quantizer"
+    assert found.sites[key] is ort_plan.sites[key]
 
 
 def test_sixteen_bits(quant_vit: nn.Module, ort_plan: Plan, images: Tensor, tmp_path: Path) -> None:

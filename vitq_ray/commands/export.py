@@ -6,6 +6,7 @@ checkpoint, or best of a run ──► plan ──► what the target refuses �
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from contextlib import ExitStack
@@ -33,7 +34,7 @@ from vitq_ray.engines.execute import evaluation_batch, executed, find_engine
 from vitq_ray.engines.gemm import HAS_VNNI
 from vitq_ray.engines.onnx import Encoding, needed, onnx_model
 from vitq_ray.engines.runtimes import METADATA, OPENVINO, ORT, Census, open_file
-from vitq_ray.engines.targets import TARGETS, TENSORRT, Shape, Target, reduced_range
+from vitq_ray.engines.targets import TARGETS, TENSORRT, Shape, Target, reduced_range, symmetric
 from vitq_ray.measure.comparison import Comparison, compare
 from vitq_ray.measure.evaluation import Evaluation, evaluate_variants
 from vitq_ray.measure.latency import milliseconds
@@ -45,6 +46,7 @@ from vitq_ray.run.results import EXPORT, Stopwatch, left_out_rows, result_of, ve
 VERIFICATION = "verification.json"
 FLOAT, PLAN = "float", "plan"  # variants beside the files: the float model, and the plan as it is executed here
 ORT_FLOAT = "ort, Q/DQ in float"
+SYMMETRIC = "plan, symmetric"  # signed integers without zero points in place of unsigned ones
 NUDGED = "plan, input nudged"  # by one part in ten million: what other roundings alone may change
 _LEAST_AGREEMENT = 0.995
 _SATURATES = 1.05  # times the KL without integer kernels
@@ -205,20 +207,21 @@ def verify(job: ExportJob, options: ExportOptions, file: Path, screen: Screen) -
     engine = find_engine("auto", job.model, job.transform.size, torch.device("cpu"))
     with ExitStack() as stack:
         plan = stack.enter_context(executed(job.model, engine))
-        variants: dict[str, nn.Module] = {
-            FLOAT: float_copy(job.model).eval(),
-            PLAN: plan,
-            NUDGED: Nudged(plan),
-            **files,
-        }
+        variants: dict[str, nn.Module] = {FLOAT: float_copy(job.model).eval(), PLAN: plan, NUDGED: Nudged(plan)}
+        if any(site.rule.on and not site.rule.signed for site in job.plan.sites.values()):
+            twin = copy.deepcopy(job.model)
+            apply_plan(twin, symmetric(job.plan))
+            variants[SYMMETRIC] = stack.enter_context(executed(twin, engine))
+        variants |= files
         evaluations, logits = run_all(job, options, variants, screen)
-        latency = measured(job, options, {name: run for name, run in variants.items() if name != NUDGED}, screen)
+        timed = {name: run for name, run in variants.items() if name not in (NUDGED, SYMMETRIC)}
+        latency = measured(job, options, timed, screen)
     kl = {name: compare(logits[name], logits[FLOAT]) for name in variants if name != FLOAT}
     agree = {name: compare(logits[name], logits[PLAN]) for name in (NUDGED, *files)}
     census = {name: model.census() for name, model in files.items() if name != ORT_FLOAT}
     bytes_of_float = 4 * sum(parameter.numel() for parameter in job.model.parameters())
     for name in variants:
-        screen.say(line_of(name, evaluations[name], agree.get(name), census.get(name)))
+        screen.say(line_of(name, evaluations[name], kl.get(name), agree.get(name), census.get(name)))
     ratio = file.stat().st_size / bytes_of_float
     screen.say(f"size: {file.stat().st_size} bytes, {percent(ratio)} of the float weights")
     notes = remarks(job, options, file, kl, agree)
@@ -326,20 +329,31 @@ def remarks(
                 f"{name}: gives another class than the plan here for {percent(1 - found.agreement)} of the images; "
                 f"so does the plan itself for {percent(1 - floor)}, its input changed by one part in ten million"
             )
-    kernels, exact = to_float[ORT].kl, to_float[ORT_FLOAT].kl
-    if not HAS_VNNI and kernels > _SATURATES * exact and not options.unsigned_weights:
-        notes.append(
-            f"ort: integer kernels saturate on this CPU, which has no VNNI: KL to float {kernels:.4f}, {exact:.4f} "
-            f"without them; {options.name_of('unsigned_weights')} does not, nor does {options.name_of('reduce_range')}"
-        )
+    exact = to_float[ORT_FLOAT].kl
+    for runtime in (ORT, OPENVINO):
+        kernels = to_float[runtime].kl if runtime in to_float else 0.0
+        if not HAS_VNNI and kernels > _SATURATES * exact and not options.unsigned_weights:
+            notes.append(
+                f"{runtime}: integer kernels saturate on this CPU, which has no VNNI: KL to float {kernels:.4f}, "
+                f"{exact:.4f} without them; {options.name_of('unsigned_weights')} does not, nor does "
+                f"{options.name_of('reduce_range')}"
+            )
     if job.target.name == TENSORRT:
         notes.append("tensorrt: no engine was built here; what was run is the file in ONNX Runtime")
         notes += [f"tensorrt: not met: {text}" for text, met in conditions(job, file).items() if not met]
     return notes
 
 
-def line_of(name: str, evaluation: Evaluation, to_plan: Comparison | None, census: Census | None) -> str:
+def line_of(
+    name: str,
+    evaluation: Evaluation,
+    to_float: Comparison | None,
+    to_plan: Comparison | None,
+    census: Census | None,
+) -> str:
     text = result_line(name, evaluation)
+    if to_float is not None:
+        text += f"; KL to float {to_float.kl:.4f}"
     if to_plan is not None:
         text += f"; same class as the plan here {percent(to_plan.agreement)}"
     if census is not None:

@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
+
 from vitq_ray.quant.plan import Plan, SitePlan
 from vitq_ray.quant.sites import MODES, WEIGHT, Site, sites_of_blocks
 
@@ -117,3 +119,16 @@ def reduced_range(plan: Plan) -> Plan:
         return SitePlan(site.amax, dataclasses.replace(site.rule, bits=bits))
 
     return dataclasses.replace(plan, sites={key: reduced(key, site) for key, site in plan.sites.items()})
+
+
+def symmetric(plan: Plan) -> Plan:
+    """The plan with signed integers without zero point in place of unsigned ones: the same ranges, in one scale for
+    both signs. What it loses is what unsigned and asymmetric grids bring."""
+
+    def signed(site: SitePlan) -> SitePlan:
+        if site.rule.signed:
+            return site
+        largest = torch.maximum(site.amax, site.rule.zero_point * site.scale)
+        return SitePlan(largest, dataclasses.replace(site.rule, signed=True, zero_point=0))
+
+    return dataclasses.replace(plan, sites={key: signed(site) for key, site in plan.sites.items()})
