@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from conftest import observed, tiny_vit
 from torch import Tensor, nn
 
 from vitq_ray.calibration.scales import Scales, grids_of_setting
-from vitq_ray.calibration.sensitivity import Curve, collect_sensitivity
+from vitq_ray.calibration.sensitivity import Curve, Seen, collect_sensitivity, here, look_at_part
 from vitq_ray.calibration.setting import Rule, Setting
 from vitq_ray.calibration.statistics import collect_statistics
 from vitq_ray.quant.fake_quant import fake_quantize
@@ -133,6 +135,34 @@ def test_the_same_images_give_the_same_curves() -> None:
     assert first.curves.keys() == second.curves.keys()
     assert all(np.array_equal(first.curves[key].loss, second.curves[key].loss) for key in first.curves)
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_parts_of_the_images_merge_to_what_all_of_them_give() -> None:
+    """Ten images in four parts, the way of workers, against one part; each part alone sees less."""
+    model, images, seen = quantize_vit(tiny_vit()).eval(), images_of(10), []
+    grids = {f"{FC2}.{name}_quantizer": (GRID,) for name in ("_input", "_weight")}
+
+    def whole(function: Any, model: nn.Module, items: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        if function is not look_at_part:
+            yield from here(function, model, items)
+            return
+        parts, signs, points = zip(*items, strict=True)
+        seen.extend(map(len, parts))
+        merged = look_at_part(model, torch.cat(parts), torch.cat(signs), points[0])
+        yield from [merged, *[Seen(tokens={key: [] for key in merged.tokens})] * (len(parts) - 1)]
+
+    parted, once = (collect_sensitivity(model, images, grids, 1, iter, s) for s in (here, whole))
+    assert seen == [3, 3, 3, 1]
+    assert once.curves.keys() == parted.curves.keys()
+    for key, curve in parted.curves.items():
+        assert np.allclose(curve.loss, once.curves[key].loss, rtol=1e-4)
+        assert np.array_equal(curve.amax, once.curves[key].amax)
+    assert parted.moments is not None
+    assert once.moments is not None
+    for name in ("channels", "inputs", "tokens"):
+        found, wanted = getattr(parted.moments, name), getattr(once.moments, name)
+        assert found.keys() == wanted.keys()
+        assert all(torch.allclose(found[key], wanted[key], rtol=1e-4, atol=1e-9) for key in found)
 
 
 def test_where_a_curve_is_least() -> None:

@@ -35,7 +35,6 @@ CORRECTIONS = {
 # {correction: layers of a block that must have a bias}
 _BIASES = {CENTRE: ("attn.qkv", "attn.proj"), BIAS: ("attn.proj", "mlp.fc2")}
 _AT_ONCE = 8  # images in one forward pass
-_RIDGE = 1.0  # of the mean diagonal, added to what `centre` solves
 _DAMP = 0.01  # of the mean diagonal, added to a layer's second moments before they are inverted
 _COLUMNS = 64  # of a weight that are rounded before the others are told
 
@@ -51,15 +50,15 @@ def require_correctable(model: nn.Module, name: str) -> None:
 def centred(model: nn.Module, plan: Plan, images: Tensor) -> dict[str, Tensor]:
     """{timm name: bias} with v -> v - c in every head, for the probabilities as the plan quantizes them.
 
-    Of a row of probabilities let m be the mass that is lost, e the error of its product with v and g the gradient
-    there. c makes Σ (g·(e - m·c))² least, with a ridge on c as large as the mean of that square's diagonal: the first
-    is what the prediction of KL says of this site. The output projection's bias takes c up: the rows of the float
-    probabilities add up to one.
+    Of a row of probabilities let m be the mass that is lost, and e the error of its product with v. c makes
+    Σ |g|·(e - m·c)² least, g the gradient there: c is what is lost for a unit of mass, on the average. Weights g² in
+    place of |g|, or (g·e)² in place of |g|·e², follow the few images with large gradients, and lost most of what this
+    wins on other images. The output projection's bias takes c up: the rows of the float probabilities add up to one.
     """
     blocks = quant_blocks(model)
     kept: dict[str, Tensor] = {}
-    products: dict[int, Tensor] = {}  # Σ m·(g·e)·g (H, D)
-    squares: dict[int, Tensor] = {}  # Σ m²·g·gᵀ (H, D, D)
+    products: dict[int, Tensor] = {}  # Σ |g|·m·e (H, D)
+    squares: dict[int, Tensor] = {}  # Σ |g|·m² (H, 1)
     names = {site_key(i, f"attn.matmul_{n}_input_quantizer"): (i, n) for i in range(len(blocks)) for n in "va"}
     outputs = {site_key(i, "attn.out._input_quantizer"): i for i in range(len(blocks))}
 
@@ -76,10 +75,10 @@ def centred(model: nn.Module, plan: Plan, images: Tensor) -> dict[str, Tensor]:
         site = plan.sites[site_key(index, "attn.matmul_a_input_quantizer")]
         amax = site.amax.to(probabilities.device)
         error = probabilities - fake_quantize(probabilities, amax, levels=site.rule.levels)  # (B, H, N, N)
-        felt = error.sum(dim=3, keepdim=True) * gradient  # m·g
-        loss = ((error @ v) * gradient).sum(dim=3)  # g·e
-        product = torch.einsum("bhn,bhnd->hd", loss, felt).double()
-        square = torch.einsum("bhnd,bhne->hde", felt, felt).double()
+        mass = error.sum(dim=3, keepdim=True)
+        felt = mass * gradient.norm(dim=3, keepdim=True)
+        product = (felt * (error @ v)).sum(dim=(0, 2)).double()
+        square = (felt * mass).sum(dim=(0, 2)).double()
         products[index] = products[index] + product if index in products else product
         squares[index] = squares[index] + square if index in squares else square
 
@@ -88,10 +87,7 @@ def centred(model: nn.Module, plan: Plan, images: Tensor) -> dict[str, Tensor]:
     for index, block in enumerate(blocks):
         if not plan.sites[site_key(index, "attn.matmul_a_input_quantizer")].rule.on:
             continue
-        square = squares[index]
-        mean = square.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=1e-300)
-        ridge = _RIDGE * mean[:, None, None] * torch.eye(square.shape[1]).to(square)
-        centre = torch.linalg.solve(square + ridge, products[index]).flatten()
+        centre = (products[index] / squares[index].clamp(min=1e-300)).flatten()
         qkv, out = block.attn.qkv, block.attn.proj
         bias = qkv.bias.detach().double().clone()
         bias[-len(centre) :] -= centre

@@ -27,7 +27,7 @@ from vitq_ray.calibration.corrections import (
     with_weights,
 )
 from vitq_ray.calibration.scales import NOISE_NEEDS, Scales, grids_of_setting, kinds_needed, noise_per_site
-from vitq_ray.calibration.sensitivity import Grid, Sensitivity, Track, collect_sensitivity
+from vitq_ray.calibration.sensitivity import Grid, Sensitivity, Spread, Track, collect_sensitivity, here
 from vitq_ray.calibration.setting import Setting, Technique
 from vitq_ray.calibration.statistics import CalibrationStatistics
 from vitq_ray.calibration.transforms import require_transformable, transformed
@@ -111,6 +111,7 @@ def look_at(
     collect: CollectStatistics,
     seed: int = 0,
     track: Track = iter,
+    spread: Spread = here,
 ) -> Look:
     """See what settings with these transforms need.
 
@@ -120,6 +121,7 @@ def look_at(
             them; None where no sensitivity is needed.
         collect: the pass over all calibration images.
         track: goes through the images of which gradients are taken, with progress shown.
+        spread: where gradients are taken.
 
     Raises:
         InputError: where the model does not allow a transform.
@@ -129,7 +131,7 @@ def look_at(
     weights = transformed(model, [(t.name, t.strength) for t in transforms], images)
     twin = with_changed(model, weights)
     statistics = collect(twin, needs.kinds) if needs.kinds else None
-    sensitivity = collect_sensitivity(twin, images, needs.grids, seed, track) if needs.grids else None
+    sensitivity = collect_sensitivity(twin, images, needs.grids, seed, track, spread) if needs.grids else None
     return Look(weights, statistics, sensitivity)
 
 

@@ -10,7 +10,8 @@ order. Errors are added up over the channels of a token before they are squared,
 A weight's error δ (out, in) changes output channel o of a token x by δ_o·x. Its loss is Σ_o G_o · δ_o·M·δ_oᵀ with
 G_o = the share of channel o in Σ g² over the layer's outputs, and M = Σ over tokens of (Σ_o g²) · x·xᵀ.
 
-Predictions of several sites add up: the predicted KL of a plan.
+Predictions of several sites add up: the predicted KL of a plan. So do losses of several images: they are looked at in
+four parts, in this process or on workers, whose sums are merged in order; the result is the same.
 
 Sources: Martens, arXiv 1412.1193 (Fisher information as a metric of outputs); Yuan et al., PTQ4ViT (2111.12293) and Li
 et al., BRECQ (2102.05426) (gradients to choose scales).
@@ -20,11 +21,13 @@ Legend: B images, N tokens, C channels, S scales of the grid.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial, reduce
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -39,9 +42,12 @@ from vitq_ray.quant.vit import observing, site_weights, tensor_keys
 Levels = tuple[int, int]  # smallest and largest integer of a grid: (-128, 127)
 Floats = npt.NDArray[np.float64]
 Track = Callable[[Sequence[int]], Iterable[int]]  # the same numbers, with progress shown
+# (function, model, arguments behind the model) -> its results, in order; where they are computed is the caller's choice
+Spread = Callable[[Callable[..., Any], nn.Module, Iterable[tuple[Any, ...]]], Iterator[Any]]
 
 _FEWEST_IMAGES, _MOST_IMAGES, _TOKENS = 24, 256, 6144  # that gradients are taken of
 _AT_ONCE = 4  # images in one forward pass
+_PARTS = 4  # of the images, at most: what was seen in one may be as large as the weights several times over
 _FEW = 1 << 16  # elements of a tensor that one thread takes
 _ALPHAS = 2.0 ** (-np.arange(-1, 18) / 4)  # amax over the largest magnitude: 1.19, 1, 0.84, … 0.05
 _WEIGHT_ALPHAS = 2.0 ** (-np.arange(0, 15) / 8)  # 1, 0.92, … 0.30
@@ -176,12 +182,18 @@ def _gemms_of(key: str) -> list[str]:
     return [gemm] if any(gemm.endswith(f".{name}") for name in GEMMS) else []
 
 
+def here(function: Callable[..., Any], model: nn.Module, items: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+    """One after the other, in this process."""
+    return (function(model, *item) for item in items)
+
+
 def collect_sensitivity(
     model: nn.Module,
     images: Tensor,
     grids: Mapping[str, Iterable[Grid]],
     seed: int = 0,
     track: Track = iter,
+    spread: Spread = here,
 ) -> Sensitivity:
     """One forward pass and one backward pass of the float model for every image.
 
@@ -191,19 +203,38 @@ def collect_sensitivity(
         grids: {full name of an activation tensor, or of a weight's site: grids that it may be quantized to}.
         seed: of the random signs.
         track: goes through the parts of the images, with progress shown.
+        spread: where the parts are looked at.
 
-    Deterministic: signs depend on the seed and the place of the image.
+    Deterministic: signs depend on the seed and the place of the image, and parts on the number of images alone.
     """
+    device = images.device
     weights = {key: weight for key, weight in site_weights(model).items() if key in grids}
-    ranges = ranges_of(model, images)
-    seen = _Seen({key: wanted for key, wanted in grids.items() if key not in weights}, ranges)
-    gradient_pass(model, images, seen.take, seed, track)
-    moments, curves = seen.moments(len(images)), seen.curves(len(images))
+    signs = torch.from_numpy(_signs(len(images), _classes(model, images), seed))
+    size = -(-len(images) // _PARTS)
+    parts = [part.cpu() for part in images.split(size)]
+    ranges = reduce(_wider, spread(ranges_of, model, [(part,) for part in parts]))
+    points = {
+        key: {grid: _Points.of(grid, *ranges[key]) for grid in wanted}
+        for key, wanted in grids.items()
+        if key not in weights
+    }
+    seen = Seen()
+    looked_at = spread(look_at_part, model, zip(parts, signs.split(size), itertools.repeat(points)))
+    for _, part in zip(track(range(len(parts))), looked_at, strict=True):
+        seen = seen.merge(part)
+    moments, curves = seen.moments(len(images), device), seen.curves(len(images), points)
     for key, weight in weights.items():
         for axis, levels in grids[key]:
             assert not isinstance(axis, str)  # weights are symmetric
             curves[key, (axis, levels)] = moments.curve(key, weight, axis, levels)
     return Sensitivity(len(images), curves, moments)
+
+
+def look_at_part(model: nn.Module, images: Tensor, signs: Tensor, points: Mapping[str, Mapping[Grid, _Points]]) -> Seen:
+    """What one part of the images (B, 3, S, S), with its signs (B, classes), adds; on the CPU."""
+    seen = Seen()
+    _gradients(model, images.to(next(model.parameters()).device), signs, partial(seen.take, points))
+    return seen.on_cpu()
 
 
 # (full name of an activation tensor, the tensor, its gradient), in the order of the backward pass: outputs first
@@ -218,8 +249,16 @@ def gradient_pass(
     track: Track = iter,
 ) -> None:
     """Show every activation tensor of the float model with its gradient, a few images at a time, in order."""
-    signs = np.random.default_rng(seed).choice((-1.0, 1.0), (len(images), _classes(model, images)))
+    signs = torch.from_numpy(_signs(len(images), _classes(model, images), seed))
+    _gradients(model, images, signs, take, track)
 
+
+def _signs(images: int, classes: int, seed: int) -> Floats:
+    signs: Floats = np.random.default_rng(seed).choice((-1.0, 1.0), (images, classes))
+    return signs
+
+
+def _gradients(model: nn.Module, images: Tensor, signs: Tensor, take: Take, track: Track = iter) -> None:
     def observer(key: str) -> Callable[[Tensor], None]:
         def observe(x: Tensor) -> None:
             value = x.detach()
@@ -231,7 +270,7 @@ def gradient_pass(
     with _frozen_parameters(model), torch.enable_grad():
         for start in track(range(0, len(images), _AT_ONCE)):
             part = images[start : start + _AT_ONCE].clone().requires_grad_()
-            epsilon = torch.from_numpy(signs[start : start + len(part)]).to(part)
+            epsilon = signs[start : start + len(part)].to(part)
             with observing(model, observers):
                 logs = model(part).log_softmax(dim=1)
                 roots = (logs / 2).exp().detach()
@@ -271,9 +310,16 @@ def ranges_of(model: nn.Module, images: Tensor) -> dict[str, tuple[float, float]
         return observe
 
     with torch.inference_mode(), observing(model, {key: observer(key) for key in tensor_keys(model)}):
-        for part in images.split(_AT_ONCE):
+        for part in images.to(next(model.parameters()).device).split(_AT_ONCE):
             model(part)
     return ranges
+
+
+Ranges = dict[str, tuple[float, float]]
+
+
+def _wider(one: Ranges, other: Ranges) -> Ranges:
+    return {key: (min(low, other[key][0]), max(high, other[key][1])) for key, (low, high) in one.items()}
 
 
 @dataclass(frozen=True)
@@ -298,54 +344,82 @@ class _Points:
         return _Points(amax, steps, -zero_points, last - zero_points)
 
 
-class _Seen:
-    """What one pass has added up so far."""
+@dataclass
+class Seen:
+    """What a part of the images has added up to: sums, so that those of parts can be merged.
 
-    def __init__(self, grids: Mapping[str, Iterable[Grid]], ranges: Mapping[str, tuple[float, float]]) -> None:
-        self._points = {key: {grid: _Points.of(grid, *ranges[key]) for grid in wanted} for key, wanted in grids.items()}
-        self._losses: dict[tuple[str, Grid], Floats] = {}
-        self._channels: dict[str, Tensor] = {}
-        self._inputs: dict[str, Tensor] = {}
-        self._tokens: dict[str, list[Tensor]] = {}
+    Attributes:
+        losses: {(activation tensor, grid): loss at every point (S,)}, not yet divided by images.
+        channels: {GEMM: Σ g² of each output channel (out,)}.
+        inputs: {GEMM's input tensor: Σ over tokens of (Σ_o g²) · x·xᵀ (in, in)}.
+        tokens: {GEMM: Σ_o g² of the images (n, N), in parts}.
+    """
 
-    def take(self, key: str, x: Tensor, g: Tensor) -> None:
+    losses: dict[tuple[str, Grid], Floats] = field(default_factory=dict)
+    channels: dict[str, Tensor] = field(default_factory=dict)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def merge(self, later: Seen) -> Seen:
+        """With the images that come behind these."""
+        return Seen(
+            _sum(self.losses, later.losses),
+            _sum(self.channels, later.channels),
+            _sum(self.inputs, later.inputs),
+            {**self.tokens, **{key: [*self.tokens.get(key, ()), *parts] for key, parts in later.tokens.items()}},
+        )
+
+    def on_cpu(self) -> Seen:
+        channels, inputs = ({key: x.cpu() for key, x in sums.items()} for sums in (self.channels, self.inputs))
+        return Seen(self.losses, channels, inputs, {key: [x.cpu() for x in xs] for key, xs in self.tokens.items()})
+
+    def take(self, points: Mapping[str, Mapping[Grid, _Points]], key: str, x: Tensor, g: Tensor) -> None:
+        """One tensor of a few images and its gradient, in the order of a backward pass."""
         self._take_moments(key, x, g)
-        if key not in self._points:
+        if key not in points:
             return
         values, gradients = (t.flatten(0, -2).float().cpu().contiguous().numpy() for t in (x, g))
-        for grid, points in self._points[key].items():
-            loss = _losses(values, gradients, points)
-            known = self._losses.get((key, grid))
-            self._losses[key, grid] = loss if known is None else known + loss
+        for grid, at in points[key].items():
+            _add(self.losses, (key, grid), _losses(values, gradients, at))
 
     def _take_moments(self, key: str, x: Tensor, g: Tensor) -> None:
         if key.endswith("._aftergemm_quantizer"):  # (B, N, out); before its input, since it goes backwards
             gemm = key.removesuffix("._aftergemm_quantizer")
             squares = g.square()
-            _add(self._channels, gemm, squares.sum(dim=(0, 1)))
-            self._tokens.setdefault(gemm, []).append(squares.sum(dim=2))
+            _add(self.channels, gemm, squares.sum(dim=(0, 1)))
+            self.tokens.setdefault(gemm, []).append(squares.sum(dim=2))
         elif key.endswith("._input_quantizer") and (gemms := _gemms_of(key)):
-            weights = torch.stack([self._tokens[gemm][-1] for gemm in gemms]).sum(dim=0)
+            weights = torch.stack([self.tokens[gemm][-1] for gemm in gemms]).sum(dim=0)
             rows = x.flatten(0, 1)
-            _add(self._inputs, key, (rows * weights.reshape(-1, 1)).T @ rows)
+            _add(self.inputs, key, (rows * weights.reshape(-1, 1)).T @ rows)
 
-    def curves(self, images: int) -> dict[tuple[str, Grid], Curve]:
+    def curves(self, images: int, points: Mapping[str, Mapping[Grid, _Points]]) -> dict[tuple[str, Grid], Curve]:
         return {
-            (key, grid): Curve(self._points[key][grid].amax, loss / (2 * images))
-            for (key, grid), loss in self._losses.items()
+            (key, grid): Curve(points[key][grid].amax, loss / (2 * images)) for (key, grid), loss in self.losses.items()
         }
 
-    def moments(self, images: int) -> Moments:
+    def moments(self, images: int, device: torch.device) -> Moments:
         total: dict[str, Tensor] = {}
-        for gemm, squares in self._channels.items():
+        for gemm, squares in self.channels.items():
             _add(total, _input_of(gemm), squares.sum())
-        shares = {gemm: squares / total[_input_of(gemm)].clamp(min=1e-38) for gemm, squares in self._channels.items()}
-        inputs = {key: moment / (2 * images) for key, moment in self._inputs.items()}
-        return Moments(shares, inputs, {gemm: torch.cat(parts) for gemm, parts in self._tokens.items()})
+        shares = {
+            gemm: (squares / total[_input_of(gemm)].clamp(min=1e-38)).to(device)
+            for gemm, squares in self.channels.items()
+        }
+        inputs = {key: (moment / (2 * images)).to(device) for key, moment in self.inputs.items()}
+        return Moments(shares, inputs, {gemm: torch.cat(parts).to(device) for gemm, parts in self.tokens.items()})
 
 
-def _add(sums: dict[str, Tensor], key: str, value: Tensor) -> None:
+Key = TypeVar("Key")
+Value = TypeVar("Value", Tensor, Floats)
+
+
+def _add(sums: dict[Key, Value], key: Key, value: Value) -> None:
     sums[key] = sums[key] + value if key in sums else value
+
+
+def _sum(one: Mapping[Key, Value], other: Mapping[Key, Value]) -> dict[Key, Value]:
+    return {**one, **{key: one[key] + value if key in one else value for key, value in other.items()}}
 
 
 def _losses(x: npt.NDArray[np.float32], g: npt.NDArray[np.float32], points: _Points) -> Floats:

@@ -79,12 +79,21 @@ class BatchWorker:
         statistics = collect_statistics(self._model, inputs, snapshots, widths, keep, kinds)
         return statistics, logits[0]
 
+    def apply(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """function(model, *arguments)"""
+        return function(self._model, *map(_writable, arguments))
+
     def classify(self, batch: Batch) -> tuple[Evaluation, Tensor]:
         """What every image of a batch came to, and the logits (B, classes)."""
         logits: list[Tensor] = []
         ours = Batch(batch.images, batch.labels.clone(), batch.sample_ids.clone())
         evaluation = evaluate(self._run, [ours], self._input, lambda _, y: logits.append(y.cpu()), self._float)
         return evaluation, logits[0]
+
+
+def _writable(value: Any) -> Any:
+    """A copy of a tensor: what comes from the object store is read-only memory."""
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 class WorkerPool:
@@ -213,10 +222,10 @@ def collect_on(
     return statistics
 
 
-def collect_with(open_pool: Callable[[], WorkerPool], threads: int = 1) -> Collect:
+def collect_with(pool_of: Callable[[nn.Module], WorkerPool], threads: int = 1) -> Collect:
     """How a `calibration_pass` collects on workers: batch 0 here, since it sets the bin widths, the others there.
 
-    `open_pool` is called once batch 0 is done; `threads` is what a worker computes with.
+    `pool_of` is asked once batch 0 is done, and closes its pool itself; `threads` is what a worker computes with.
     """
 
     def collect(
@@ -229,10 +238,40 @@ def collect_with(open_pool: Callable[[], WorkerPool], threads: int = 1) -> Colle
     ) -> CalibrationStatistics:
         with torch_threads(threads):
             first = collect_here(model, itertools.islice(batches, 1), snapshots, to_input, on_logits, kinds)
-        with open_pool() as pool:
-            return collect_on(pool, batches, snapshots, first, on_logits)
+        return collect_on(pool_of(model), batches, snapshots, first, on_logits)
 
     return collect
+
+
+class SharedPool:
+    """One pool for several passes over one model after the other. Close it."""
+
+    def __init__(self, open_pool: Callable[[nn.Module], WorkerPool]) -> None:
+        self._open = open_pool
+        self._model: nn.Module | None = None
+        self._pool: WorkerPool | None = None
+
+    def of(self, model: nn.Module) -> WorkerPool:
+        """The workers that have this model, started where they have another one."""
+        if self._pool is None or self._model is not model:
+            self.close()
+            self._pool, self._model = self._open(model), model
+        return self._pool
+
+    def spread(self, function: Callable[..., Any], model: nn.Module, items: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        """function(model, *item) of every item, on the workers; the results in order."""
+        return self.of(model).map("apply", ((function, *item) for item in items))
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+        self._pool = self._model = None
+
+    def __enter__(self) -> SharedPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def evaluate_on(

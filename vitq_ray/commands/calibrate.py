@@ -33,7 +33,7 @@ from vitq_ray.commands.inputs import (
 from vitq_ray.commands.options import CalibrateOptions, OneSettingOptions
 from vitq_ray.commands.outlets import begun, numbers, outlets_of
 from vitq_ray.commands.outputs import require_apart
-from vitq_ray.commands.passes import ValImages, Workers, collector, engine_for, evaluate_val, ray_for, workers_of
+from vitq_ray.commands.passes import ValImages, Workers, engine_for, evaluate_val, looking, ray_for, workers_of
 from vitq_ray.commands.report import report_at_end
 from vitq_ray.commands.screen import (
     SILENT,
@@ -250,8 +250,7 @@ def collect(
 
     def statistics(model: nn.Module, kinds: tuple[str, ...]) -> CalibrationStatistics:
         shown = screen.track(batches(job.bad_images), count, "calibrate")
-        collect_them = collector(workers, model, job.transform)
-        args = (model, shown, size, [count], job.to_input, collect_them)
+        args = (model, shown, size, [count], job.to_input, how.collect)
         passes.append(calibration_pass(*args, kinds=kinds, bad_images=job.bad_images))
         return passes[0].statistics
 
@@ -265,7 +264,8 @@ def collect(
     def track(parts: Sequence[int]) -> Iterable[int]:
         return screen.track(parts, len(parts), "gradients")
 
-    look = look_at(job.model, setting.transforms, needs, images, statistics, options.seed, track)
+    with looking(workers, job.transform) as how:
+        look = look_at(job.model, setting.transforms, needs, images, statistics, options.seed, track, how.spread)
     if problem := sanity_problem(passes[0].evaluation, job.loaded.geometry.num_classes):
         screen.warn(f"{problem} (measured on the calibration images)")
     return passes[0], look, images

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
 from vitq_ray.base.files import atomic_file
+from vitq_ray.calibration.sensitivity import Spread, here
 from vitq_ray.cluster.start import cluster
-from vitq_ray.cluster.workers import WorkerPool, collect_with, evaluate_on, torch_threads
+from vitq_ray.cluster.workers import SharedPool, WorkerPool, collect_with, evaluate_on, torch_threads
 from vitq_ray.commands.options import CalibrateOptions, EvaluateOptions, WorkerOptions
 from vitq_ray.commands.screen import Screen
 from vitq_ray.data.loader import Batch, iter_batches
@@ -69,11 +70,23 @@ def ray_for(options: WorkerOptions) -> AbstractContextManager[Any]:
     return nullcontext() if options.num_workers is None else cluster(options.ray_address, dashboard=False)
 
 
-def collector(workers: Workers, model: nn.Module, transform: EvalTransform) -> Collect:
-    """How a calibration pass collects its statistics: in this process, or on workers."""
+@dataclass(frozen=True)
+class Looking:
+    """How a model is looked at: `collect` its statistics, and `spread` the parts of the images that gradients are
+    taken of."""
+
+    collect: Collect
+    spread: Spread
+
+
+@contextmanager
+def looking(workers: Workers, transform: EvalTransform) -> Iterator[Looking]:
+    """In this process, or on workers, which stay for all passes over one model."""
     if workers.count is None:
-        return collect_here
-    return collect_with(lambda: workers.pool(model, transform), workers.threads)
+        yield Looking(collect_here, here)
+        return
+    with SharedPool(lambda model: workers.pool(model, transform)) as shared:
+        yield Looking(collect_with(shared.of, workers.threads), shared.spread)
 
 
 OnBatch = Callable[[Batch, Tensor], None]  # (batch, its logits)

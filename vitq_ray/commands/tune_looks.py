@@ -19,10 +19,10 @@ from vitq_ray.calibration.planner import Look, Needs, Planner, Transforms, look_
 from vitq_ray.calibration.sensitivity import images_to_look_at
 from vitq_ray.calibration.statistics import CalibrationStatistics
 from vitq_ray.cluster.workers import torch_threads
-from vitq_ray.commands.passes import Workers, collector
+from vitq_ray.commands.passes import Workers, looking
 from vitq_ray.commands.screen import Screen
 from vitq_ray.commands.tune_job import TuneJob, calibrated_on
-from vitq_ray.measure.calibration import calibration_pass, first_images
+from vitq_ray.measure.calibration import Collect, calibration_pass, first_images
 from vitq_ray.quant.vit import tensor_keys
 from vitq_ray.run.folder import RunFolder, record_bad_images
 
@@ -79,13 +79,16 @@ def _look(
     if path.exists():
         return _read(path, of, needs)
 
-    def collect(model: nn.Module, kinds: tuple[str, ...]) -> CalibrationStatistics:
-        return statistics_of(job, model, kinds, on_batch, screen)
-
     def track(parts: Sequence[int]) -> Iterable[int]:
         return screen.track(parts, len(parts), "gradients")
 
-    look = look_at(job.model, transforms, needs, None if plain else images(), collect, job.options.seed, track)
+    with looking(_workers(job), job.transform) as how:
+
+        def collect(model: nn.Module, kinds: tuple[str, ...]) -> CalibrationStatistics:
+            return statistics_of(job, model, kinds, on_batch, screen, how.collect)
+
+        shown = None if plain else images()
+        look = look_at(job.model, transforms, needs, shown, collect, job.options.seed, track, how.spread)
     if plain:
         assert look.statistics is not None
         folder.write_statistics(look.statistics, calibrated_on(job))
@@ -103,27 +106,26 @@ def _read(path: Path, of: dict[str, str], needs: Needs) -> Look:
     return look
 
 
+def _workers(job: TuneJob) -> Workers:
+    options = job.options
+    count = options.num_workers if options.num_workers > 1 else None
+    return Workers(count, options.threads_per_trial, job.resources.gpus)
+
+
 def statistics_of(
-    job: TuneJob, model: nn.Module, kinds: tuple[str, ...], on_batch: Callable[[], None], screen: Screen
+    job: TuneJob,
+    model: nn.Module,
+    kinds: tuple[str, ...],
+    on_batch: Callable[[], None],
+    screen: Screen,
+    collect: Collect,
 ) -> CalibrationStatistics:
     """Of all calibration images, with a snapshot at every batch count of the space."""
-    options, size = job.options, job.options.calib_batchsz
-    batches = job.stream(job.calib, job.splits.calibration, size)
-    workers = Workers(
-        options.num_workers if options.num_workers > 1 else None, options.threads_per_trial, job.resources.gpus
-    )
-    with torch_threads(options.threads_per_trial):  # as workers do
-        return calibration_pass(
-            model,
-            screen.track(batches, job.snapshots[-1], "calibrate"),
-            size,
-            job.snapshots,
-            job.to_input,
-            collector(workers, model, job.transform),
-            on_batch,
-            kinds,
-            job.bad_images,
-        ).statistics
+    size, count = job.options.calib_batchsz, job.snapshots[-1]
+    shown = screen.track(job.stream(job.calib, job.splits.calibration, size), count, "calibrate")
+    args = (model, shown, size, job.snapshots, job.to_input, collect, on_batch, kinds, job.bad_images)
+    with torch_threads(job.options.threads_per_trial):  # as workers do
+        return calibration_pass(*args).statistics
 
 
 def read_statistics(job: TuneJob, folder: RunFolder) -> CalibrationStatistics:
