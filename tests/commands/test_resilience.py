@@ -33,7 +33,8 @@ PATIENCE_S = 900  # for what takes a minute on a machine that does nothing else
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    """Also for nodes of a cluster: workers are not niced, as where this program starts Ray."""
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
 
 
 class Run:
