@@ -80,11 +80,15 @@ class Run:
             assert time.monotonic() < end
             time.sleep(pause)
 
-    def stop(self, number: signal.Signals, group: bool) -> tuple[str, set[int]]:
-        """(what it says, which of its processes stay) after a signal to the driver, or to Ray's processes, too."""
-        below = descendants(self.process.pid, "")
+    def stop(self, number: signal.Signals, group: bool) -> tuple[str, list[str]]:
+        """(what it says, which of its processes stay) after a signal to the driver, or to Ray's processes, too.
+
+        After half a minute: Ray's agents need twice as long to notice that nobody ends them.
+        """
+        below = {pid: Path(f"/proc/{pid}/cmdline").read_text()[:99] for pid in descendants(self.process.pid, "")}
         (os.killpg if group else os.kill)(self.process.pid, number)
-        return self.finish(128 + number), still_there(below, seconds=5)
+        text = self.finish(128 + number)
+        return text, [below[pid] for pid in still_there(below, seconds=30)]
 
     def kill(self) -> None:
         """`kill -9` of the driver, at once; then of what Ray left behind, so that it does not disturb."""
