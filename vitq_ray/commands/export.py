@@ -221,7 +221,7 @@ def verify(job: ExportJob, options: ExportOptions, file: Path, screen: Screen) -
     census = {name: model.census() for name, model in files.items() if name != ORT_FLOAT}
     bytes_of_float = 4 * sum(parameter.numel() for parameter in job.model.parameters())
     for name in variants:
-        screen.say(line_of(name, evaluations[name], kl.get(name), agree.get(name), census.get(name)))
+        screen.say(line_of(name, evaluations[name], agree.get(name), census.get(name)))
     ratio = file.stat().st_size / bytes_of_float
     screen.say(f"size: {file.stat().st_size} bytes, {percent(ratio)} of the float weights")
     notes = remarks(job, options, file, kl, agree)
@@ -344,16 +344,8 @@ def remarks(
     return notes
 
 
-def line_of(
-    name: str,
-    evaluation: Evaluation,
-    to_float: Comparison | None,
-    to_plan: Comparison | None,
-    census: Census | None,
-) -> str:
+def line_of(name: str, evaluation: Evaluation, to_plan: Comparison | None, census: Census | None) -> str:
     text = result_line(name, evaluation)
-    if to_float is not None:
-        text += f"; KL to float {to_float.kl:.4f}"
     if to_plan is not None:
         text += f"; same class as the plan here {percent(to_plan.agreement)}"
     if census is not None:
