@@ -334,9 +334,9 @@ def remarks(
         kernels = to_float[runtime].kl if runtime in to_float else 0.0
         if not HAS_VNNI and kernels > _SATURATES * exact and not options.unsigned_weights:
             notes.append(
-                f"{runtime}: integer kernels saturate on this CPU, which has no VNNI: KL to float {kernels:.4f}, "
-                f"{exact:.4f} without them; {options.name_of('unsigned_weights')} does not, nor does "
-                f"{options.name_of('reduce_range')}"
+                f"{runtime}: KL to float {kernels:.4f} with integer kernels, {exact:.4f} without; this CPU has no VNNI, "
+                f"without which they may saturate. A file by {options.name_of('unsigned_weights')} does not, nor one "
+                f"by {options.name_of('reduce_range')}"
             )
     if job.target.name == TENSORRT:
         notes.append("tensorrt: no engine was built here; what was run is the file in ONNX Runtime")
