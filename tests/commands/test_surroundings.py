@@ -281,7 +281,8 @@ def test_a_read_only_installation(tmp_path: Path) -> None:
     for name, workers in {"here": (), "workers": ("--num-workers", "2")}.items():
         command = [*read_only, sys.executable, ROOT / "scripts" / "calib.py", *small, tmp_path / name, *workers]
         run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600)
-        assert (run.returncode, run.stderr) == (0, ""), run.stdout + run.stderr
+        said = [line for line in run.stderr.splitlines() if "core_worker.cc" not in line]  # Ray's, of every BatchWorker
+        assert (run.returncode, said) == (0, []), run.stdout + run.stderr
         assert "cache" not in run.stdout
         states.append(torch.load(tmp_path / name / "vit_calib.pth", weights_only=True))
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0] | states[1])
