@@ -334,8 +334,8 @@ def remarks(
         kernels = to_float[runtime].kl if runtime in to_float else 0.0
         if not HAS_VNNI and kernels > _SATURATES * exact and not options.unsigned_weights:
             notes.append(
-                f"{runtime}: KL to float {kernels:.4f} with integer kernels, {exact:.4f} without; this CPU has no VNNI: "
-                f"they may saturate. A file by {options.name_of('unsigned_weights')} does not, nor one "
+                f"{runtime}: KL to float {kernels:.4f} with integer kernels, {exact:.4f} without; this CPU has no "
+                f"VNNI, without which they may saturate. A file by {options.name_of('unsigned_weights')} does not, nor one "
                 f"by {options.name_of('reduce_range')}"
             )
     if job.target.name == TENSORRT:
