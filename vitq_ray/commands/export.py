@@ -335,8 +335,8 @@ def remarks(
         if not HAS_VNNI and kernels > _SATURATES * exact and not options.unsigned_weights:
             notes.append(
                 f"{runtime}: KL to float {kernels:.4f} with integer kernels, {exact:.4f} without; this CPU has no "
-                f"VNNI, without which they may saturate. A file by {options.name_of('unsigned_weights')} does not, nor one "
-                f"by {options.name_of('reduce_range')}"
+                f"VNNI, without which they may saturate. A file by {options.name_of('unsigned_weights')} does not, nor "
+                f"one by {options.name_of('reduce_range')}"
             )
     if job.target.name == TENSORRT:
         notes.append("tensorrt: no engine was built here; what was run is the file in ONNX Runtime")
