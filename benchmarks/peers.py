@@ -7,8 +7,8 @@
 Every program calibrates on the first images of train in one random order, and is judged on all of val: `int8` is the
 file as the runtime executes it, `exact` the same file in ONNX Runtime with its integer kernels switched off
 (`session.disable_quant_qdq`), which is what a CPU whose kernels do not saturate would find. OpenVINO has no such
-switch; its own rows are also run in ONNX Runtime for that column. Times come last: all files of a runtime take turns,
-warm, and the median of the rounds counts.
+switch; our rows for it are also run in ONNX Runtime for that column. Times come last: all files of a runtime take
+turns, warm, and the median of the rounds counts.
 
 A row is a process of its own and leaves NAME.onnx (or .xml) and NAME.json in the output folder. Rows that are there
 are not made again. Needs `pip install -e '.[bench]'`; rows whose package is missing are left out, aloud.
@@ -361,6 +361,16 @@ def table(folder: Path, names: list[str], bytes_of_float: int, batches: list[int
         )
 
 
+def require_same(folder: Path, options: argparse.Namespace) -> None:
+    """Rows of another model, or of other images, do not belong into one table."""
+    wanted = {key: getattr(options, key) for key in ("pretrained_dir", "data_path", "limit", "images")}
+    path = folder / "options.json"
+    known = json.loads(path.read_text()) if path.exists() else wanted
+    if known != wanted:
+        sys.exit(f"{folder}: has rows of {known}; expected the same options, or another --output")
+    write_json(path, wanted)
+
+
 def run_alone(argv: list[str], what: list[str]) -> bool:
     """This script as a process of its own; its last line is shown where it fails."""
     done = subprocess.run([sys.executable, __file__, *argv, *what], capture_output=True, text=True)
@@ -390,6 +400,7 @@ def main() -> None:
         make_row(Bench(options), options.row)
         return
     print(machine())
+    require_same(folder, options)
     for name in names:
         if not options.times and not place_of(folder, name).with_suffix(".json").exists():
             run_alone(sys.argv[1:], ["--row", name])

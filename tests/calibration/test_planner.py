@@ -21,6 +21,7 @@ from vitq_ray.calibration.planner import (
     require_techniques,
     with_changed,
 )
+from vitq_ray.calibration.sensitivity import gradient_pass
 from vitq_ray.calibration.setting import Setting
 from vitq_ray.calibration.statistics import CalibrationStatistics, collect_statistics
 from vitq_ray.quant.fake_quant import fake_quantize
@@ -137,6 +138,29 @@ def test_centred_values_make_up_for_lost_mass(model: nn.Module) -> None:
     assert float((float_logits - moved).abs().max()) < 1e-4 * float(float_logits.std())
     moved_by = (twin.blocks[0].attn.qkv.bias - with_changed(model, {}).blocks[0].attn.qkv.bias).detach()
     assert float(moved_by[-32:].abs().max()) > 1e-3
+
+
+def test_the_centre_is_where_the_weighted_loss_is_least(model: nn.Module) -> None:
+    """Against its definition, for one block; four images are one pass."""
+    plan = planner_of(model, fisher(bits=3)).plan(fisher(bits=3))
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    twin = with_changed(model, {})
+    gradient_pass(twin, IMAGES[:4], lambda key, x, g: seen.update({key: (x, g)}))
+    site = "transformer.encoder.layer.0.attn.{}_quantizer".format
+    a, v = (seen[site(f"matmul_{name}_input")][0] for name in "av")  # (B, H, N, N), (B, H, N, D)
+    heads = v.shape[1]
+    weight = seen[site("out._input")][1].unflatten(2, (heads, -1)).transpose(1, 2).norm(dim=3, keepdim=True)
+    quantized = plan.sites[site("matmul_a_input")]
+    error = a - fake_quantize(a, quantized.amax, levels=quantized.rule.levels)
+    mass = error.sum(dim=3, keepdim=True)
+    moved = centred(model, plan, IMAGES[:4])["blocks.0.attn.qkv.bias"] - twin.blocks[0].attn.qkv.bias.detach()
+    centre = -moved[-32:].unflatten(0, (heads, 1, -1))
+    losses = [float((weight * (error @ v - factor * mass * centre).square()).sum()) for factor in (1, 0, 0.9, 1.1)]
+    assert losses[0] == min(losses)
+    assert losses[0] < 0.99 * losses[1]
+
+
+def test_corrections_in_turn(model: nn.Module) -> None:
     plan = planner_of(model, fisher(bits=3, corrections=("centre", "round", "bias"))).plan(
         fisher(bits=3, corrections=("centre", "round", "bias"))
     )

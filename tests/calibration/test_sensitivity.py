@@ -13,7 +13,7 @@ from conftest import observed, tiny_vit
 from torch import Tensor, nn
 
 from vitq_ray.calibration.scales import Scales, grids_of_setting
-from vitq_ray.calibration.sensitivity import Curve, Seen, collect_sensitivity, here, look_at_part
+from vitq_ray.calibration.sensitivity import Curve, Seen, collect_sensitivity, here, look_at_part, ranges_of
 from vitq_ray.calibration.setting import Rule, Setting
 from vitq_ray.calibration.statistics import collect_statistics
 from vitq_ray.quant.fake_quant import fake_quantize
@@ -143,8 +143,9 @@ def test_parts_of_the_images_merge_to_what_all_of_them_give() -> None:
     grids = {f"{FC2}.{name}_quantizer": (GRID,) for name in ("_input", "_weight")}
 
     def whole(function: Any, model: nn.Module, items: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-        if function is not look_at_part:
-            yield from here(function, model, items)
+        if function is ranges_of:
+            parts = [part for (part,) in items]
+            yield from [ranges_of(model, torch.cat(parts))] * len(parts)
             return
         parts, signs, points = zip(*items, strict=True)
         seen.extend(map(len, parts))

@@ -85,7 +85,10 @@ class Run:
 
         After half a minute: Ray's agents need twice as long to notice that nobody ends them.
         """
-        below = {pid: Path(f"/proc/{pid}/cmdline").read_text()[:99] for pid in descendants(self.process.pid, "")}
+        below = {}
+        for pid in descendants(self.process.pid, ""):
+            with suppress(OSError):  # it has just ended
+                below[pid] = Path(f"/proc/{pid}/cmdline").read_text()[:99]
         (os.killpg if group else os.kill)(self.process.pid, number)
         text = self.finish(128 + number)
         return text, [below[pid] for pid in still_there(below, seconds=30)]
@@ -108,7 +111,10 @@ def no_process_outlives_its_test() -> Iterator[None]:
     for process in Run.begun:
         if process.poll() is None:  # of a test that failed
             process.send_signal(signal.SIGTERM)
-            process.communicate()
+            with suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=60)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     Run.begun.clear()
 
 

@@ -182,9 +182,11 @@ def _temporary_file(path: Path) -> tuple[int, str]:
     """(handle, name) of a new file beside `path`. Its lock goes with this process, however that ends."""
     while True:
         handle, name = tempfile.mkstemp(f".{_host()}{_TEMPORARY}", f".{path.name[:40]}.", path.parent)
-        if _locked(handle) is not False and os.fstat(handle).st_nlink:
+        if _locked(handle) is not False and os.path.exists(name):
             return handle, name
-        os.close(handle)  # another process found it not locked yet, and removes it
+        with suppress(FileNotFoundError):  # another process found it not locked yet, and removes it
+            os.unlink(name)
+        os.close(handle)
 
 
 def _locked(handle: int) -> bool | None:
@@ -199,7 +201,7 @@ def _locked(handle: int) -> bool | None:
 
 
 def _host() -> str:
-    return socket.gethostname().replace("/", "_")[:40]
+    return socket.gethostname().replace("/", "_")  # at most 64 bytes; what tells hosts apart is at its end
 
 
 def remove_temporary(folder: Path, is_own: bool = False) -> None:

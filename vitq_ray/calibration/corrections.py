@@ -51,9 +51,9 @@ def centred(model: nn.Module, plan: Plan, images: Tensor) -> dict[str, Tensor]:
     """{timm name: bias} with v -> v - c in every head, for the probabilities as the plan quantizes them.
 
     Of a row of probabilities let m be the mass that is lost, and e the error of its product with v. c makes
-    Σ |g|·(e - m·c)² least, g the gradient there: c is what is lost for a unit of mass, on the average. Weights g² in
-    place of |g|, or (g·e)² in place of |g|·e², follow the few images with large gradients, and lost most of what this
-    wins on other images. The output projection's bias takes c up: the rows of the float probabilities add up to one.
+    Σ |g|·(e - m·c)² least, g the gradient there: c is what is lost for a unit of mass, on the average; weights g² would
+    follow the few images with large gradients. The output projection's bias takes c up: the rows of the float
+    probabilities add up to one.
     """
     blocks = quant_blocks(model)
     kept: dict[str, Tensor] = {}

@@ -120,7 +120,7 @@ def look_at(
         images: the first calibration images as the model takes them, (B, 3, S, S), `sensitivity.images_to_look_at` of
             them; None where no sensitivity is needed.
         collect: the pass over all calibration images.
-        track: goes through the images of which gradients are taken, with progress shown.
+        track: goes through the parts of the images of which gradients are taken, with progress shown.
         spread: where gradients are taken.
 
     Raises:

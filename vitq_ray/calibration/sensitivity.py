@@ -11,7 +11,7 @@ A weight's error δ (out, in) changes output channel o of a token x by δ_o·x. 
 G_o = the share of channel o in Σ g² over the layer's outputs, and M = Σ over tokens of (Σ_o g²) · x·xᵀ.
 
 Predictions of several sites add up: the predicted KL of a plan. So do losses of several images: they are looked at in
-four parts, in this process or on workers, whose sums are merged in order; the result is the same.
+four parts, in this process or on workers, whose sums are merged in order: the same result with as many threads.
 
 Sources: Martens, arXiv 1412.1193 (Fisher information as a metric of outputs); Yuan et al., PTQ4ViT (2111.12293) and Li
 et al., BRECQ (2102.05426) (gradients to choose scales).
@@ -47,7 +47,7 @@ Spread = Callable[[Callable[..., Any], nn.Module, Iterable[tuple[Any, ...]]], It
 
 _FEWEST_IMAGES, _MOST_IMAGES, _TOKENS = 24, 256, 6144  # that gradients are taken of
 _AT_ONCE = 4  # images in one forward pass
-_PARTS = 4  # of the images, at most: what was seen in one may be as large as the weights several times over
+PARTS = 4  # of the images, at most: what was seen in one may be as large as the weights several times over
 _FEW = 1 << 16  # elements of a tensor that one thread takes
 _ALPHAS = 2.0 ** (-np.arange(-1, 18) / 4)  # amax over the largest magnitude: 1.19, 1, 0.84, … 0.05
 _WEIGHT_ALPHAS = 2.0 ** (-np.arange(0, 15) / 8)  # 1, 0.92, … 0.30
@@ -140,6 +140,12 @@ class Moments:
         return Curve((largest.double().cpu().numpy() * _WEIGHT_ALPHAS).reshape(loss.shape), loss)
 
 
+def moment_bytes(model: nn.Module) -> int:
+    """Bytes of the second moments of what a model's layers read."""
+    widths = {_input_of(key.removesuffix("._weight_quantizer")): w.shape[1] for key, w in site_weights(model).items()}
+    return sum(4 * width**2 for width in widths.values())
+
+
 @dataclass(frozen=True)
 class Sensitivity:
     """What a few images tell of every tensor of a float model.
@@ -202,7 +208,7 @@ def collect_sensitivity(
         images: as the model takes them, (B, 3, S, S).
         grids: {full name of an activation tensor, or of a weight's site: grids that it may be quantized to}.
         seed: of the random signs.
-        track: goes through the parts of the images, with progress shown.
+        track: goes through the parts of the images, at most four, with progress shown.
         spread: where the parts are looked at.
 
     Deterministic: signs depend on the seed and the place of the image, and parts on the number of images alone.
@@ -210,7 +216,7 @@ def collect_sensitivity(
     device = images.device
     weights = {key: weight for key, weight in site_weights(model).items() if key in grids}
     signs = torch.from_numpy(_signs(len(images), _classes(model, images), seed))
-    size = -(-len(images) // _PARTS)
+    size = -(-len(images) // PARTS)
     parts = [part.cpu() for part in images.split(size)]
     ranges = reduce(_wider, spread(ranges_of, model, [(part,) for part in parts]))
     points = {
@@ -245,12 +251,10 @@ def gradient_pass(
     model: nn.Module,
     images: Tensor,
     take: Take,
-    seed: int = 0,
-    track: Track = iter,
 ) -> None:
     """Show every activation tensor of the float model with its gradient, a few images at a time, in order."""
-    signs = torch.from_numpy(_signs(len(images), _classes(model, images), seed))
-    _gradients(model, images, signs, take, track)
+    signs = torch.from_numpy(_signs(len(images), _classes(model, images), 0))
+    _gradients(model, images, signs, take)
 
 
 def _signs(images: int, classes: int, seed: int) -> Floats:
@@ -258,7 +262,7 @@ def _signs(images: int, classes: int, seed: int) -> Floats:
     return signs
 
 
-def _gradients(model: nn.Module, images: Tensor, signs: Tensor, take: Take, track: Track = iter) -> None:
+def _gradients(model: nn.Module, images: Tensor, signs: Tensor, take: Take) -> None:
     def observer(key: str) -> Callable[[Tensor], None]:
         def observe(x: Tensor) -> None:
             value = x.detach()
@@ -268,7 +272,7 @@ def _gradients(model: nn.Module, images: Tensor, signs: Tensor, take: Take, trac
 
     observers = {key: observer(key) for key in tensor_keys(model)}
     with _frozen_parameters(model), torch.enable_grad():
-        for start in track(range(0, len(images), _AT_ONCE)):
+        for start in range(0, len(images), _AT_ONCE):
             part = images[start : start + _AT_ONCE].clone().requires_grad_()
             epsilon = signs[start : start + len(part)].to(part)
             with observing(model, observers):

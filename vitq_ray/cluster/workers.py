@@ -2,8 +2,8 @@
 
     batches, in order ──► the worker that is free ──► its statistics or results ──► merged, or put in order
 
-A batch is computed whole, by one worker, with a fixed number of threads, and what comes back is integers. So two
-workers, or eight, give bit for bit what one gives. Workers hold no state but the model: one that dies is started
+A batch is computed whole, by one worker, with a fixed number of threads, and what comes back is integers, or sums that
+are merged in order. So two workers, or eight, give bit for bit what one gives. Workers hold no state but the model: one that dies is started
 again, and its batch is computed again.
 """
 
@@ -108,8 +108,10 @@ class WorkerPool:
         num_gpus: float = 0.0,
         engine: Engine | None = None,
         float_model: nn.Module | None = None,
+        more_bytes: int = 0,
     ) -> None:
-        """`engine` runs a quantized model; None runs the model as it is. `float_model` is what it is compared with.
+        """`engine` runs a quantized model; None runs the model as it is. `float_model` is what it is compared with;
+        `more_bytes` of memory a worker needs beside models.
 
         Raises InputError where the cluster cannot hold `count` workers at once.
         """
@@ -118,7 +120,7 @@ class WorkerPool:
         _require_gpus(count * num_gpus)
         models = [model] if float_model is None else [model, float_model]
         model_bytes = sum(p.numel() * p.element_size() for m in models for p in m.parameters())
-        require_memory(count, PROCESS_BYTES + model_bytes, ray_nodes())
+        require_memory(count, PROCESS_BYTES + model_bytes + more_bytes, ray_nodes())
         if count * threads > cpus:
             _log.warning("%d workers of %d threads share %g CPUs, and are no faster than fewer", count, threads, cpus)
         actor = ray.remote(
@@ -225,7 +227,7 @@ def collect_on(
 def collect_with(pool_of: Callable[[nn.Module], WorkerPool], threads: int = 1) -> Collect:
     """How a `calibration_pass` collects on workers: batch 0 here, since it sets the bin widths, the others there.
 
-    `pool_of` is asked once batch 0 is done, and closes its pool itself; `threads` is what a worker computes with.
+    `pool_of` is asked once batch 0 is done, and its owner closes the pool; `threads` is what a worker computes with.
     """
 
     def collect(
@@ -244,18 +246,16 @@ def collect_with(pool_of: Callable[[nn.Module], WorkerPool], threads: int = 1) -
 
 
 class SharedPool:
-    """One pool for several passes over one model after the other. Close it."""
+    """One pool for several passes over one model, opened for the first. Close it."""
 
     def __init__(self, open_pool: Callable[[nn.Module], WorkerPool]) -> None:
         self._open = open_pool
-        self._model: nn.Module | None = None
         self._pool: WorkerPool | None = None
 
     def of(self, model: nn.Module) -> WorkerPool:
-        """The workers that have this model, started where they have another one."""
-        if self._pool is None or self._model is not model:
-            self.close()
-            self._pool, self._model = self._open(model), model
+        """The workers; `model` is the same each time."""
+        if self._pool is None:
+            self._pool = self._open(model)
         return self._pool
 
     def spread(self, function: Callable[..., Any], model: nn.Module, items: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
@@ -265,7 +265,7 @@ class SharedPool:
     def close(self) -> None:
         if self._pool is not None:
             self._pool.close()
-        self._pool = self._model = None
+        self._pool = None
 
     def __enter__(self) -> SharedPool:
         return self

@@ -264,7 +264,7 @@ def collect(
     def track(parts: Sequence[int]) -> Iterable[int]:
         return screen.track(parts, len(parts), "gradients")
 
-    with looking(workers, job.transform) as how:
+    with looking(workers, job.transform, bool(needs.grids)) as how:
         look = look_at(job.model, setting.transforms, needs, images, statistics, options.seed, track, how.spread)
     if problem := sanity_problem(passes[0].evaluation, job.loaded.geometry.num_classes):
         screen.warn(f"{problem} (measured on the calibration images)")

@@ -333,10 +333,10 @@ def remarks(
     for runtime in (ORT, OPENVINO):
         kernels = to_float[runtime].kl if runtime in to_float else 0.0
         if not HAS_VNNI and kernels > _SATURATES * exact and not options.unsigned_weights:
+            ways = ("unsigned_weights", "reduce_range") if runtime == ORT else ("reduce_range",)  # what was tried there
             notes.append(
-                f"{runtime}: KL to float {kernels:.4f} with integer kernels, {exact:.4f} without; this CPU has no "
-                f"VNNI, without which they may saturate. A file by {options.name_of('unsigned_weights')} does not, nor "
-                f"one by {options.name_of('reduce_range')}"
+                f"{runtime}: KL to float {kernels:.4f} with integer kernels, {exact:.4f} in ONNX Runtime without; they may "
+                f"saturate, since this CPU has no VNNI; {' and '.join(map(options.name_of, ways))} make files that do not"
             )
     if job.target.name == TENSORRT:
         notes.append("tensorrt: no engine was built here; what was run is the file in ONNX Runtime")

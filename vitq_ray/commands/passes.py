@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
+from vitq_ray.base.cpus import available_cpus
 from vitq_ray.base.files import atomic_file
-from vitq_ray.calibration.sensitivity import Spread, here
+from vitq_ray.calibration.sensitivity import PARTS, Spread, here, moment_bytes
 from vitq_ray.cluster.start import cluster
 from vitq_ray.cluster.workers import SharedPool, WorkerPool, collect_with, evaluate_on, torch_threads
 from vitq_ray.commands.options import CalibrateOptions, EvaluateOptions, WorkerOptions
@@ -46,10 +47,11 @@ class Workers:
         transform: EvalTransform,
         engine: Engine | None = None,
         float_model: nn.Module | None = None,
+        more_bytes: int = 0,
     ) -> WorkerPool:
         """The workers, with the models as they are now. Ray is running."""
         assert self.count is not None
-        return WorkerPool(model, transform, self.count, self.threads, self.gpus, engine, float_model)
+        return WorkerPool(model, transform, self.count, self.threads, self.gpus, engine, float_model, more_bytes)
 
 
 IN_THIS_PROCESS = Workers(None)
@@ -80,13 +82,19 @@ class Looking:
 
 
 @contextmanager
-def looking(workers: Workers, transform: EvalTransform) -> Iterator[Looking]:
-    """In this process, or on workers, which stay for all passes over one model."""
+def looking(workers: Workers, transform: EvalTransform, gradients: bool) -> Iterator[Looking]:
+    """In this process, or on workers, which stay for all passes over one model. Gradients are taken there, too, unless
+    this process has more CPUs than the workers that have a part of the images."""
     if workers.count is None:
         yield Looking(collect_here, here)
         return
-    with SharedPool(lambda model: workers.pool(model, transform)) as shared:
-        yield Looking(collect_with(shared.of, workers.threads), shared.spread)
+    spread = gradients and (workers.gpus > 0 or min(workers.count, PARTS) * workers.threads >= available_cpus())
+
+    def open_pool(model: nn.Module) -> WorkerPool:
+        return workers.pool(model, transform, more_bytes=2 * moment_bytes(model) if spread else 0)
+
+    with SharedPool(open_pool) as shared:
+        yield Looking(collect_with(shared.of, workers.threads), shared.spread if spread else here)
 
 
 OnBatch = Callable[[Batch, Tensor], None]  # (batch, its logits)

@@ -82,7 +82,7 @@ def _look(
     def track(parts: Sequence[int]) -> Iterable[int]:
         return screen.track(parts, len(parts), "gradients")
 
-    with looking(_workers(job), job.transform) as how:
+    with looking(_workers(job), job.transform, bool(needs.grids)) as how:
 
         def collect(model: nn.Module, kinds: tuple[str, ...]) -> CalibrationStatistics:
             return statistics_of(job, model, kinds, on_batch, screen, how.collect)
