@@ -3,8 +3,8 @@
     batches, in order ──► the worker that is free ──► its statistics or results ──► merged, or put in order
 
 A batch is computed whole, by one worker, with a fixed number of threads, and what comes back is integers, or sums that
-are merged in order. So two workers, or eight, give bit for bit what one gives. Workers hold no state but the model: one that dies is started
-again, and its batch is computed again.
+are merged in order. So two workers, or eight, give bit for bit what one gives. Workers hold no state but the model: one
+that dies is started again, and its batch is computed again.
 """
 
 from __future__ import annotations

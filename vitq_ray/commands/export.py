@@ -335,8 +335,9 @@ def remarks(
         if not HAS_VNNI and kernels > _SATURATES * exact and not options.unsigned_weights:
             ways = ("unsigned_weights", "reduce_range") if runtime == ORT else ("reduce_range",)  # what was tried there
             notes.append(
-                f"{runtime}: KL to float {kernels:.4f} with integer kernels, {exact:.4f} in ONNX Runtime without; they may "
-                f"saturate, since this CPU has no VNNI; {' and '.join(map(options.name_of, ways))} make files that do not"
+                f"{runtime}: KL to float {kernels:.4f} with integer kernels, {exact:.4f} in ONNX Runtime without; they "
+                "may saturate, since this CPU has no VNNI; files that do not: with "
+                f"{' or '.join(map(options.name_of, ways))}"
             )
     if job.target.name == TENSORRT:
         notes.append("tensorrt: no engine was built here; what was run is the file in ONNX Runtime")
