@@ -46,9 +46,7 @@ from vitq_ray.qat.task import Follower, QatTask, Recorder, run_task
 from vitq_ray.run.folder import TRAIN_FOLDER, record_bad_images
 
 MAX_FAILURES = 3
-_MOST_STARTS = (
-    18  # of a group, 30 s each (start.py): nine minutes of a training for nodes to come; Ray Train's default has no end
-)
+_MOST_STARTS = 18  # of groups in one training, 30 s each (start.py): nine minutes for nodes to come
 _COPIES = 5  # of the student's weights: weights, gradients, DDP's buckets, up to two of the optimizer
 _SECONDS_BETWEEN_LOOKS = 0.2
 
