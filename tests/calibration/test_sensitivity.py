@@ -138,7 +138,7 @@ def test_the_same_images_give_the_same_curves() -> None:
 
 
 def test_parts_of_the_images_merge_to_what_all_of_them_give() -> None:
-    """Ten images in four parts, the way of workers, against one part; each part alone sees less."""
+    """Ten images in four parts, the way of workers, against all of them in one."""
     model, images, seen = quantize_vit(tiny_vit()).eval(), images_of(10), []
     grids = {f"{FC2}.{name}_quantizer": (GRID,) for name in ("_input", "_weight")}
 

@@ -201,7 +201,7 @@ def collect_sensitivity(
     track: Track = iter,
     spread: Spread = here,
 ) -> Sensitivity:
-    """One forward pass and one backward pass of the float model for every image.
+    """Two forward passes and one backward pass of the float model for every image: the first finds the ranges.
 
     Args:
         model: from `quantize_vit`; its quantizers are off meanwhile.
