@@ -26,10 +26,11 @@ from tests.conftest import ROOT, make_project
 from vitq_ray.base import cpus
 from vitq_ray.base.config import InputError
 from vitq_ray.base.kernels import compiled
+from vitq_ray.cluster import address as cluster_address
 from vitq_ray.cluster import start
 from vitq_ray.cluster.metrics import Metrics
 from vitq_ray.cluster.workers import require_memory
-from vitq_ray.commands import main
+from vitq_ray.commands import api, main, parser
 from vitq_ray.commands.options import TrainOptions
 from vitq_ray.commands.surroundings import exit_code
 from vitq_ray.qat.loop import DivergedError
@@ -385,9 +386,46 @@ ADDRESSES = {
 def test_a_cluster_that_is_not_there(situation: str, deaf_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     address, message = ADDRESSES[situation]
     monkeypatch.setenv("RAY_ADDRESS", "ray://there:1" if "Client" in situation else "127.0.0.1:1")
-    monkeypatch.setattr(start, "_PATIENCE_S", 1)
+    monkeypatch.setattr(cluster_address, "_PATIENCE_S", 1)
     with pytest.raises(InputError, match="^the Ray cluster at " + message):
-        start._join(address.format(port=deaf_port))
+        cluster_address.require_cluster(address.format(port=deaf_port))
+
+
+CALLS = {
+    "tune": lambda address: api.tune(ray_address=address, pretrained_dir="missing.pth"),
+    "train": lambda address: api.train(ray_address=address, pretrained_dir="missing.pth"),
+    "calibrate": lambda address: api.calibrate(ray_address=address, pretrained_dir="missing.pth", num_workers=2),
+    "evaluate": lambda address: api.evaluate(ray_address=address, pretrained_dir="missing.pth", num_workers=2),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_cluster_is_asked_before_anything_is_opened(call: str) -> None:
+    with pytest.raises(InputError, match=r"^the Ray cluster at 127\.0\.0\.1:1: no Ray answers there"):
+        CALLS[call]("127.0.0.1:1")
+
+
+@pytest.mark.parametrize(
+    "given", ["--ray-address={}", "--ray_address {}", "--wprec 99 --ray-address 127.0.0.1:2 --ray-address {}"]
+)
+@pytest.mark.parametrize("place", ["127.0.0.1:1", "127.0.0.1:{port}"])
+def test_a_command_asks_for_its_cluster_before_it_imports_pytorch(place: str, given: str, deaf_port: int) -> None:
+    """Its import alone can take most of the ten seconds after which a user wants to know."""
+    address = place.format(port=deaf_port)
+    code = (
+        "import sys; from vitq_ray.cluster import address; from vitq_ray.commands import main; "
+        "address._PATIENCE_S = 0.5; code = main.tune_calib(sys.argv[1:]); "
+        "print(code, sorted({'torch', 'timm', 'ray'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *given.format(address).split()], capture_output=True, text=True)
+    assert done.stdout == "2 []\n"
+    assert done.stderr.startswith(f"error: the Ray cluster at {address}: no Ray answers there")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv", [[], ["--ray-address"], ["--output", "x"], ["--ray", "a:1"]])
+def test_no_cluster_is_named(argv: list[str]) -> None:
+    assert parser.text_of("--ray-address", argv) is None
 
 
 # Ray's end, and its metrics ----------------------------------------------------------------------------------------

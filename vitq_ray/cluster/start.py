@@ -10,9 +10,6 @@ import logging
 import os
 import secrets
 import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Generator, Iterator, Mapping
@@ -29,12 +26,11 @@ from ray._private import ray_constants
 from vitq_ray.base.config import InputError
 from vitq_ray.base.cpus import available_cpus
 from vitq_ray.base.files import one_line
+from vitq_ray.cluster.address import require_cluster, require_port
 
 DASHBOARD_HOST = "127.0.0.1"
 _MEGABYTE = 1_000_000
 _SMALLEST_STORE = 300 * _MEGABYTE
-_PATIENCE_S = 8  # for a cluster to answer
-_CONNECT_S = 3  # for its port to be there at all
 _MOST_PATH_BYTES = 107  # of a Unix socket
 _SOCKET = "/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"  # below Ray's temporary folder
 
@@ -159,45 +155,12 @@ def _start(num_cpus: int | None, object_store_bytes: int | None, dashboard: bool
 
 
 def _join(address: str) -> None:
-    _require_cluster(address)
+    require_cluster(address)
+    require_port(address)  # now, too
     try:
         ray.init(address=address, **_COMMON)
     except Exception as error:
         raise InputError(f"the Ray cluster at {address}: cannot be reached: {one_line(error)}") from None
-
-
-def _require_cluster(address: str) -> None:
-    """InputError where no Ray answers. Another process tries: nothing interrupts Ray while it waits for a cluster."""
-    named = os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
-    what = f"the Ray cluster at {address}" + (f" (RAY_ADDRESS {named})" if named != address else "")
-    if "://" in named:
-        raise InputError(f"{what}: not an address of a cluster; expected host:port of its head node, or auto")
-    _require_port(what, named)
-    own = {name: value for name, value in os.environ.items() if name != "RAY_JOB_CONFIG_JSON_ENV_VAR"}  # not the job
-    code = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, logging_level=40)"
-    try:
-        subprocess.run(
-            [sys.executable, "-c", code, address], check=True, capture_output=True, timeout=_PATIENCE_S, env=own
-        )
-    except subprocess.TimeoutExpired:
-        raise InputError(f"{what}: no Ray answers there within {_PATIENCE_S} s; expected a running one") from None
-    except subprocess.CalledProcessError as error:
-        last = error.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        if "AuthenticationError" in last:
-            last = "its token is missing or another one; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
-        raise InputError(f"{what}: cannot be reached: {one_line(last)[:300]}") from None
-
-
-def _require_port(what: str, named: str) -> None:
-    """InputError where nobody listens at host:port, for which Ray would wait."""
-    host, _, port = named.rpartition(":")
-    if not port.isdecimal():  # auto, and nothing named: this machine's Ray
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
-    except (OSError, OverflowError) as error:
-        reason = one_line(error)[:300]
-        raise InputError(f"{what}: no Ray answers there ({reason}); expected a running one") from None
 
 
 @contextmanager

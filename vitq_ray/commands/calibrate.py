@@ -18,6 +18,7 @@ from vitq_ray.calibration.planner import Look, Planner, look_at, needs_of, requi
 from vitq_ray.calibration.sensitivity import images_to_look_at
 from vitq_ray.calibration.setting import Setting
 from vitq_ray.calibration.statistics import RANGE, CalibrationStatistics
+from vitq_ray.cluster.address import require_cluster
 from vitq_ray.commands import combinations
 from vitq_ray.commands.inputs import (
     checkpoint_name,
@@ -118,6 +119,7 @@ def calibrate(options: CalibrateOptions, screen: Screen = SILENT) -> CalibrateRe
     watch = Stopwatch()
     with watch.stage("load"):
         combinations.require_used(options, combinations.CALIBRATE)
+        require_cluster(options.ray_address)
         outlets = outlets_of(options, screen)
         options = with_sample(options, screen)
         require_apart(options)

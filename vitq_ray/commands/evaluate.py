@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
 from vitq_ray.base.files import output_file, output_folder
+from vitq_ray.cluster.address import require_cluster
 from vitq_ray.commands import combinations
 from vitq_ray.commands.evaluate_file import evaluate_file, is_file
 from vitq_ray.commands.inputs import (
@@ -102,6 +103,7 @@ def evaluate(options: EvaluateOptions, screen: Screen = SILENT) -> EvaluateResul
     watch = Stopwatch()
     with watch.stage("load"):
         combinations.require_used(options, combinations.EVALUATE)
+        require_cluster(options.ray_address)
         outlets = outlets_of(options, screen)
         options = with_sample(options, screen)
         require_apart(options)

@@ -15,6 +15,7 @@ from importlib import import_module
 from vitq_ray import __version__
 from vitq_ray.base.config import InputError
 from vitq_ray.base.cpus import available_cpus
+from vitq_ray.cluster.address import require_cluster
 from vitq_ray.commands.surroundings import exit_code
 
 
@@ -116,7 +117,9 @@ def run(command: Command, argv: Sequence[str] | None, typed: str) -> int:
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # or Ray, touched after its end, would start another one
 
     def work() -> None:
-        parser, options, screen = (import_module(f"vitq_ray.commands.{m}") for m in ("parser", "options", "screen"))
+        parser = import_module("vitq_ray.commands.parser")
+        require_cluster(parser.text_of("--ray-address", argv))  # before PyTorch is imported, which takes seconds
+        options, screen = (import_module(f"vitq_ray.commands.{m}") for m in ("options", "screen"))
         given = parser.parse(getattr(options, command.options), argv, typed)
         use_case = getattr(import_module(f"vitq_ray.commands.{command.module}"), command.module)
         terminal = screen.Terminal(typed)

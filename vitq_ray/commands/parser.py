@@ -30,6 +30,17 @@ def parse(kind: type[O], argv: Sequence[str] | None, command: str) -> O:
     return kind.of(given, typed=True)
 
 
+def text_of(spelling: str, argv: Sequence[str] | None) -> str | None:
+    """What a command line gives for one option, whatever its others are, which are not known yet; None for nothing."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(*_spellings(spelling), dest="text")
+    try:
+        given: str | None = parser.parse_known_args(argv)[0].text
+        return given
+    except argparse.ArgumentError:  # the whole parser says it
+        return None
+
+
 def parser_of(kind: type[Options], command: str) -> Parser:
     """A parser that hands on the texts of what is given, and nothing of what is not."""
     description = inspect.cleandoc(kind.__doc__ or "").replace("{command}", command)
@@ -40,13 +51,15 @@ def parser_of(kind: type[Options], command: str) -> Parser:
             if declared.is_positional:
                 group.add_argument(name, nargs="?", default=argparse.SUPPRESS, **_settings(declared))
                 continue
-            group.add_argument(*_spellings(declared), dest=name, default=argparse.SUPPRESS, **_settings(declared))
+            group.add_argument(
+                *_spellings(declared.spelling), dest=name, default=argparse.SUPPRESS, **_settings(declared)
+            )
     return parser
 
 
-def _spellings(declared: Option) -> tuple[str, ...]:
+def _spellings(spelling: str) -> tuple[str, ...]:
     """`--calib-batchsz` and `--calib_batchsz` alike."""
-    bare = declared.spelling[2:]
+    bare = spelling[2:]
     return tuple(dict.fromkeys(("--" + bare, "--" + bare.replace("-", "_"), "--" + bare.replace("_", "-"))))
 
 

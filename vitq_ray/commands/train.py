@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from vitq_ray.base.config import InputError
+from vitq_ray.cluster.address import require_cluster
 from vitq_ray.cluster.qat_group import QatMetrics, TrainWorkers, rank_resources, run_on_workers, worker_bytes
 from vitq_ray.cluster.start import cluster
 from vitq_ray.cluster.workers import ray_nodes
@@ -138,6 +139,7 @@ def train(options: TrainOptions, screen: Screen = SILENT) -> TrainResult:
     number.
     """
     watch = Stopwatch()
+    require_cluster(options.ray_address)
     options = complete(options, screen)
     device, config = device_of(options), config_of(options)
     outlets = outlets_of(options, screen)

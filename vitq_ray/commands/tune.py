@@ -24,6 +24,7 @@ from vitq_ray.base.cpus import available_cpus
 from vitq_ray.base.files import write_json
 from vitq_ray.calibration.planner import Planner
 from vitq_ray.calibration.setting import Setting, read_setting
+from vitq_ray.cluster.address import require_cluster
 from vitq_ray.cluster.images import ImageStore, StoredImages
 from vitq_ray.cluster.metrics import BEST_GAUGES, CANDIDATE_GAUGES, Metrics
 from vitq_ray.cluster.start import cluster
@@ -101,6 +102,7 @@ def tune(options: TuneOptions, screen: Screen = SILENT) -> TuneResult:
     Raises InputError for what is wrong with options, checkpoint or images.
     """
     began = time.perf_counter()
+    require_cluster(options.ray_address)
     space = None
     if options.resume is not None:
         stored = stored_run(options.resume, SEARCH)
