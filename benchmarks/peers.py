@@ -7,11 +7,13 @@
 Every program calibrates on the first images of train in one random order, and is judged on all of val: `int8` is the
 file as the runtime executes it, `exact` the same file in ONNX Runtime with its integer kernels switched off
 (`session.disable_quant_qdq`), which is what a CPU whose kernels do not saturate would find. OpenVINO has no such
-switch; our rows for it are also run in ONNX Runtime for that column. Times come last: all files of a runtime take
+switch; our rows for it are also run in ONNX Runtime for that column. `plan`: images of our rows with the same class as
+the plan, as PyTorch executes it with float32 quantizers. Times come last: all files of a runtime take
 turns, warm, and the median of the rounds counts.
 
-A row is a process of its own and leaves NAME.onnx (or .xml) and NAME.json in the output folder. Rows that are there
-are not made again. Needs `pip install -e '.[bench]'`; rows whose package is missing are left out, aloud.
+A row is a process of its own and leaves NAME.onnx (or .xml), NAME.npy (its logits) and NAME.json in the output folder.
+Rows that are there are not made again. Needs `pip install -e '.[bench]'`; rows whose package is missing are left out,
+aloud.
 """
 
 from __future__ import annotations
@@ -94,13 +96,25 @@ class Bench:
             )
         return path
 
-    def judged(self, path: Path, runtime: str, integers: bool = True) -> dict[str, Any]:
-        """top-1, agreement and KL of a file on all of val."""
+    def plan_logits(self, plan: Path) -> Tensor:
+        """Of the calibrated checkpoint in this folder, with its quantizers in float32."""
+        path = plan / "logits.npy"
+        if not path.exists():
+            (checkpoint,) = plan.glob("*_calib.pth")
+            model = vitq_ray.load_calibrated(str(checkpoint)).loaded.model.eval()
+            with torch.inference_mode():
+                np.save(path, torch.cat([model(images) for images, _ in self.images("val")]).numpy())
+        return torch.from_numpy(np.load(path))
+
+    def judged(self, path: Path, runtime: str, integers: bool = True, keep: Path | None = None) -> dict[str, Any]:
+        """top-1, agreement and KL of a file on all of val; its logits are kept in `keep`."""
         run, logits, labels = open_file(str(path), runtime, integers), [], []
         for images, truth in self.images("val"):
             logits.append(run(images))
             labels.append(truth)
         found, right = torch.cat(logits), torch.cat(labels)
+        if keep is not None:
+            np.save(keep, found.numpy())
         kl = kl_to_float(found, self.float_logits)
         return {
             "images": len(found),
@@ -126,7 +140,7 @@ def ours(target: str, rules: str | None = None, **options: Any) -> Make:
     `openvino` have the same sites."""
 
     def make(bench: Bench, path: Path) -> Path:
-        plan = bench.folder / "plans" / {None: "integers", ATTENTION_OFF: "attention", MIXED_OFF: "values"}[rules]
+        plan = bench.folder / "plans" / PLANS[rules]
         data = {"pretrained_dir": bench.options.pretrained_dir, "data_path": bench.options.data_path}
         if not (plan / "result.json").exists():
             vitq_ray.calibrate(**data, quant_mode="ort", rules=rules, calib_output_path=str(plan), **OURS)
@@ -138,6 +152,7 @@ def ours(target: str, rules: str | None = None, **options: Any) -> Make:
     return make
 
 
+PLANS = {None: "integers", ATTENTION_OFF: "attention", MIXED_OFF: "values"}
 OURS: dict[str, Any] = {
     "calibrator": "fisher",
     "weight_calibrator": "fisher",
@@ -270,19 +285,26 @@ def modelopt_quantized(config: str) -> Make:
 
 @dataclass(frozen=True)
 class Row:
+    """`plan`: folder of the calibrated checkpoint that a file of ours is made of."""
+
     runtime: str
     make: Make
+    plan: str | None = None
+
+
+def our_row(runtime: str, rules: str | None = None, **options: Any) -> Row:
+    return Row(runtime, ours(runtime, rules, **options), PLANS[rules])
 
 
 ROWS: dict[str, Row] = {
     "ort, float": Row("ort", float_row),
-    "ort, ours": Row("ort", ours("ort")),
-    "ort, ours, unsigned weights": Row("ort", ours("ort", unsigned_weights=True)),
-    "ort, ours, 7-bit weights": Row("ort", ours("ort", reduce_range=True)),
-    "ort, ours, attention float": Row("ort", ours("ort", ATTENTION_OFF)),
-    "ort, ours, attention float, unsigned weights": Row("ort", ours("ort", ATTENTION_OFF, unsigned_weights=True)),
-    "ort, ours, A·V float": Row("ort", ours("ort", MIXED_OFF)),
-    "ort, ours, A·V float, unsigned weights": Row("ort", ours("ort", MIXED_OFF, unsigned_weights=True)),
+    "ort, ours": our_row("ort"),
+    "ort, ours, unsigned weights": our_row("ort", unsigned_weights=True),
+    "ort, ours, 7-bit weights": our_row("ort", reduce_range=True),
+    "ort, ours, attention float": our_row("ort", ATTENTION_OFF),
+    "ort, ours, attention float, unsigned weights": our_row("ort", ATTENTION_OFF, unsigned_weights=True),
+    "ort, ours, A·V float": our_row("ort", MIXED_OFF),
+    "ort, ours, A·V float, unsigned weights": our_row("ort", MIXED_OFF, unsigned_weights=True),
     "ort, quantize_static, MinMax": Row("ort", ort_static("MinMax")),
     "ort, quantize_static, Entropy": Row("ort", ort_static("Entropy")),
     "ort, quantize_static, Percentile": Row("ort", ort_static("Percentile")),
@@ -299,11 +321,11 @@ ROWS: dict[str, Row] = {
     "ort, modelopt": Row("ort", modelopt_quantized("INT8_DEFAULT_CFG")),
     "ort, modelopt, SmoothQuant": Row("ort", modelopt_quantized("INT8_SMOOTHQUANT_CFG")),
     "openvino, float": Row("openvino", float_row),
-    "openvino, ours": Row("openvino", ours("openvino")),
-    "openvino, ours, unsigned weights": Row("openvino", ours("openvino", unsigned_weights=True)),
-    "openvino, ours, 7-bit weights": Row("openvino", ours("openvino", reduce_range=True)),
-    "openvino, ours, attention float": Row("openvino", ours("openvino", ATTENTION_OFF)),
-    "openvino, ours, A·V float": Row("openvino", ours("openvino", MIXED_OFF)),
+    "openvino, ours": our_row("openvino"),
+    "openvino, ours, unsigned weights": our_row("openvino", unsigned_weights=True),
+    "openvino, ours, 7-bit weights": our_row("openvino", reduce_range=True),
+    "openvino, ours, attention float": our_row("openvino", ATTENTION_OFF),
+    "openvino, ours, A·V float": our_row("openvino", MIXED_OFF),
     "openvino, NNCF": Row("openvino", nncf_quantized("openvino", smooth=True)),
     "openvino, NNCF, no SmoothQuant": Row("openvino", nncf_quantized("openvino", smooth=False)),
     "openvino, NNCF, accuracy control": Row("openvino", nncf_quantized("openvino", True, accuracy_control=True)),
@@ -321,7 +343,11 @@ def make_row(bench: Bench, name: str) -> None:
     row, place = ROWS[name], place_of(bench.folder, name)
     file = row.make(bench, place)
     size = sum(part.stat().st_size for part in {file, file.with_suffix(".bin")} if part.exists())
-    found = {"file": file.name, "bytes": size, "int8": bench.judged(file, row.runtime)}
+    logits = place.with_suffix(".npy")
+    found = {"file": file.name, "bytes": size, "int8": bench.judged(file, row.runtime, keep=logits)}
+    if row.plan is not None:
+        expected = bench.plan_logits(bench.folder / "plans" / row.plan)
+        found["plan"] = float(agrees(torch.from_numpy(np.load(logits)), expected).double().mean())
     write_json(place.with_suffix(".json"), found)
     if file.suffix == ".onnx" and file != bench.float_file:
         found["exact"] = bench.judged(file, "ort", integers=False)
@@ -349,15 +375,16 @@ def read(folder: Path, name: str) -> dict[str, Any]:
 def table(folder: Path, names: list[str], bytes_of_float: int, batches: list[int]) -> None:
     times = json.loads((folder / "times.json").read_text())
     heads = "".join(f"{f'ms, {batch}':>9}" for batch in batches)
-    print(f"{'':<62}{'top-1':>8}{'agrees':>8}{'KL':>9}{'±':>8}{'exact':>9}{heads}{'size':>7}")
+    print(f"{'':<62}{'top-1':>8}{'agrees':>8}{'KL':>9}{'±':>8}{'exact':>9}{'plan':>8}{heads}{'size':>7}")
     for name in names:
         row, ms = read(folder, name), times.get(name, {})
         judged = row["int8"]
         exact = f"{row['exact']['kl']:9.4f}" if "exact" in row else f"{'':>9}"
+        plan = f"{row['plan']:8.1%}" if "plan" in row else f"{'':>8}"
         speeds = "".join(f"{ms[str(b)]:9.1f}" if str(b) in ms else f"{'':>9}" for b in batches)
         print(
             f"{name:<62}{judged['top1']:8.2%}{judged['agreement']:8.1%}{judged['kl']:9.4f}{judged['kl_error']:8.4f}"
-            f"{exact}{speeds}{row['bytes'] / bytes_of_float:7.1%}"
+            f"{exact}{plan}{speeds}{row['bytes'] / bytes_of_float:7.1%}"
         )
 
 
