@@ -8,8 +8,8 @@ Every program calibrates on the first images of train in one random order, and i
 file as the runtime executes it, `exact` the same file in ONNX Runtime with its integer kernels switched off
 (`session.disable_quant_qdq`), which is what a CPU whose kernels do not saturate would find. OpenVINO has no such
 switch; our rows for it are also run in ONNX Runtime for that column. `plan`: images of our rows with the same class as
-the plan, as PyTorch executes it with float32 quantizers. Times come last: all files of a runtime take
-turns, warm, and the median of the rounds counts.
+the plan, as PyTorch executes it with float32 quantizers. Behind the rows come times: all files of a runtime take turns,
+warm, and the median of the rounds counts; then `exact`, which takes longest.
 
 A row is a process of its own and leaves NAME.onnx (or .xml), NAME.npy (its logits) and NAME.json in the output folder.
 Rows that are there are not made again. Needs `pip install -e '.[bench]'`; rows whose package is missing are left out,
@@ -85,7 +85,7 @@ class Bench:
     @cached_property
     def float_file(self) -> Path:
         """What every peer starts from, and the two float rows run."""
-        path = self.folder / "float.onnx"
+        path = self.folder / f"{FLOAT}.onnx"
         if not path.exists():
             timm.layers.set_fused_attn(False)
             model = load_model("auto", self.options.pretrained_dir, None).model.eval()
@@ -349,9 +349,18 @@ def make_row(bench: Bench, name: str) -> None:
         expected = bench.plan_logits(bench.folder / "plans" / row.plan)
         found["plan"] = float(agrees(torch.from_numpy(np.load(logits)), expected).double().mean())
     write_json(place.with_suffix(".json"), found)
-    if file.suffix == ".onnx" and file != bench.float_file:
-        found["exact"] = bench.judged(file, "ort", integers=False)
-        write_json(place.with_suffix(".json"), found)
+
+
+def has_exact(folder: Path, name: str) -> bool:
+    """Whether the file of a row can be run without integer kernels, and differs then."""
+    file = Path(read(folder, name)["file"])
+    return file.suffix == ".onnx" and file.stem != FLOAT
+
+
+def add_exact(bench: Bench, name: str) -> None:
+    found = read(bench.folder, name)
+    found["exact"] = bench.judged(bench.folder / found["file"], "ort", integers=False)
+    write_json(place_of(bench.folder, name).with_suffix(".json"), found)
 
 
 def time_rows(bench: Bench, names: list[str]) -> None:
@@ -418,6 +427,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", help="rows whose name holds this text")
     parser.add_argument("--row", help=argparse.SUPPRESS)
+    parser.add_argument("--exact", help=argparse.SUPPRESS)
     parser.add_argument("--times", action="store_true", help="make no row; measure those that are there again")
     options = parser.parse_args()
     folder = Path(options.output)
@@ -425,6 +435,9 @@ def main() -> None:
     names = [name for name in ROWS if options.only in name]
     if options.row:
         make_row(Bench(options), options.row)
+        return
+    if options.exact:
+        add_exact(Bench(options), options.exact)
         return
     print(machine())
     require_same(folder, options)
@@ -435,6 +448,12 @@ def main() -> None:
     times = folder / "times.json"
     if options.times or not times.exists() or not set(names) <= set(json.loads(times.read_text())):
         time_rows(Bench(options), names)
+    left = [name for name in names if has_exact(folder, name) and "exact" not in read(folder, name)]
+    if left:
+        table(folder, names, Bench(options).float_file.stat().st_size, options.batches)
+        print("exact: " + ", ".join(left), flush=True)
+    for name in left:
+        run_alone(sys.argv[1:], ["--exact", name])
     table(folder, names, Bench(options).float_file.stat().st_size, options.batches)
 
 
