@@ -4,7 +4,8 @@
         --data-path ../shared/data/clothing-zip --output runs/peers
     python benchmarks/peers.py … --only openvino                       # rows whose name holds this text
 
-Every program calibrates on the first images of train in one random order, and is judged on all of val: `int8` is the
+Every program calibrates on the first images of train in one random order: ours on 24, peers on `--images`, those that
+keep all tensors for their histograms on `--histogram-images`. It is judged on all of val: `int8` is the
 file as the runtime executes it, `exact` the same file in ONNX Runtime with its integer kernels switched off
 (`session.disable_quant_qdq`), which is what a CPU whose kernels do not saturate would find. OpenVINO has no such
 switch; our rows for it are also run in ONNX Runtime for that column. `plan`: images of our rows with the same class as
@@ -285,7 +286,7 @@ def modelopt_quantized(config: str) -> Make:
 
 @dataclass(frozen=True)
 class Row:
-    """`plan`: folder of the calibrated checkpoint that a file of ours is made of."""
+    """`plan`: folder of the calibrated checkpoint that a file of ours computes; one of 7 bits is another plan."""
 
     runtime: str
     make: Make
@@ -293,7 +294,7 @@ class Row:
 
 
 def our_row(runtime: str, rules: str | None = None, **options: Any) -> Row:
-    return Row(runtime, ours(runtime, rules, **options), PLANS[rules])
+    return Row(runtime, ours(runtime, rules, **options), None if "reduce_range" in options else PLANS[rules])
 
 
 ROWS: dict[str, Row] = {
@@ -399,7 +400,9 @@ def table(folder: Path, names: list[str], bytes_of_float: int, batches: list[int
 
 def require_same(folder: Path, options: argparse.Namespace) -> None:
     """Rows of another model, or of other images, do not belong into one table."""
-    wanted = {key: getattr(options, key) for key in ("pretrained_dir", "data_path", "limit", "images")}
+    wanted = {
+        key: getattr(options, key) for key in ("pretrained_dir", "data_path", "limit", "images", "histogram_images")
+    }
     path = folder / "options.json"
     known = json.loads(path.read_text()) if path.exists() else wanted
     if known != wanted:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,6 +18,9 @@ import vitq_ray
 from tests.conftest import FT_MODES, Project, load_script, make_project, scalars
 from tests.engines.test_onnx import hand_made
 from vitq_ray.base.config import InputError
+from vitq_ray.commands.export import NUDGED, ORT_FLOAT, PLAN, notes_of_file, remarks
+from vitq_ray.commands.options import ExportOptions
+from vitq_ray.measure.comparison import Comparison
 from vitq_ray.run.results import read_result
 
 LAYER = "transformer.encoder.layer."
@@ -78,8 +84,125 @@ def test_written_verified_and_evaluated(made: tuple[Project, str], tmp_path: Pat
     assert np.abs(logits[0] - logits[1]).max() < 0.1
     with pytest.raises(InputError, match=r"img_size: 32 given, but .*\.onnx takes 16"):
         vitq_ray.evaluate(pretrained_dir=str(result.file), data_path=data, img_size=32)
+    for name, value in (("crop_pct", 0.9), ("model_type", "ViT-B_16")):
+        with pytest.raises(InputError, match=rf"{name}: {value} given, but .*\.onnx takes "):
+            vitq_ray.evaluate(pretrained_dir=str(result.file), data_path=data, **{name: value})
     with pytest.raises(InputError, match=r"wprec: 4 given, but an ONNX file says it"):
         vitq_ray.evaluate(pretrained_dir=str(result.file), data_path=data, wprec=4)
+
+
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [("openvino", {}), ("tensorrt", {}), ("ort", {"float16": True}), ("tensorrt", {"float16": True})],
+)
+def test_every_target(
+    target: str, options: dict[str, bool], made: tuple[Project, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`reduce_range`: no kernel saturates, on any CPU."""
+    if target == "openvino":
+        pytest.importorskip("openvino", reason="no OpenVINO")
+    project, _ = made
+    rules = "*.attn.matmul_* -> off" if target == "tensorrt" else None  # heads of 8
+    checkpoint = calibrated(project, tmp_path / "calib", target, rules=rules)
+    result = vitq_ray.export(
+        pretrained_dir=checkpoint,
+        data_path=str(project.folder),
+        target=target,
+        output=str(tmp_path / "e"),
+        reduce_range=True,
+        **options,
+    )
+    own = "openvino" if target == "openvino" else "ort"
+    found, variants = result.verification, result.verification["variants"]
+    assert (own in variants, "openvino" in variants) == (True, target == "openvino")
+    assert variants[own]["to_plan"]["agreement"] >= (0.9 if options else 1)
+    assert variants[own]["to_plan"]["largest"] < (0.5 if options else 0.1)
+    assert found["target"] == target
+    assert read_result(tmp_path / "e")["top1_correct"] == variants[own]["top1_correct"]
+    assert bool(found["conditions"]) == (target == "tensorrt")
+    notes = [
+        "tensorrt: no engine was built here; what was run is the file in ONNX Runtime",
+        "tensorrt: not met: TensorRT fuses attention with heads of 16, 32 or 64, here 8",
+    ]
+    assert [note for note in found["notes"] if note.startswith("tensorrt: ")] == (notes if rules else [])
+    kinds = {row.data_type for row in onnx.load(result.file).graph.initializer}
+    assert (onnx.TensorProto.FLOAT16 in kinds, onnx.TensorProto.FLOAT in kinds) == (
+        (True, False) if options else (False, True)
+    )
+    again = vitq_ray.evaluate(
+        pretrained_dir=str(result.file), data_path=str(project.folder), engine=own, output=str(tmp_path / "v")
+    )
+    assert again.evaluation.top1_correct == variants[own]["top1_correct"]
+    assert read_result(tmp_path / "v")["engine"] == {"name": own}
+
+
+def compared(**kl: float) -> dict[str, Comparison]:
+    names = {"plan": PLAN, "exact": ORT_FLOAT, "nudged": NUDGED}
+    return {names.get(name, name): Comparison(1.0, value, 0.0) for name, value in kl.items()}
+
+
+def agreeing(**agreement: float) -> dict[str, Comparison]:
+    return {name: dataclasses.replace(c, agreement=c.kl) for name, c in compared(**agreement).items()}
+
+
+@pytest.mark.parametrize(
+    ("to_float", "to_plan", "has_vnni", "options", "notes"),
+    [
+        (compared(ort=0.1, exact=0.1), agreeing(ort=0.995, nudged=1.0), False, {}, []),
+        (
+            compared(ort=0.1, exact=0.1),
+            agreeing(ort=0.99, nudged=0.98),
+            False,
+            {},
+            ["ort: gives another class than the plan here for 1.00 % of the images; so does the plan itself for 2.00"],
+        ),
+        (
+            compared(ort=0.2, exact=0.1),
+            agreeing(ort=1.0, nudged=1.0),
+            False,
+            {},
+            ["ort: KL to float 0.2000 with integer kernels, 0.1000 in ONNX Runtime without; they may saturate"],
+        ),
+        (compared(ort=0.2, exact=0.1), agreeing(ort=1.0, nudged=1.0), True, {}, []),
+        (compared(ort=0.2, exact=0.1), agreeing(ort=1.0, nudged=1.0), False, {"unsigned_weights": True}, []),
+        (compared(ort=0.104, exact=0.1), agreeing(ort=1.0, nudged=1.0), False, {}, []),
+        (
+            compared(openvino=0.2, ort=0.1, exact=0.1),
+            agreeing(openvino=1.0, ort=1.0, nudged=1.0),
+            False,
+            {},
+            ["openvino: KL to float 0.2000 with integer kernels"],
+        ),
+    ],
+)
+def test_what_a_reader_must_know(
+    to_float: dict[str, Comparison],
+    to_plan: dict[str, Comparison],
+    has_vnni: bool,
+    options: dict[str, bool],
+    notes: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("vitq_ray.commands.export.HAS_VNNI", has_vnni)
+    found = remarks(ExportOptions.of(options), to_float, to_plan)
+    assert len(found) == len(notes)
+    for text, start in zip(found, notes, strict=True):
+        assert text.startswith(start)
+        if "saturate" in text:
+            offers = "unsigned_weights or reduce_range" if start.startswith("ort") else "reduce_range"
+            assert text.endswith(f"files that do not: with {offers}")
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.31])
+def test_a_large_file_is_said(ratio: float, tmp_path: Path) -> None:
+    job: Any = SimpleNamespace(
+        calibrated=SimpleNamespace(sidecar=SimpleNamespace(setting=SimpleNamespace(corrections=("round",)))),
+        target=SimpleNamespace(name="ort"),
+    )
+    corrected, *others = notes_of_file(job, tmp_path, ratio)
+    assert corrected.startswith("float: these weights have corrections (round)")
+    large = "size: 31.00 % of the float weights; what is not a weight of a block stays in float"
+    assert others == ([large] if ratio > 0.3 else [])
 
 
 def test_a_file_of_another_program(made: tuple[Project, str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -174,6 +297,26 @@ def weight_names(depth: int) -> list[str]:
     return names + [f"{module}.{kind}" for module in modules for kind in ("weight", "bias")]
 
 
+def weight_shapes(depth: int) -> dict[str, tuple[int, ...]]:
+    """Of the tiny model: width 32, MLP 128, 4 patches of 8 x 8 and the class token, 7 classes."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "transformer.embeddings.position_embeddings": (1, 5, 32),
+        "transformer.embeddings.cls_token": (1, 1, 32),
+        "transformer.embeddings.patch_embeddings.weight": (32, 3, 8, 8),
+        "transformer.embeddings.patch_embeddings.bias": (32,),
+        "transformer.encoder.encoder_norm.weight": (32,),
+        "transformer.encoder.encoder_norm.bias": (32,),
+        "head.weight": (7, 32),
+        "head.bias": (7,),
+    }
+    layers = {"attention_norm": (32,), "ffn_norm": (32,), "ffn.fc1": (128, 32), "ffn.fc2": (32, 128)}
+    layers |= {f"attn.{name}": (32, 32) for name in ("query", "key", "value", "out")}
+    for index in range(depth):
+        for name, shape in layers.items():
+            shapes |= {f"{LAYER}{index}.{name}.weight": shape, f"{LAYER}{index}.{name}.bias": shape[:1]}
+    return shapes
+
+
 @pytest.mark.parametrize("mode", FT_MODES)
 def test_a_checkpoint_for_fastertransformer(mode: str, made: tuple[Project, str], tmp_path: Path) -> None:
     """Keys, order, shapes, and what holds between the scales."""
@@ -181,6 +324,7 @@ def test_a_checkpoint_for_fastertransformer(mode: str, made: tuple[Project, str]
     path = Path(calibrated(project, tmp_path, mode))
     state = torch.load(path, weights_only=True)
     weights = [key for key in state if not key.endswith("_amax")]
+    assert {key: tuple(state[key].shape) for key in weights} == weight_shapes(2)
     assert weights == weight_names(2)
     assert list(state)[: len(weights)] == weights
     sites = {

@@ -146,6 +146,8 @@ IDLE = {
     "qat --max-failures 1": "--max-failures: 1 given, but one worker (--num-workers 1) trains in this process",
     "qat --ray-address auto --dashboard": "--dashboard: True given, but a cluster that is joined (--ray-address)",
     "qat --resume d --output e": "--output: e given, but a run that goes on (--resume) stays in its folder",
+    "export --target ort --use-gpu": "--use-gpu: True given, but a file is verified on the CPU",
+    "export --target tensorrt --unsigned-weights": "--unsigned-weights: True given, but TensorRT takes signed ones",
     "sensitivity --percentile 99 --calibrator max": "--percentile: 99.0 given, but the calibrator (--calibrator) does",
     "sensitivity --use-gpu": "--use-gpu: True given, but parts are measured on the CPU",
     "sensitivity --resume d --output e": "--output: e given, but a run that goes on (--resume) stays in its folder",
@@ -156,6 +158,7 @@ TABLES = {
     "evaluate": combinations.EVALUATE,
     "tune": combinations.TUNE,
     "qat": combinations.TRAIN,
+    "export": combinations.EXPORT,
     "sensitivity": combinations.SENSITIVITY,
 }
 

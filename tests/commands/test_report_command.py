@@ -11,11 +11,13 @@ import vitq_ray
 from tests.conftest import Project, load_script
 from tests.made_runs import MadeSearch, made_training
 from vitq_ray.base.config import InputError
+from vitq_ray.base.records import write_sealed
 from vitq_ray.commands.main import main
 from vitq_ray.commands.options import TuneOptions
 from vitq_ray.commands.parser import parse
 from vitq_ray.commands.report import _commands, _given, report_at_end
 from vitq_ray.commands.screen import Screen
+from vitq_ray.run.results import read_result
 
 pytestmark = pytest.mark.draws
 
@@ -109,11 +111,15 @@ def test_commands_can_be_typed(tmp_path: Path) -> None:
     assert words[:2] == ["python", "scripts/tune_calib.py"]
     options = parse(TuneOptions, words[2:], "x")
     assert options.data_path == "/data/<b>x</b>"
-    assert shlex.split(commands["Export it"])[3] == str(folder)
     outlets = ("mlflow:sqlite:///a.db", "tensorboard")
     again = _given(TuneOptions, {"log_to": list(outlets), "latency": [1, 8], "dashboard": False})
     options = parse(TuneOptions, again, "x")
     assert (options.log_to, options.latency, options.dashboard) == (outlets, (1, 8), False)
-    assert set(commands) == {"Do it again", "Export it", "Every candidate as a table"}
+    assert set(commands) == {"Do it again", "Every candidate as a table"}, "no runtime has the mode of the winner"
+    result = read_result(folder)
+    result["winner"]["setting"]["mode"] = "openvino"
+    write_sealed(folder / "result.json", result)
+    words = shlex.split(dict(_commands(folder, "tune_calib"))["Export it"])
+    assert words[2:] == ["--run", str(folder), "--target", "openvino"]
     killed = MadeSearch(finished=False).write(tmp_path / "killed")
     assert list(dict(_commands(killed, "tune_calib"))) == ["Do it again", "Go on with it"]

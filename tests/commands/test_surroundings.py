@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -423,9 +424,83 @@ def test_a_command_asks_for_its_cluster_before_it_imports_pytorch(place: str, gi
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("argv", [[], ["--ray-address"], ["--output", "x"], ["--ray", "a:1"]])
-def test_no_cluster_is_named(argv: list[str]) -> None:
-    assert parser.text_of("--ray-address", argv) is None
+JOINED: dict[str, list[str]] = {
+    "": [],
+    "--ray-address": [],
+    "--ray a:1": [],
+    "--ray-address=": [],
+    "--ray-address a:1 -h": [],
+    "--ray-address a:1 --num-workers": ["a:1"],
+    "--ray-address a:1 --wprec x": ["a:1"],
+    "--ray_address a:1 --ray-address=b:1": ["b:1"],
+}
+
+
+@pytest.mark.parametrize("line", JOINED)
+def test_the_cluster_that_a_command_line_names(line: str) -> None:
+    assert parser.texts_of(["--ray-address"], line.split()) == JOINED[line]
+    assert parser.texts_of(["--ray-address", "--num-workers"], line.split()) == []
+    assert parser.texts_of([], line.split()) == []
+
+
+NOT_ASKED = {
+    "calib --ray-address {}": "--ray-address: {} given, but without --num-workers everything runs in this process",
+    "evaluate --ray-address {}": "--ray-address: {} given, but without --num-workers everything runs in this process",
+    "export --ray-address {}": "unrecognized arguments: --ray-address {}",
+    "report --ray-address {}": "unrecognized arguments: --ray-address",
+    "sensitivity --ray-address {}": "unrecognized arguments: --ray-address {}",
+    "tune --ray-address=": "--ray-address: expected text",
+}
+
+
+@pytest.mark.parametrize("line", NOT_ASKED)
+def test_no_cluster_is_asked_that_is_not_joined(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(line.format("127.0.0.1:1").split()) == 2
+    assert capsys.readouterr().err.startswith("error: " + NOT_ASKED[line].format("127.0.0.1:1"))
+
+
+def test_help_asks_no_cluster(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["tune", "--ray-address", "127.0.0.1:1", "--help"]) == 0
+    assert "--ray-address" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 64, "no\udc80name", "[::1"])
+def test_what_is_no_name_of_a_host(host: str) -> None:
+    with pytest.raises(InputError, match=r"no Ray answers there \(.*\); expected a running one") as caught:
+        cluster_address.require_cluster(f"{host}:1")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_service_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    released = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [] if released.wait(30) else [])
+    monkeypatch.setattr(cluster_address, "_CONNECT_S", 0.2)
+    with pytest.raises(InputError, match=r"no Ray answers there \(nothing within 0\.2 s\); expected"):
+        cluster_address.require_cluster("head.example:6379")
+    released.set()
+
+
+def test_an_answer_counts_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(cluster_address, "_answered", {})
+    monkeypatch.setattr(cluster_address, "_require_port", lambda what, named: asked.append(named))
+    monkeypatch.setattr(cluster_address, "_require_answer", lambda *_: None)
+    for known in (60.0, 60.0, 0.0):
+        monkeypatch.setattr(cluster_address, "_KNOWN_S", known)
+        cluster_address.require_cluster("head:6379")
+    assert asked == ["head:6379", "head:6379"]
+
+
+def test_sigterm_is_heard_while_a_cluster_is_asked(deaf_port: int) -> None:
+    code = "import sys; from vitq_ray.commands import main; sys.exit(main.tune_calib(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "--ray-address", f"127.0.0.1:{deaf_port}"]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+    while run.poll() is None and not children.read_text():  # the process that asks
+        time.sleep(0.05)
+    run.terminate()
+    assert run.communicate(timeout=7)[1] == "error: stopped by SIGTERM\n"
+    assert run.returncode == 143
 
 
 # Ray's end, and its metrics ----------------------------------------------------------------------------------------

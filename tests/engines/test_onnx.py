@@ -201,7 +201,17 @@ def test_openvino(quant_vit: nn.Module, images: Tensor, tmp_path: Path) -> None:
     apply_plan(quant_vit, plan)
     model = open_file(save(quant_vit, plan, tmp_path / "m.onnx", Encoding(TARGETS["openvino"])), "openvino")
     assert_same(model(images), here(quant_vit, images))
-    assert len(model.census().integer) >= 12
+    census = model.census()
+    assert len(census.integer) >= 12
+    everything = open_file(str(tmp_path / "m.onnx"), "ort", integers=False).census().floating
+    assert census.integer | census.floating == everything
+    assert {"patch_embed", "head.matmul"} <= set(census.floating)
+    plan = plan.without([key for key in plan.sites if ".attn.matmul_" in key])
+    apply_plan(quant_vit, plan)
+    path = save(quant_vit, plan, tmp_path / "attention.onnx", Encoding(TARGETS["openvino"]))
+    floating = open_file(path, "openvino").census().floating
+    assert floating.keys() == open_file(path, "ort").census().floating.keys()
+    assert len([name for name in floating if name.endswith((".scores", ".mixed"))]) == 4
 
 
 # What a target refuses ----------------------------------------------------------------------------------------------
@@ -249,9 +259,10 @@ def test_half_an_attention_and_dead_sites_are_refused(quant_vit: nn.Module, imag
     [
         ("tensorrt", None, []),
         ("ort", None, ["int8, zero points 0"]),
-        ("tensorrt", "probabilities", ["attention: both products with Q/DQ on both sides, or none"]),
+        ("tensorrt", "probabilities", ["attention: both products of a block with Q/DQ on both sides, or none"]),
+        ("tensorrt", "attention of one block", []),
         ("tensorrt", "weight", ["Q/DQ on both inputs of every linear layer of the blocks"]),
-        ("trt", None, []),
+        ("trt", None, ["no Q/DQ on the branch of a residual addition"]),
         (
             "ft2",
             None,
@@ -266,9 +277,13 @@ def test_conditions_of_tensorrt_are_looked_up_in_the_file(
     mode: str, off: str | None, not_met: list[str], quant_vit: nn.Module, images: Tensor
 ) -> None:
     plan = changed(plan_by_hand(quant_vit.eval(), images, mode), lambda family: family == off, on=False)
+    if off == "attention of one block":
+        plan = plan.without([key for key in plan.sites if ".layer.0.attn.matmul_" in key])
     apply_plan(quant_vit, plan)
     found = tensorrt_conditions(onnx_model(quant_vit, plan, Encoding(TARGETS["tensorrt"]), {}), SMALL)
     assert [text for text, met in found.items() if not met] == not_met
+    unsigned = onnx_model(quant_vit, plan, Encoding(TARGETS["tensorrt"], unsigned_right=True), {})
+    assert not tensorrt_conditions(unsigned, SMALL)["int8, zero points 0"]
     wide = tensorrt_conditions(onnx_model(quant_vit, plan, Encoding(TARGETS["tensorrt"]), {}), Shape(577, 80))
     assert [wide[text] for text in wide if "fuses attention" in text] == [False, False]
 

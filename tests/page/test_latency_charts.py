@@ -13,8 +13,8 @@ def row(top1: float) -> dict[str, Any]:
 
 def test_of_a_search() -> None:
     latency = [
-        {"candidate": name, "batch": batch, "threads": 2, "ms_per_image": ms * batch}
-        for name, ms in (("float", 9.0), ("c001", 5.0), ("f01", 6.0))
+        {"candidate": name, "runtime": runtime, "batch": batch, "threads": 2, "ms_per_image": ms * batch}
+        for name, runtime, ms in (("float", None, 9.0), ("c001", None, 5.0), ("c001", "ort", 3.0), ("f01", None, 6.0))
         for batch in (1, 8)
     ]
     sets = [
@@ -29,6 +29,7 @@ def test_of_a_search() -> None:
         "Accuracy and INT8 work",
     ]
     assert "c001: 80.00 % at 40" in charts[1].alt
+    assert "c001 in ort: 80.00 % at 24" in charts[1].alt
     assert "f01, measured: 81.00 % at 95" in charts[2].alt
 
 

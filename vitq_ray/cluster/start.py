@@ -26,7 +26,7 @@ from ray._private import ray_constants
 from vitq_ray.base.config import InputError
 from vitq_ray.base.cpus import available_cpus
 from vitq_ray.base.files import one_line
-from vitq_ray.cluster.address import require_cluster, require_port
+from vitq_ray.cluster.address import require_cluster
 
 DASHBOARD_HOST = "127.0.0.1"
 _MEGABYTE = 1_000_000
@@ -156,7 +156,6 @@ def _start(num_cpus: int | None, object_store_bytes: int | None, dashboard: bool
 
 def _join(address: str) -> None:
     require_cluster(address)
-    require_port(address)  # now, too
     try:
         ray.init(address=address, **_COMMON)
     except Exception as error:

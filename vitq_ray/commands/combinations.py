@@ -13,6 +13,7 @@ from vitq_ray.base.config import InputError
 from vitq_ray.calibration.calibrators import CALIBRATORS
 from vitq_ray.commands.declare import Options
 from vitq_ray.commands.options import parameters
+from vitq_ray.engines.targets import TENSORRT
 
 SETTING_FIELDS = {  # option: the field of a search space that stands for it
     "quant_mode": "mode",
@@ -102,7 +103,10 @@ EVALUATE_FILE = (
     Idle("reference", lambda o: True, "an ONNX file is compared with the float model when it is exported"),
 )
 SENSITIVITY = (*_PARAMETERS, Idle("use_gpu", lambda o: o.use_gpu, "parts are measured on the CPU"), _OUTPUT)
-EXPORT = (Idle("use_gpu", lambda o: o.use_gpu, "a file is verified on the CPU"),)
+EXPORT = (
+    Idle("use_gpu", lambda o: o.use_gpu, "a file is verified on the CPU"),
+    Idle("unsigned_weights", lambda o: o.unsigned_weights and o.target == TENSORRT, "TensorRT takes signed ones only"),
+)
 
 
 def require_used(options: Options, table: Iterable[Idle]) -> None:

@@ -22,6 +22,7 @@ from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.engines.execute import AUTO
 from vitq_ray.engines.runtimes import ORT, RUNTIMES, FileModel, open_file, read_metadata
 from vitq_ray.measure.evaluation import Counts, Evaluation, evaluate, sanity_problem
+from vitq_ray.models.geometry import AUTO as AUTO_TYPE
 from vitq_ray.models.geometry import named_geometry
 from vitq_ray.models.load import HALF, prepared_for
 from vitq_ray.run.outlets import Outlets
@@ -112,8 +113,10 @@ def transform_of(options: EvaluateOptions, path: str, known: dict[str, Any], mod
     InputError where the options say something else than the file, and where nothing says the image size.
     """
     size = known.get("img_size") or model.img_size
-    for name, there in (("img_size", size), ("crop_pct", known.get("crop_pct"))):
-        if name in options.given and (known or name == "img_size") and there not in (None, getattr(options, name)):
+    said = {"img_size": size} if size else {}
+    said |= {name: known.get(name) for name in ("crop_pct", "model_type") if known}
+    for name, there in said.items():
+        if name in options.given and getattr(options, name) not in (there, AUTO_TYPE):
             raise InputError(f"{options.name_of(name)}: {getattr(options, name)} given, but {path} takes {there}")
     size = options.img_size or size
     if size is None:

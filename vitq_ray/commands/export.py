@@ -49,6 +49,7 @@ ORT_FLOAT = "ort, Q/DQ in float"
 SYMMETRIC = "plan, symmetric"  # signed integers without zero points in place of unsigned ones
 NUDGED = "plan, input nudged"  # by one part in ten million: what other roundings alone may change
 _LEAST_AGREEMENT = 0.995
+_MOST_SIZE = 0.3  # of the float weights
 _SATURATES = 1.05  # times the KL without integer kernels
 
 
@@ -221,10 +222,13 @@ def verify(job: ExportJob, options: ExportOptions, file: Path, screen: Screen) -
     census = {name: model.census() for name, model in files.items() if name != ORT_FLOAT}
     bytes_of_float = 4 * sum(parameter.numel() for parameter in job.model.parameters())
     for name in variants:
-        screen.say(line_of(name, evaluations[name], agree.get(name), census.get(name)))
+        screen.say(line_of(name, evaluations[name], kl.get(name), agree.get(name), census.get(name)))
+    if SYMMETRIC in kl:
+        change = f"{kl[SYMMETRIC].kl:.4f} to {kl[PLAN].kl:.4f}"
+        screen.say(f"unsigned and asymmetric grids bring the plan's KL to float from {change}")
     ratio = file.stat().st_size / bytes_of_float
     screen.say(f"size: {file.stat().st_size} bytes, {percent(ratio)} of the float weights")
-    notes = remarks(job, options, file, kl, agree)
+    notes = [*remarks(options, kl, agree), *notes_of_file(job, file, ratio)]
     for note in notes:
         screen.warn(note)
     own = OPENVINO if job.target.name == OPENVINO else ORT
@@ -308,20 +312,25 @@ def shape_of(calibrated: CalibratedModel) -> Shape:
     return Shape(geometry.num_tokens, geometry.width // geometry.heads)
 
 
-def remarks(
-    job: ExportJob,
-    options: ExportOptions,
-    file: Path,
-    to_float: dict[str, Comparison],
-    to_plan: dict[str, Comparison],
-) -> list[str]:
-    """What a reader must know."""
+def notes_of_file(job: ExportJob, file: Path, ratio: float) -> list[str]:
+    """What a reader must know of the file; `ratio` is its size over that of the float weights."""
     notes = []
     if corrections := job.calibrated.sidecar.setting.corrections:
         names = ", ".join(map(str, corrections))
         notes.append(
             f"float: these weights have corrections ({names}); without quantizers they are not the float model"
         )
+    if ratio > _MOST_SIZE:
+        notes.append(f"size: {percent(ratio)} of the float weights; what is not a weight of a block stays in float")
+    if job.target.name == TENSORRT:
+        notes.append("tensorrt: no engine was built here; what was run is the file in ONNX Runtime")
+        notes += [f"tensorrt: not met: {text}" for text, met in conditions(job, file).items() if not met]
+    return notes
+
+
+def remarks(options: ExportOptions, to_float: dict[str, Comparison], to_plan: dict[str, Comparison]) -> list[str]:
+    """What a reader must know of what the variants gave, compared with the float model and with the plan."""
+    notes = []
     floor = to_plan[NUDGED].agreement
     for name, found in to_plan.items():
         if name != NUDGED and found.agreement < _LEAST_AGREEMENT:
@@ -339,14 +348,19 @@ def remarks(
                 "may saturate, since this CPU has no VNNI; files that do not: with "
                 f"{' or '.join(map(options.name_of, ways))}"
             )
-    if job.target.name == TENSORRT:
-        notes.append("tensorrt: no engine was built here; what was run is the file in ONNX Runtime")
-        notes += [f"tensorrt: not met: {text}" for text, met in conditions(job, file).items() if not met]
     return notes
 
 
-def line_of(name: str, evaluation: Evaluation, to_plan: Comparison | None, census: Census | None) -> str:
+def line_of(
+    name: str,
+    evaluation: Evaluation,
+    to_float: Comparison | None,
+    to_plan: Comparison | None,
+    census: Census | None,
+) -> str:
     text = result_line(name, evaluation)
+    if to_float is not None:
+        text += f"; KL to float {to_float.kl:.4f}"
     if to_plan is not None:
         text += f"; same class as the plan here {percent(to_plan.agreement)}"
     if census is not None:

@@ -21,24 +21,50 @@ from vitq_ray.commands.surroundings import exit_code
 
 @dataclass(frozen=True)
 class Command:
-    """A command: `module` of this folder has a function of the same name, whose first argument is `options`."""
+    """A command: `module` of this folder has a function of the same name, whose first argument is `options`.
+
+    Attributes:
+        joins: options that, given together, make it join a cluster; the first one says which.
+    """
 
     name: str
     module: str
     options: str
     script: str
     help: str
+    joins: tuple[str, ...] = ()
 
 
+_ADDRESS = "--ray-address"
+_WITH_WORKERS = (_ADDRESS, "--num-workers")
 COMMANDS = {
     row.name: row
     for row in (
-        Command("calib", "calibrate", "CalibrateOptions", "calib.py", "calibrate one INT8 setting and evaluate it"),
         Command(
-            "evaluate", "evaluate", "EvaluateOptions", "evaluate.py", "evaluate a float or a calibrated checkpoint"
+            "calib",
+            "calibrate",
+            "CalibrateOptions",
+            "calib.py",
+            "calibrate one INT8 setting and evaluate it",
+            _WITH_WORKERS,
         ),
-        Command("tune", "tune", "TuneOptions", "tune_calib.py", "find the best setting of a search space"),
-        Command("qat", "train", "TrainOptions", "qat.py", "train a calibrated checkpoint with its quantizers on"),
+        Command(
+            "evaluate",
+            "evaluate",
+            "EvaluateOptions",
+            "evaluate.py",
+            "evaluate a float or a calibrated checkpoint",
+            _WITH_WORKERS,
+        ),
+        Command("tune", "tune", "TuneOptions", "tune_calib.py", "find the best setting of a search space", (_ADDRESS,)),
+        Command(
+            "qat",
+            "train",
+            "TrainOptions",
+            "qat.py",
+            "train a calibrated checkpoint with its quantizers on",
+            (_ADDRESS,),
+        ),
         Command("export", "export", "ExportOptions", "export.py", "write an ONNX file for a runtime, and verify it"),
         Command(
             "sensitivity", "sensitivity", "SensitivityOptions", "sensitivity.py", "say what each part of a plan costs"
@@ -118,7 +144,8 @@ def run(command: Command, argv: Sequence[str] | None, typed: str) -> int:
 
     def work() -> None:
         parser = import_module("vitq_ray.commands.parser")
-        require_cluster(parser.text_of("--ray-address", argv))  # before PyTorch is imported, which takes seconds
+        joined = parser.texts_of(command.joins, argv)
+        require_cluster(joined[0] if joined else None)  # before PyTorch is imported, which takes seconds
         options, screen = (import_module(f"vitq_ray.commands.{m}") for m in ("options", "screen"))
         given = parser.parse(getattr(options, command.options), argv, typed)
         use_case = getattr(import_module(f"vitq_ray.commands.{command.module}"), command.module)

@@ -429,7 +429,10 @@ class TuneOptions(ModelOptions, SettingOptions, RayOptions, OutletOptions):
         "search this mode, such as that of the runtime that the winner is for, in place of the space's modes",
     )
     latency: tuple[int, ...] | None = option(
-        Sizes(), None, "measure ms per image of float and winner on this machine, at batch sizes such as 1,8"
+        Sizes(),
+        None,
+        "measure ms per image of float and winner on this machine, at batch sizes such as 1,8; where the winner's mode "
+        "is that of a runtime, also as a file there",
     )
     refine: bool = option(
         Flag(), False, "go on from the best setting: scales and calibrators of families of sites, then of single sites"

@@ -30,15 +30,21 @@ def parse(kind: type[O], argv: Sequence[str] | None, command: str) -> O:
     return kind.of(given, typed=True)
 
 
-def text_of(spelling: str, argv: Sequence[str] | None) -> str | None:
-    """What a command line gives for one option, whatever its others are, which are not known yet; None for nothing."""
+def texts_of(spellings: Sequence[str], argv: Sequence[str] | None) -> list[str]:
+    """What a command line gives for options, whatever its others are, which are not known yet.
+
+    [] where it does not give them all, or asks for help; what is wrong with it the whole parser says.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument(*_spellings(spelling), dest="text")
+    parser.add_argument("-h", "--help", action="store_true")
+    for spelling in spellings:
+        parser.add_argument(*_spellings(spelling), dest=spelling)
     try:
-        given: str | None = parser.parse_known_args(argv)[0].text
-        return given
-    except argparse.ArgumentError:  # the whole parser says it
-        return None
+        given = vars(parser.parse_known_args(argv)[0])
+    except argparse.ArgumentError:
+        return []
+    texts = [given[spelling] for spelling in spellings]
+    return [] if given["help"] or not all(text and text.strip() for text in texts) else texts
 
 
 def parser_of(kind: type[Options], command: str) -> Parser:

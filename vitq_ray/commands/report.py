@@ -26,6 +26,7 @@ from vitq_ray.commands.options import (
     TuneOptions,
 )
 from vitq_ray.commands.screen import SILENT, Screen
+from vitq_ray.engines.targets import TARGETS
 from vitq_ray.run.candidate_table import write_candidates
 from vitq_ray.run.folder import RUN, RunFolder
 from vitq_ray.run.report_parts import checkpoints, tolerant
@@ -135,11 +136,16 @@ def _commands(folder: Path, script: str) -> Iterator[tuple[str, str]]:
     finished = (folder / RESULT).is_file()
     if is_run and not finished:
         yield "Go on with it", _line(script, ["--resume", home])
-    if is_run and finished:
-        yield "Export it", _line(EXPORT, ["--run", home, "--target", "ort"])
+    if is_run and finished and (mode := _mode(read_result(folder))) in TARGETS:
+        yield "Export it", _line(EXPORT, ["--run", home, "--target", mode])
     if script == SEARCH and finished:
         yield from _training(folder, options)
         yield "Every candidate as a table", _line("report", [home, "--table"])
+
+
+def _mode(result: Mapping[str, Any]) -> str:
+    mode: str = result.get("winner", result)["setting"]["mode"]
+    return mode
 
 
 def _training(folder: Path, options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

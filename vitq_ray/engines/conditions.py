@@ -5,6 +5,7 @@ From its documentation of explicit quantization; no engine is built here.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from vitq_ray.engines.targets import TARGETS, Shape
@@ -33,8 +34,13 @@ def tensorrt_conditions(model: Any, shape: Shape) -> dict[str, bool]:
     attention = [node for node in products if _weight(nodes, constants, node) is None]
     inner = [node for node in attention if "blocks." in node.name]
     softmax = [node for node in model.graph.node if node.op_type == "Softmax" and "blocks." in node.name]
-    signed = [constants[node.input[2]] for node in model.graph.node if node.op_type == "QuantizeLinear"]
-    both = [[kind(side) == "DequantizeLinear" for side in node.input] for node in inner]
+    points = [node.input[2] for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    signed = [constants[name] for name in points]
+    both: dict[str, list[bool]] = {}  # of every block: what the inputs of its two products are
+    for node in inner:
+        block = both.setdefault(node.name.partition(".attn.")[0], [])
+        block += [kind(side) == "DequantizeLinear" for side in node.input]
+    branches = [node.input[1] for node in model.graph.node if _ADDITION.fullmatch(node.name)]
     sides = [_weight(nodes, constants, node).dims for node in quantized]
     return {
         "Q/DQ on both inputs of every linear layer of the blocks": all(
@@ -45,13 +51,17 @@ def tensorrt_conditions(model: Any, shape: Shape) -> dict[str, bool]:
             _reads(model, node.output[0], "QuantizeLinear") and node in weighted for node in products
         ),
         "linear layers in integers at least 16 wide on both sides": all(min(dims) >= _LEAST_SIDE for dims in sides),
-        "attention: both products with Q/DQ on both sides, or none": all(map(all, both)) or not any(map(any, both)),
+        "attention: both products of a block with Q/DQ on both sides, or none": all(
+            all(block) or not any(block) for block in both.values()
+        ),
         "attention: nothing between q·kᵀ and softmax": all(kind(node.input[0]) == "MatMul" for node in softmax),
+        "no Q/DQ on the branch of a residual addition": "DequantizeLinear" not in map(kind, branches),
         "int8, zero points 0": all(row.data_type == _INT8 and not any(_values(row)) for row in signed),
         **TARGETS["tensorrt"].conditions(shape),
     }
 
 
+_ADDITION = re.compile(r"blocks\.\d+\.add[12]")
 _INT8 = 3  # onnx.TensorProto.INT8
 
 

@@ -34,7 +34,7 @@ def search_latency_charts(result: Mapping[str, Any] | None) -> list[Chart]:
     charts = []
     latency = [row for row in (result or {}).get("latency", ()) if row["candidate"] in selection]
     for batch in sorted({row["batch"] for row in latency}):
-        rows = [_variant(row["candidate"], selection, row["ms_per_image"]) for row in latency if row["batch"] == batch]
+        rows = [_candidate(row, selection) for row in latency if row["batch"] == batch]
         charts.append(
             _chart(f"Accuracy and latency, batch {batch}", rows, "milliseconds an image", log=True, caption=_SELECTION)
         )
@@ -48,6 +48,11 @@ def search_latency_charts(result: Mapping[str, Any] | None) -> list[Chart]:
         label = "share of multiply-accumulates in integers, %"
         charts.append(_chart("Accuracy and INT8 work", shares, label, caption=_SELECTION))
     return charts
+
+
+def _candidate(row: Mapping[str, Any], selection: Mapping[str, Any]) -> Variant:
+    name, top1, interval, ms = _variant(row["candidate"], selection, row["ms_per_image"])
+    return f"{name} in {row['runtime']}" if row.get("runtime") else name, top1, interval, ms
 
 
 def _variant(name: str, variants: Mapping[str, Any], x: float) -> Variant:
