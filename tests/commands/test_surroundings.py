@@ -473,7 +473,12 @@ def test_what_is_no_name_of_a_host(host: str) -> None:
 
 def test_a_name_service_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     released = threading.Event()
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [] if released.wait(30) else [])
+
+    def silent(*_: Any, **__: Any) -> list[Any]:
+        released.wait(30)
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", silent)
     monkeypatch.setattr(cluster_address, "_CONNECT_S", 0.2)
     with pytest.raises(InputError, match=r"no Ray answers there \(nothing within 0\.2 s\); expected"):
         cluster_address.require_cluster("head.example:6379")
