@@ -222,7 +222,7 @@ def verify(job: ExportJob, options: ExportOptions, file: Path, screen: Screen) -
     census = {name: model.census() for name, model in files.items() if name != ORT_FLOAT}
     bytes_of_float = 4 * sum(parameter.numel() for parameter in job.model.parameters())
     for name in variants:
-        screen.say(line_of(name, evaluations[name], kl.get(name), agree.get(name), census.get(name)))
+        screen.say(line_of(name, evaluations[name], agree.get(name), census.get(name)))
     if SYMMETRIC in kl:
         change = f"{kl[SYMMETRIC].kl:.4f} to {kl[PLAN].kl:.4f}"
         screen.say(f"unsigned and asymmetric grids bring the plan's KL to float from {change}")
@@ -342,7 +342,7 @@ def remarks(options: ExportOptions, to_float: dict[str, Comparison], to_plan: di
     for runtime in (ORT, OPENVINO):
         kernels = to_float[runtime].kl if runtime in to_float else 0.0
         if not HAS_VNNI and kernels > _SATURATES * exact and not options.unsigned_weights:
-            ways = ("unsigned_weights", "reduce_range") if runtime == ORT else ("reduce_range",)  # what was tried there
+            ways = ("reduce_range",) if options.target == TENSORRT else ("unsigned_weights", "reduce_range")
             notes.append(
                 f"{runtime}: KL to float {kernels:.4f} with integer kernels, {exact:.4f} in ONNX Runtime without; they "
                 "may saturate, since this CPU has no VNNI; files that do not: with "
@@ -351,16 +351,8 @@ def remarks(options: ExportOptions, to_float: dict[str, Comparison], to_plan: di
     return notes
 
 
-def line_of(
-    name: str,
-    evaluation: Evaluation,
-    to_float: Comparison | None,
-    to_plan: Comparison | None,
-    census: Census | None,
-) -> str:
+def line_of(name: str, evaluation: Evaluation, to_plan: Comparison | None, census: Census | None) -> str:
     text = result_line(name, evaluation)
-    if to_float is not None:
-        text += f"; KL to float {to_float.kl:.4f}"
     if to_plan is not None:
         text += f"; same class as the plan here {percent(to_plan.agreement)}"
     if census is not None:
