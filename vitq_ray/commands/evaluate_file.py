@@ -117,7 +117,9 @@ def transform_of(options: EvaluateOptions, path: str, known: dict[str, Any], mod
     said |= {name: known.get(name) for name in ("crop_pct", "model_type") if known}
     for name, there in said.items():
         if name in options.given and getattr(options, name) not in (there, AUTO_TYPE):
-            raise InputError(f"{options.name_of(name)}: {getattr(options, name)} given, but {path} takes {there or 'none'}")
+            raise InputError(
+                f"{options.name_of(name)}: {getattr(options, name)} given, but {path} takes {there or 'none'}"
+            )
     size = options.img_size or size
     if size is None:
         raise InputError(f"{options.name_of('img_size')}: needed, {path} does not say which size of images it takes")
