@@ -95,9 +95,7 @@ def test_written_verified_and_evaluated(made: tuple[Project, str], tmp_path: Pat
     ("target", "options"),
     [("openvino", {}), ("tensorrt", {}), ("ort", {"float16": True}), ("tensorrt", {"float16": True})],
 )
-def test_every_target(
-    target: str, options: dict[str, bool], made: tuple[Project, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_target(target: str, options: dict[str, bool], made: tuple[Project, str], tmp_path: Path) -> None:
     """`reduce_range`: no kernel saturates, on any CPU."""
     if target == "openvino":
         pytest.importorskip("openvino", reason="no OpenVINO")

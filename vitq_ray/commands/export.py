@@ -154,7 +154,7 @@ def prepare(options: ExportOptions, screen: Screen) -> ExportJob:
     calibrated, target = load_calibrated(options.pretrained_dir), TARGETS[options.target]
     require_as_calibrated(options, calibrated.sidecar)
     geometry, plan = calibrated.loaded.geometry, calibrated.plan
-    problems = list(target.problems(plan, shape_of(calibrated), geometry.depth))
+    problems = list(target.problems(plan, Shape.of(geometry), geometry.depth))
     if problems and not options.force:
         raise InputError(
             f"{options.name_of('target')}: {target.name}: {'; '.join(problems)}; {options.name_of('force')} exports it "
@@ -304,12 +304,7 @@ def conditions(job: ExportJob, file: Path) -> dict[str, bool]:
     """What TensorRT's fusions ask of the file, and whether it is so."""
     if job.target.name != TENSORRT:
         return {}
-    return tensorrt_conditions(needed("onnx", "onnx").load(file), shape_of(job.calibrated))
-
-
-def shape_of(calibrated: CalibratedModel) -> Shape:
-    geometry = calibrated.loaded.geometry
-    return Shape(geometry.num_tokens, geometry.width // geometry.heads)
+    return tensorrt_conditions(needed("onnx", "onnx").load(file), Shape.of(job.calibrated.loaded.geometry))
 
 
 def notes_of_file(job: ExportJob, file: Path, ratio: float) -> list[str]:

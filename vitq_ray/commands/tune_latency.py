@@ -30,11 +30,11 @@ def latencies(job: TuneJob, plans: Mapping[str, Plan], screen: Screen) -> list[d
     """Rows {candidate, runtime, batch, threads, ms_per_image} of the float model and of plans, run with all CPUs, at
     the batch sizes that were asked for: by the search's engine (runtime None), and plans of a runtime's mode also as a
     file in that runtime."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
         stack.enter_context(torch_threads(available_cpus()))
         folder = Path(stack.enter_context(TemporaryDirectory()))
-        runtimes: dict[str, str] = {}  # {variant: the runtime that it is a file for}
+        files: dict[str, tuple[str, str]] = {}  # {variant: (candidate, the runtime that it is a file for)}
         variants: dict[str, nn.Module] = {"float": float_copy(job.model).eval()}
         for name, plan in plans.items():
             model = copy.deepcopy(job.model)
@@ -43,23 +43,17 @@ def latencies(job: TuneJob, plans: Mapping[str, Plan], screen: Screen) -> list[d
                 try:
                     file = f"{name}, {plan.mode}"
                     variants[file] = file_model(job, model, plan, folder / f"{len(variants)}.onnx")
-                    runtimes[file] = plan.mode
+                    files[file] = name, plan.mode
                 except InputError as error:
                     screen.warn(f"latency: {name} in {plan.mode} is not measured: {error}")
             variants[name] = stack.enter_context(executed(model, job.engine))
         for size in job.options.latency or ():
             images = torch.randn(size, 3, job.transform.size, job.transform.size, device=job.device)
             found = milliseconds(variants, images)
-            rows += [
-                {
-                    "candidate": name.removesuffix(f", {runtimes.get(name)}"),
-                    "runtime": runtimes.get(name),
-                    "batch": size,
-                    "threads": torch.get_num_threads(),
-                    "ms_per_image": ms,
-                }
-                for name, ms in found.items()
-            ]
+            common = {"batch": size, "threads": torch.get_num_threads()}
+            for variant, ms in found.items():
+                name, runtime = files.get(variant, (variant, None))
+                rows.append({"candidate": name, "runtime": runtime, **common, "ms_per_image": ms})
             text = ", ".join(f"{name} {ms:.2f}" for name, ms in found.items())
             screen.say(f"ms per image, batch {size}, {torch.get_num_threads()} threads: {text}")
     return rows
@@ -68,8 +62,7 @@ def latencies(job: TuneJob, plans: Mapping[str, Plan], screen: Screen) -> list[d
 def file_model(job: TuneJob, model: Any, plan: Plan, path: Path) -> nn.Module:
     """A model that follows a plan, as a file in its runtime. InputError where there is no such file, or no runtime."""
     geometry = job.loaded.geometry
-    shape = Shape(geometry.num_tokens, geometry.width // geometry.heads)
-    problems = list(TARGETS[plan.mode].problems(plan, shape, geometry.depth))
+    problems = list(TARGETS[plan.mode].problems(plan, Shape.of(geometry), geometry.depth))
     if problems:
         raise InputError("; ".join(problems))
     made = onnx_model(copy.deepcopy(model).cpu(), plan, Encoding(TARGETS[plan.mode]), {})

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vitq_ray.models.geometry import Geometry
 from vitq_ray.quant.plan import Plan, SitePlan
 from vitq_ray.quant.sites import MODES, WEIGHT, Site, sites_of_blocks
 
@@ -26,6 +27,10 @@ class Shape:
 
     tokens: int
     head_width: int
+
+    @staticmethod
+    def of(geometry: Geometry) -> Shape:
+        return Shape(geometry.num_tokens, geometry.width // geometry.heads)
 
 
 @dataclass(frozen=True)
