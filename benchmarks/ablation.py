@@ -145,12 +145,12 @@ def rows(setting: Setting, all_transforms: tuple[str, ...]) -> list[tuple[str, S
     found += [(f"all, {c}, weights {w}", replace(whole, calibrator=c, weights=w)) for c, w in
               (("max", "max"), ("mse", "mse"), ("fisher", "max"))]  # fmt: skip
     for names in (
-        ("centre",),
+        ("fit",),
         ("round",),
         ("bias",),
-        ("centre", "round"),
+        ("fit", "round"),
         ("round", "bias"),
-        ("centre", "round", "bias"),
+        ("fit", "round", "bias"),
     ):
         found.append((f"all + {', '.join(names)}", replace(whole, corrections=names)))
     off, unsigned = (f"attention_probabilities -> {what}" for what in ("off", "unsigned"))

@@ -10,7 +10,8 @@ from conftest import tiny_vit
 from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
-from vitq_ray.calibration.corrections import centred, debiased, rounded
+from vitq_ray.calibration.corrections import debiased, rounded
+from vitq_ray.calibration.fit import fitted
 from vitq_ray.calibration.look_files import look_from_bytes, look_to_bytes
 from vitq_ray.calibration.planner import (
     Look,
@@ -128,49 +129,95 @@ def test_bias_correction_takes_the_mean_error_of_a_branch_away(model: nn.Module)
         assert float((again[name] - value).abs().max()) < 0.05 * float((value - before).abs().max())
 
 
-def test_centred_values_make_up_for_lost_mass(model: nn.Module) -> None:
-    setting = fisher(bits=3)
-    plan = planner_of(model, setting).plan(setting)
-    changes = centred(model, plan, IMAGES)
-    twin = with_changed(model, changes)
-    with torch.inference_mode():
-        float_logits, moved = with_changed(model, {})(IMAGES), twin(IMAGES)
-    assert float((float_logits - moved).abs().max()) < 1e-4 * float(float_logits.std())
-    moved_by = (twin.blocks[0].attn.qkv.bias - with_changed(model, {}).blocks[0].attn.qkv.bias).detach()
-    assert float(moved_by[-32:].abs().max()) > 1e-3
-
-
-def test_the_centre_is_where_the_weighted_loss_is_least(model: nn.Module) -> None:
-    """Against its definition, for one block; four images are one pass."""
+def test_fit_takes_the_mean_error_of_what_fc2_reads_away(model: nn.Module) -> None:
     plan = planner_of(model, fisher(bits=3)).plan(fisher(bits=3))
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-    twin = with_changed(model, {})
-    gradient_pass(twin, IMAGES[:4], lambda key, x, g: seen.update({key: (x, g)}))
+    changes, twin = fitted(model, plan, IMAGES, centre=True), with_changed(model, {})
+    for index, block in enumerate(twin.blocks):
+        name = f"transformer.encoder.layer.{index}.ffn.fc2._input_quantizer"
+        x = torch.cat(_shown(twin, IMAGES)[name])
+        error = x - fake_quantize(x, plan.sites[name].amax, levels=plan.sites[name].rule.levels)
+        bias, weight = block.mlp.fc2.bias.detach(), block.mlp.fc2.weight.detach()
+        wanted = bias + weight @ error.mean(dim=(0, 1))
+        assert torch.allclose(changes[f"blocks.{index}.mlp.fc2.bias"], wanted, atol=1e-6)
+        assert float((wanted - bias).abs().max()) > 1e-4
+
+
+def _shown(model: nn.Module, images: Tensor, gradients: bool = False) -> dict[str, list[Tensor]]:
+    """{tensor: its parts, or those of its gradient}"""
+    parts: dict[str, list[Tensor]] = {}
+    gradient_pass(model, images, lambda key, x, g: parts.setdefault(key, []).append(g if gradients else x))
+    return parts
+
+
+@pytest.mark.parametrize("centre", [True, False])
+def test_fit_brings_attention_closer_to_float(model: nn.Module, centre: bool) -> None:
+    """Against its definition, on the images of the fit and on others; the projection is square, so it can be undone."""
+    setting = fisher(bits=3, rules=("*.matmul_a_input_quantizer -> x 2.5",))  # small probabilities are lost
+    plan = planner_of(model, setting).plan(setting)
+    twin, changes, name = with_changed(model, {}), fitted(model, plan, IMAGES, centre), "blocks.0.attn."
+    attention = twin.blocks[0].attn
+    before = attention.proj.weight.detach()
+    gain = (changes[name + "proj.weight"] / before).median(dim=0).values.unflatten(0, (attention.num_heads, 1, -1))
+    assert torch.allclose(gain, gain[..., :1].expand_as(gain), rtol=1e-4)
+    assert float((gain - 1).abs().max()) > 1e-3
+    moved = torch.linalg.solve(before, changes[name + "proj.bias"] - attention.proj.bias.detach())
+    moved = moved.unflatten(0, (attention.num_heads, 1, -1))  # centre + offset
+    shift = torch.zeros_like(moved)
+    if centre:
+        values = changes[name + "qkv.bias"] - attention.qkv.bias.detach()
+        assert torch.equal(values[:-32], torch.zeros_like(values[:-32]))
+        shift = values[-32:].unflatten(0, (attention.num_heads, 1, -1))
+    assert (name + "qkv.bias" in changes) == centre
+    others = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(4))
     site = "transformer.encoder.layer.0.attn.{}_quantizer".format
-    a, v = (seen[site(f"matmul_{name}_input")][0] for name in "av")  # (B, H, N, N), (B, H, N, D)
-    heads = v.shape[1]
-    weight = seen[site("out._input")][1].unflatten(2, (heads, -1)).transpose(1, 2).norm(dim=3, keepdim=True)
     quantized = plan.sites[site("matmul_a_input")]
-    error = a - fake_quantize(a, quantized.amax, levels=quantized.rule.levels)
-    mass = error.sum(dim=3, keepdim=True)
-    moved = centred(model, plan, IMAGES[:4])["blocks.0.attn.qkv.bias"] - twin.blocks[0].attn.qkv.bias.detach()
-    centre = -moved[-32:].unflatten(0, (heads, 1, -1))
-    losses = [float((weight * (error @ v - factor * mass * centre).square()).sum()) for factor in (1, 0, 0.9, 1.1)]
-    assert losses[0] == min(losses)
-    assert losses[0] < 0.99 * losses[1]
+    for images, share in ((IMAGES, 0.9), (others, 1.0)):
+        tensors, gradients = _shown(twin, images), _shown(twin, images, gradients=True)
+        a, v = (torch.cat(tensors[site(f"matmul_{n}_input")]) for n in "av")  # (B, H, N, N), (B, H, N, D)
+        g = torch.cat(gradients[site("out._input")]).unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
+        rounded_a = fake_quantize(a, quantized.amax, levels=quantized.rule.levels)
+        plain, corrected = rounded_a @ v, gain * (rounded_a @ (v + shift)) + moved
+        losses = [float((g.norm(dim=3, keepdim=True) * (a @ v - y).square()).sum()) for y in (plain, corrected)]
+        assert losses[1] < share * losses[0]
+
+
+def test_fit_says_nothing_of_heads_from_one_image(model: nn.Module) -> None:
+    plan = planner_of(model, fisher(bits=3)).plan(fisher(bits=3))
+    changes, before = fitted(model, plan, IMAGES[:1], centre=True), dict(with_changed(model, {}).named_parameters())
+    for name, value in changes.items():
+        assert torch.equal(value, before[name]) == (not name.endswith("fc2.bias")), name
+
+
+def test_v_has_a_scale_for_where_fit_has_moved_it(model: nn.Module) -> None:
+    plain, corrected = fisher(bits=3), fisher(bits=3, corrections=("fit",))
+    planner = planner_of(model, plain)
+    plans = [planner.plan(setting) for setting in (plain, corrected)]
+    moved = [key for key, site in plans[0].sites.items() if not torch.equal(site.amax, plans[1].sites[key].amax)]
+    assert moved
+    assert all(key.endswith(tuple(f"attn.matmul_{n}_input_quantizer" for n in "qkv")) for key in moved)
+    assert "blocks.0.attn.qkv.bias" in plans[1].weights
+
+
+def test_fit_moves_v_only_where_scales_are_chosen_by_gradients(model: nn.Module) -> None:
+    plain, corrected = (fisher(calibrator="mse", corrections=names) for names in ((), ("fit",)))
+    planner = planner_of(model, plain, corrected)
+    plan = planner.plan(corrected)
+    assert all(torch.equal(site.amax, plan.sites[key].amax) for key, site in planner.plan(plain).sites.items())
+    assert {"blocks.0.attn.proj.weight", "blocks.0.mlp.fc2.bias"} <= plan.weights.keys()
+    assert "blocks.0.attn.qkv.bias" not in plan.weights
 
 
 def test_corrections_in_turn(model: nn.Module) -> None:
-    plan = planner_of(model, fisher(bits=3, corrections=("centre", "round", "bias"))).plan(
-        fisher(bits=3, corrections=("centre", "round", "bias"))
+    plan = planner_of(model, fisher(bits=3, corrections=("fit", "round", "bias"))).plan(
+        fisher(bits=3, corrections=("fit", "round", "bias"))
     )
     assert {"blocks.0.attn.qkv.bias", "blocks.0.attn.qkv.weight", "blocks.1.mlp.fc2.bias"} <= plan.weights.keys()
 
 
-def test_probabilities_that_stay_float_lose_no_mass(model: nn.Module) -> None:
-    setting = fisher(rules=("attention_probabilities -> off",))
+def test_what_stays_float_needs_no_fit(model: nn.Module) -> None:
+    setting = fisher(rules=("attention_probabilities -> off", "*.ffn.fc2._input_quantizer -> off"))
     plan = planner_of(model, setting).plan(setting)
-    assert centred(model, plan, IMAGES) == {}
+    assert fitted(model, plan, IMAGES, centre=True) == {}
     assert rounded(model, plan, _moments(model, setting))
 
 
@@ -187,7 +234,7 @@ def test_what_a_model_does_not_allow(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bias", "name", "layer"), [("qkv_bias", "centre", "attn.qkv"), ("proj_bias", "bias", "attn.proj")]
+    ("bias", "name", "layer"), [("qkv_bias", "fit", "attn.qkv"), ("proj_bias", "bias", "attn.proj")]
 )
 def test_corrections_need_biases(bias: str, name: str, layer: str) -> None:
     with pytest.raises(InputError, match=f"correction {name}: {layer} has no bias"):

@@ -169,9 +169,3 @@ def test_representatives_need_all_that_a_space_may_need() -> None:
     needs = needs_of(space.representatives(Setting(mode="ft2")), 2)
     assert [len(need.grids) > 0 for need in needs.values()] == [True, True]
     assert all(need.kinds == ("histogram",) for need in needs.values())
-
-
-def test_corrections_that_need_curves_are_those_of_calibrators_that_have_them() -> None:
-    space = space_of({"calibrator": ("fisher", "mse"), "corrections": ((), ("centre", "bias"))}, "s.py")
-    found = [(s.calibrator.name, ", ".join(map(str, s.corrections))) for s in space.grid(Setting())]
-    assert found == [("fisher", ""), ("fisher", "centre, bias"), ("mse", ""), ("mse", "bias")]

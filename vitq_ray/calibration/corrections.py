@@ -2,13 +2,12 @@
 
     float model, plan ──► each correction that is asked for, in the order of `CORRECTIONS` ──► changed weights
 
-`centre` moves v by what makes up for the probability mass that rounding loses: probabilities below half a step become
-zero, so that the rows of the quantized matrix add up to less than one. `round` chooses for every weight of a layer
-whether it is rounded up or down by what the layer's output then loses (GPTQ: Frantar et al., arXiv 2210.17323).
+`fit` has a file of its own, fit.py. `round` chooses for every weight of a layer whether it is rounded up or down by
+what the layer's output then loses (GPTQ: Frantar et al., arXiv 2210.17323).
 `bias` takes the mean error of each branch out of the bias of its last layer, block after block (Nagel et al., arXiv
 1906.04721, with the tokens weighted by how much the output depends on them).
 
-Legend: B images, N tokens, C width, H heads, D head width.
+Legend: B images, N tokens, C width.
 """
 
 from __future__ import annotations
@@ -20,20 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
-from vitq_ray.calibration.sensitivity import Moments, gradient_pass
+from vitq_ray.calibration.sensitivity import Moments
 from vitq_ray.quant.fake_quant import fake_quantize
 from vitq_ray.quant.plan import Plan
 from vitq_ray.quant.sites import site_key
 from vitq_ray.quant.vit import QuantBlock, apply_plan, frozen_weights, quant_blocks, site_weights
 
-CENTRE, ROUND, BIAS = "centre", "round", "bias"
+FIT, ROUND, BIAS = "fit", "round", "bias"
 CORRECTIONS = {
-    CENTRE: "v moved to make up for probability mass that rounding loses; scales are chosen again",
+    FIT: "gain, centre and offset of every head, mean errors of what fc2 reads (least squares)",
     ROUND: "weights rounded by what the layer's output loses (GPTQ)",
     BIAS: "mean errors taken out of the biases of out and fc2, block after block",
 }
 # {correction: layers of a block that must have a bias}
-_BIASES = {CENTRE: ("attn.qkv", "attn.proj"), BIAS: ("attn.proj", "mlp.fc2")}
+_BIASES = {FIT: ("attn.qkv", "attn.proj", "mlp.fc2"), BIAS: ("attn.proj", "mlp.fc2")}
 _AT_ONCE = 8  # images in one forward pass
 _DAMP = 0.01  # of the mean diagonal, added to a layer's second moments before they are inverted
 _COLUMNS = 64  # of a weight that are rounded before the others are told
@@ -45,56 +44,6 @@ def require_correctable(model: nn.Module, name: str) -> None:
         for layer in _BIASES.get(name, ()):
             if block.get_submodule(layer).bias is None:
                 raise InputError(f"correction {name}: {layer} has no bias that could be changed")
-
-
-def centred(model: nn.Module, plan: Plan, images: Tensor) -> dict[str, Tensor]:
-    """{timm name: bias} with v -> v - c in every head, for the probabilities as the plan quantizes them.
-
-    Of a row of probabilities let m be the mass that is lost, and e the error of its product with v. c makes
-    Σ |g|·(e - m·c)² least, g the gradient there: c is what is lost for a unit of mass, on the average; weights g² would
-    follow the few images with large gradients. The output projection's bias takes c up: the rows of the float
-    probabilities add up to one.
-    """
-    blocks = quant_blocks(model)
-    kept: dict[str, Tensor] = {}
-    products: dict[int, Tensor] = {}  # Σ |g|·m·e (H, D)
-    squares: dict[int, Tensor] = {}  # Σ |g|·m² (H, 1)
-    names = {site_key(i, f"attn.matmul_{n}_input_quantizer"): (i, n) for i in range(len(blocks)) for n in "va"}
-    outputs = {site_key(i, "attn.out._input_quantizer"): i for i in range(len(blocks))}
-
-    def take(key: str, x: Tensor, g: Tensor) -> None:
-        if key in outputs:  # (B, N, H·D), the first of a block's to be shown
-            kept["g"] = g.unflatten(2, (blocks[outputs[key]].attn.num_heads, -1)).transpose(1, 2)  # (B, H, N, D)
-        elif key in names:
-            index, name = names[key]
-            kept[name] = x
-            if {"v", "a"} <= kept.keys():
-                add(index, kept.pop("g"), kept.pop("a"), kept.pop("v"))
-
-    def add(index: int, gradient: Tensor, probabilities: Tensor, v: Tensor) -> None:
-        site = plan.sites[site_key(index, "attn.matmul_a_input_quantizer")]
-        amax = site.amax.to(probabilities.device)
-        error = probabilities - fake_quantize(probabilities, amax, levels=site.rule.levels)  # (B, H, N, N)
-        mass = error.sum(dim=3, keepdim=True)
-        felt = mass * gradient.norm(dim=3, keepdim=True)
-        product = (felt * (error @ v)).sum(dim=(0, 2)).double()
-        square = (felt * mass).sum(dim=(0, 2)).double()
-        products[index] = products[index] + product if index in products else product
-        squares[index] = squares[index] + square if index in squares else square
-
-    gradient_pass(model, images, take)
-    changed = {}
-    for index, block in enumerate(blocks):
-        if not plan.sites[site_key(index, "attn.matmul_a_input_quantizer")].rule.on:
-            continue
-        centre = (products[index] / squares[index].clamp(min=1e-300)).flatten()
-        qkv, out = block.attn.qkv, block.attn.proj
-        bias = qkv.bias.detach().double().clone()
-        bias[-len(centre) :] -= centre
-        changed[f"blocks.{index}.attn.qkv.bias"] = bias.to(qkv.bias.dtype)
-        moved = out.bias.detach().double() + out.weight.detach().double() @ centre
-        changed[f"blocks.{index}.attn.proj.bias"] = moved.to(out.bias.dtype)
-    return changed
 
 
 def rounded(model: nn.Module, plan: Plan, moments: Moments) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ A look is shared by all settings with the same transforms. It is a value: looked
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,16 +19,16 @@ from torch import Tensor, nn
 from vitq_ray.base.config import InputError
 from vitq_ray.calibration.corrections import (
     BIAS,
-    CENTRE,
+    FIT,
     ROUND,
-    centred,
     debiased,
     require_correctable,
     rounded,
     with_weights,
 )
+from vitq_ray.calibration.fit import fitted
 from vitq_ray.calibration.scales import NOISE_NEEDS, Scales, grids_of_setting, kinds_needed, noise_per_site
-from vitq_ray.calibration.sensitivity import Grid, Sensitivity, Spread, Track, collect_sensitivity, here
+from vitq_ray.calibration.sensitivity import Grid, Moments, Sensitivity, Spread, Track, collect_sensitivity, here
 from vitq_ray.calibration.setting import Setting, Technique
 from vitq_ray.calibration.statistics import CalibrationStatistics
 from vitq_ray.calibration.transforms import require_transformable, transformed
@@ -35,6 +36,7 @@ from vitq_ray.quant.plan import Plan
 from vitq_ray.quant.sites import WEIGHT, sites_of_blocks
 from vitq_ray.quant.vit import float_copy, quant_blocks
 
+_PRODUCT_INPUT = re.compile(r"\.attn\.matmul_[qkv]_input_quantizer$")
 Transforms = tuple[Technique, ...]
 # model that has the transforms' weights, kinds of statistics -> what a pass over all calibration images sees of it
 CollectStatistics = Callable[[nn.Module, tuple[str, ...]], CalibrationStatistics]
@@ -171,25 +173,45 @@ class Planner:
             return plan
         if self._images is None or look.sensitivity is None:
             raise ValueError(f"setting {setting.label!r}: corrections need images, and the model's sensitivity")
-        images, moments = self._images(), look.sensitivity.moments
-        if CENTRE in names:
-            changes = centred(model, plan, images)
-            model = with_changed(self._model, {**look.weights, **changes})
-            grids = _needs([setting], len(quant_blocks(model)), True).grids
-            sensitivity = collect_sensitivity(model, images, grids, self._seed)
-            again = Scales(model, look.statistics, sensitivity).plan(setting)
-            plan, moments = with_weights(again, {**look.weights, **changes}), sensitivity.moments
+        images = self._images()
+        if FIT in names:
+            plan = self._fitted(setting, plan, images)
+        if ROUND in names:
+            changed = with_changed(self._model, plan.weights)
+            plan = with_weights(plan, rounded(changed, plan, self._moments(setting.transforms, images)))
+        if BIAS in names:
+            plan = with_weights(plan, debiased(model, plan, images, self._moments(setting.transforms, images)))
+        return plan
+
+    def _fitted(self, setting: Setting, plan: Plan, images: Tensor) -> Plan:
+        """Corrected by `fit`. Where v may be moved, it and what shares its scale get their scales again."""
+        look, (model, _) = self._looks[setting.transforms], self._of(setting.transforms)
+        assert look.sensitivity is not None
+        tensors = [key for key in plan.sites if _PRODUCT_INPUT.search(key)]
+        by_curves = all(calibration.row.by_curves for calibration in setting.calibrations)
+        centre = by_curves and all(plan.sites[key].rule.zero_point == 0 for key in tensors)
+        changes = fitted(model, plan, images, centre)
+        plan = with_weights(plan, changes)
+        if not centre:
+            return plan
+        model = with_changed(self._model, plan.weights)
+        grids = _needs([setting], len(quant_blocks(model)), True).grids
+        grids = {key: wanted for key, wanted in grids.items() if key in tensors}
+        curves = collect_sensitivity(model, images, grids, self._seed).curves
+        sensitivity = replace(look.sensitivity, curves={**look.sensitivity.curves, **curves})
+        again = Scales(model, look.statistics, sensitivity).plan(setting)
+        return replace(plan, sites={**plan.sites, **{key: again.sites[key] for key in tensors}})
+
+    def _moments(self, transforms: Transforms, images: Tensor) -> Moments:
+        look, (model, _) = self._looks[transforms], self._of(transforms)
+        assert look.sensitivity is not None
+        moments = look.sensitivity.moments
         if moments is None:  # the look was read from a file
             moments = collect_sensitivity(model, images, {}, self._seed).moments
             assert moments is not None
-            if CENTRE not in names:  # others have the same
-                known = replace(look, sensitivity=replace(look.sensitivity, moments=moments))
-                self._looks = {**self._looks, setting.transforms: known}
-        if ROUND in names:
-            plan = with_weights(plan, rounded(model, plan, moments))
-        if BIAS in names:
-            plan = with_weights(plan, debiased(model, plan, images, moments))
-        return plan
+            known = replace(look, sensitivity=replace(look.sensitivity, moments=moments))
+            self._looks = {**self._looks, transforms: known}
+        return moments
 
     @property
     def forecasts(self) -> str:

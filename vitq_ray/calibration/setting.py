@@ -19,7 +19,7 @@ from typing import Any
 
 from vitq_ray.base.config import Config, InputError, is_number, require_choice, require_int
 from vitq_ray.calibration.calibrators import CALIBRATORS, PERCENTILE, Calibration, weight_calibrators
-from vitq_ray.calibration.corrections import CENTRE, CORRECTIONS
+from vitq_ray.calibration.corrections import CORRECTIONS
 from vitq_ray.calibration.transforms import TRANSFORMS
 from vitq_ray.quant.plan import MAX_BITS, MIN_BITS
 from vitq_ray.quant.sites import GRIDS, MODES, local_name, sites_of_blocks
@@ -214,12 +214,6 @@ class Setting(Config):
         self._set("rules", tuple(map(Rule.parse, _sequence("rules", self.rules))))
         for name in TECHNIQUES:
             self._set(name, techniques(name, getattr(self, name)))
-        moves_v = any(correction.name == CENTRE for correction in self.corrections)
-        if moves_v and not all(calibration.row.by_curves for calibration in self.calibrations):
-            raise InputError(
-                f"correction {CENTRE}: moves v, after which scales are chosen again by gradients; expected the "
-                f"calibrator fisher, got {', '.join(map(str, self.calibrations))}"
-            )
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -271,7 +265,7 @@ def read_setting(values: Any, format_number: int, batch_size: int = 8) -> Settin
     Raises InputError for anything missing, unknown or impossible.
     """
     if format_number > 1:
-        return Setting.from_dict(values, complete=True)
+        return Setting.from_dict(_renamed(values), complete=True)
     old = _Format1.from_dict(values, complete=True)
     percentile = () if old.percentile is None else (old.percentile,)
     own = {name: getattr(old, name) for name in SITE_GROUPS}
@@ -285,6 +279,12 @@ def read_setting(values: Any, format_number: int, batch_size: int = 8) -> Settin
         weights=Calibration.parse(old.weights),
         rules=tuple(Rule(name, Calibration.parse(text)) for name, text in own.items() if text is not None),
     )
+
+
+def _renamed(values: Any) -> Any:
+    """With the names that corrections have today: `centre` was the first part of `fit`."""
+    old = values.get("corrections") if isinstance(values, dict) else None
+    return {**values, "corrections": ["fit" if name == "centre" else name for name in old]} if old else values
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,6 @@ import numpy as np
 
 from vitq_ray.base.config import Config, InputError, require_int
 from vitq_ray.calibration.calibrators import CALIBRATORS
-from vitq_ray.calibration.corrections import CENTRE
 from vitq_ray.calibration.setting import SITE_GROUPS, Calibration, Rule, Setting, Technique, require_sites, rules_of
 from vitq_ray.qat.recipe import RECIPE_OPTIONS
 
@@ -285,8 +284,6 @@ def _calibration(row: Mapping[str, Any]) -> Calibration:
 def setting_of(row: Mapping[str, Any], defaults: Setting) -> Setting:
     """The setting of a row; numbers of other calibrators than the row's do not matter, so such rows are one setting."""
     own = {name: value for name, value in row.items() if name in Setting.__dataclass_fields__}
-    if not _calibration(row).row.by_curves:  # corrections that choose scales again are for those that have curves
-        own["corrections"] = tuple(c for c in own["corrections"] if str(c) != CENTRE)
     if not isinstance(row["rules"], tuple | list):
         raise InputError(f"rules: expected a list of rules, got {row['rules']!r}")
     rules = (*map(Rule.parse, row["rules"]), *rules_of({name: row[name] for name in row if _is_pattern(name)}))
