@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
 from vitq_ray.calibration.corrections import debiased, rounded
-from vitq_ray.calibration.fit import fitted
+from vitq_ray.calibration.fit import Fit, _fit, _normal_equations, _solved, fitted
 from vitq_ray.calibration.look_files import look_from_bytes, look_to_bytes
 from vitq_ray.calibration.planner import (
     Look,
@@ -131,7 +131,7 @@ def test_bias_correction_takes_the_mean_error_of_a_branch_away(model: nn.Module)
 
 def test_fit_takes_the_mean_error_of_what_fc2_reads_away(model: nn.Module) -> None:
     plan = planner_of(model, fisher(bits=3)).plan(fisher(bits=3))
-    changes, twin = fitted(model, plan, IMAGES, centre=True), with_changed(model, {})
+    changes, twin = fitted(model, plan, IMAGES, move_v=True).changes, with_changed(model, {})
     for index, block in enumerate(twin.blocks):
         name = f"transformer.encoder.layer.{index}.ffn.fc2._input_quantizer"
         x = torch.cat(_shown(twin, IMAGES)[name])
@@ -149,12 +149,12 @@ def _shown(model: nn.Module, images: Tensor, gradients: bool = False) -> dict[st
     return parts
 
 
-@pytest.mark.parametrize("centre", [True, False])
-def test_fit_brings_attention_closer_to_float(model: nn.Module, centre: bool) -> None:
+@pytest.mark.parametrize("move_v", [True, False])
+def test_fit_brings_attention_closer_to_float(model: nn.Module, move_v: bool) -> None:
     """Against its definition, on the images of the fit and on others; the projection is square, so it can be undone."""
     setting = fisher(bits=3, rules=("*.matmul_a_input_quantizer -> x 2.5",))  # small probabilities are lost
     plan = planner_of(model, setting).plan(setting)
-    twin, changes, name = with_changed(model, {}), fitted(model, plan, IMAGES, centre), "blocks.0.attn."
+    twin, changes, name = with_changed(model, {}), fitted(model, plan, IMAGES, move_v).changes, "blocks.0.attn."
     attention = twin.blocks[0].attn
     before = attention.proj.weight.detach()
     gain = (changes[name + "proj.weight"] / before).median(dim=0).values.unflatten(0, (attention.num_heads, 1, -1))
@@ -163,11 +163,11 @@ def test_fit_brings_attention_closer_to_float(model: nn.Module, centre: bool) ->
     moved = torch.linalg.solve(before, changes[name + "proj.bias"] - attention.proj.bias.detach())
     moved = moved.unflatten(0, (attention.num_heads, 1, -1))  # centre + offset
     shift = torch.zeros_like(moved)
-    if centre:
+    if move_v:
         values = changes[name + "qkv.bias"] - attention.qkv.bias.detach()
         assert torch.equal(values[:-32], torch.zeros_like(values[:-32]))
         shift = values[-32:].unflatten(0, (attention.num_heads, 1, -1))
-    assert (name + "qkv.bias" in changes) == centre
+    assert (name + "qkv.bias" in changes) == move_v
     others = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(4))
     site = "transformer.encoder.layer.0.attn.{}_quantizer".format
     quantized = plan.sites[site("matmul_a_input")]
@@ -183,28 +183,94 @@ def test_fit_brings_attention_closer_to_float(model: nn.Module, centre: bool) ->
 
 def test_fit_says_nothing_of_heads_from_one_image(model: nn.Module) -> None:
     plan = planner_of(model, fisher(bits=3)).plan(fisher(bits=3))
-    changes, before = fitted(model, plan, IMAGES[:1], centre=True), dict(with_changed(model, {}).named_parameters())
+    changes, before = (
+        fitted(model, plan, IMAGES[:1], move_v=True).changes,
+        dict(with_changed(model, {}).named_parameters()),
+    )
     for name, value in changes.items():
         assert torch.equal(value, before[name]) == (not name.endswith("fc2.bias")), name
 
 
-def test_v_has_a_scale_for_where_fit_has_moved_it(model: nn.Module) -> None:
+def test_what_is_behind_v_has_scales_for_where_fit_has_moved_it(model: nn.Module) -> None:
     plain, corrected = fisher(bits=3), fisher(bits=3, corrections=("fit",))
     planner = planner_of(model, plain)
     plans = [planner.plan(setting) for setting in (plain, corrected)]
-    moved = [key for key, site in plans[0].sites.items() if not torch.equal(site.amax, plans[1].sites[key].amax)]
-    assert moved
-    assert all(key.endswith(tuple(f"attn.matmul_{n}_input_quantizer" for n in "qkv")) for key in moved)
-    assert "blocks.0.attn.qkv.bias" in plans[1].weights
+    moved = {key for key, site in plans[0].sites.items() if not torch.equal(site.amax, plans[1].sites[key].amax)}
+    tensors = {"matmul_q_input", "matmul_k_input", "matmul_v_input", "out._input", "out._aftergemm"}
+    assert {key.split(".attn.")[1].removesuffix("_quantizer") for key in moved} == tensors | {"out._weight"}
+    fit = fitted(model, plans[0], IMAGES, move_v=True)
+    twin = with_changed(model, fit.moved)  # the same function
+    with torch.inference_mode():
+        float_logits, logits = with_changed(model, {})(IMAGES), twin(IMAGES)
+    assert float((float_logits - logits).abs().max()) < 1e-4 * float(float_logits.std())
+    again = planner_of(twin, plain).plan(plain)
+    for key in (f"transformer.encoder.layer.{i}.attn.{name}_quantizer" for i in (0, 1) for name in tensors):
+        assert torch.allclose(again.sites[key].amax, plans[1].sites[key].amax, rtol=1e-4), key
+    assert planner.forecast(corrected, plans[1]) == planner.forecast(plain, plans[0])
+
+
+def test_a_gain_takes_the_scale_of_the_weight_along(model: nn.Module) -> None:
+    plain, corrected = (fisher(calibrator="mse", weights="max", bits=3, corrections=c) for c in ((), ("fit",)))
+    planner = planner_of(model, plain, corrected)
+    plan = planner.plan(corrected)
+    weights = site_weights(with_changed(model, plan.weights))
+    for key in (f"transformer.encoder.layer.{i}.attn.out._weight_quantizer" for i in (0, 1)):
+        assert float(plan.sites[key].amax) == pytest.approx(float(weights[key].detach().abs().max()))
 
 
 def test_fit_moves_v_only_where_scales_are_chosen_by_gradients(model: nn.Module) -> None:
     plain, corrected = (fisher(calibrator="mse", corrections=names) for names in ((), ("fit",)))
     planner = planner_of(model, plain, corrected)
     plan = planner.plan(corrected)
-    assert all(torch.equal(site.amax, plan.sites[key].amax) for key, site in planner.plan(plain).sites.items())
+    for key, site in planner.plan(plain).sites.items():
+        assert torch.equal(site.amax, plan.sites[key].amax) or key.endswith(".attn.out._weight_quantizer")
     assert {"blocks.0.attn.proj.weight", "blocks.0.mlp.fc2.bias"} <= plan.weights.keys()
     assert "blocks.0.attn.qkv.bias" not in plan.weights
+
+
+def _columns(images: int, width: int = 3, tokens: int = 20) -> tuple[Tensor, Tensor, Tensor]:
+    """Made-up products (B, 1, N, D), masses (B, 1, N, 1) and weights (B, 1, N, 1)."""
+    draw = torch.Generator().manual_seed(0)
+    found = torch.randn(images, 1, tokens, width, generator=draw, dtype=torch.float64)
+    mass, weight = (torch.rand(images, 1, tokens, 1, generator=draw, dtype=torch.float64) for _ in "mw")
+    return found, mass, weight
+
+
+def _equations(found: Tensor, mass: Tensor, weight: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    terms = {"gg": (found**2).sum(3, keepdim=True), "gc": mass * found, "go": found, "cc": mass**2, "co": mass}
+    terms |= {"oo": torch.ones_like(mass), "g": (error * found).sum(3, keepdim=True), "c": mass * error, "o": error}
+    return _normal_equations({name: (weight * term).sum(dim=2) for name, term in terms.items()})
+
+
+def test_the_normal_equations_are_those_of_least_squares() -> None:
+    found, mass, weight = _columns(6)
+    error = torch.randn(found.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.3 * found
+    matrix, right = _equations(found, mass, weight, error)
+    solved = _solved(matrix.sum(dim=0), right.sum(dim=0), 0.0)[0]
+    one = torch.eye(3, dtype=torch.float64)
+    vectors = [(x.expand_as(found)[..., None] * one).reshape(-1, 3) for x in (mass, torch.ones_like(mass))]
+    rows, root = torch.cat([found.reshape(-1, 1), *vectors], dim=1), weight.expand_as(found).reshape(-1, 1).sqrt()
+    wanted = torch.linalg.lstsq(rows * root, error.reshape(-1, 1) * root).solution[:, 0]
+    assert torch.allclose(solved, wanted, rtol=1e-6)
+
+
+def test_a_fit_is_kept_where_images_that_were_left_out_agree() -> None:
+    found, mass, weight = _columns(6)
+    centre = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    lost = mass * centre
+    assert torch.allclose(_fit(*_equations(found, mass, weight, lost), True)[0][1:4], centre, atol=0.2)
+    assert not _fit(*_equations(found, mass, weight, lost), False)[0][1:4].any()
+    signs = torch.tensor([1.0, -1.0] * 3, dtype=torch.float64).reshape(6, 1, 1, 1)
+    assert not _fit(*_equations(found, mass, weight, signs * (lost + 0.5 * found)), True).any()
+    assert not _fit(*_equations(found, mass, 0 * weight, lost), True).any()  # nothing depends on this head
+    assert float(_fit(*_equations(found, mass, weight, 5 * found), True)[0][0]) == 1.0  # a gain of two at most
+
+
+def test_names_of_earlier_versions_are_read_and_not_planned(model: nn.Module) -> None:
+    setting = fisher(corrections=("centre",))
+    assert Setting.from_dict(setting.to_dict(), complete=True) == setting
+    with pytest.raises(InputError, match="correction centre: of an earlier version; its place was taken by fit"):
+        require_techniques(model, [setting])
 
 
 def test_corrections_in_turn(model: nn.Module) -> None:
@@ -217,7 +283,7 @@ def test_corrections_in_turn(model: nn.Module) -> None:
 def test_what_stays_float_needs_no_fit(model: nn.Module) -> None:
     setting = fisher(rules=("attention_probabilities -> off", "*.ffn.fc2._input_quantizer -> off"))
     plan = planner_of(model, setting).plan(setting)
-    assert fitted(model, plan, IMAGES, centre=True) == {}
+    assert fitted(model, plan, IMAGES, move_v=True) == Fit({}, {})
     assert rounded(model, plan, _moments(model, setting))
 
 
@@ -234,7 +300,7 @@ def test_what_a_model_does_not_allow(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bias", "name", "layer"), [("qkv_bias", "fit", "attn.qkv"), ("proj_bias", "bias", "attn.proj")]
+    ("bias", "name", "layer"), [("proj_bias", "fit", "attn.proj"), ("proj_bias", "bias", "attn.proj")]
 )
 def test_corrections_need_biases(bias: str, name: str, layer: str) -> None:
     with pytest.raises(InputError, match=f"correction {name}: {layer} has no bias"):

@@ -31,15 +31,18 @@ CORRECTIONS = {
     ROUND: "weights rounded by what the layer's output loses (GPTQ)",
     BIAS: "mean errors taken out of the biases of out and fc2, block after block",
 }
+RETIRED = {"centre": FIT}  # {correction of earlier versions: what took its place}; files may name it
 # {correction: layers of a block that must have a bias}
-_BIASES = {FIT: ("attn.qkv", "attn.proj", "mlp.fc2"), BIAS: ("attn.proj", "mlp.fc2")}
+_BIASES = {FIT: ("attn.proj", "mlp.fc2"), BIAS: ("attn.proj", "mlp.fc2")}
 _AT_ONCE = 8  # images in one forward pass
 _DAMP = 0.01  # of the mean diagonal, added to a layer's second moments before they are inverted
 _COLUMNS = 64  # of a weight that are rounded before the others are told
 
 
 def require_correctable(model: nn.Module, name: str) -> None:
-    """InputError where the model's parts do not allow the correction."""
+    """InputError where the model's parts do not allow the correction, or where it is of an earlier version."""
+    if name in RETIRED:
+        raise InputError(f"correction {name}: of an earlier version; its place was taken by {RETIRED[name]}")
     for block in quant_blocks(model):
         for layer in _BIASES.get(name, ()):
             if block.get_submodule(layer).bias is None:

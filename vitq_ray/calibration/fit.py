@@ -18,6 +18,7 @@ Legend: B images, N tokens, H heads, D head width, P = 1 + 2·D unknowns of a he
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -31,44 +32,56 @@ from vitq_ray.quant.vit import quant_blocks
 
 _FOLDS = 6  # groups of images, each left out once
 _RIDGES = (0.01, 0.1, 1.0)  # relative to the diagonal
-_GAINS = (0.5, 2.0)  # least and largest
+_GAINS = (-0.5, 1.0)  # least and largest γ
 
 Sums = dict[str, Tensor]  # {name: (B, H, 1 or D)}
 
 
-def fitted(model: nn.Module, plan: Plan, images: Tensor, centre: bool) -> dict[str, Tensor]:
-    """{timm name: weight or bias} that the fit changes.
+@dataclass(frozen=True)
+class Fit:
+    """What a fit changes, {timm name: weight or bias} each.
+
+    Attributes:
+        moved: v's bias and the projection's for the centres alone, which leave the float function as it is; empty where
+            no head is served by one.
+        changes: all of it, the centres included.
+    """
+
+    moved: dict[str, Tensor]
+    changes: dict[str, Tensor]
+
+
+def fitted(model: nn.Module, plan: Plan, images: Tensor, move_v: bool) -> Fit:
+    """The fit of a plan.
 
     Args:
         model: the float model with the plan's weights; it stays as it is.
         images: as it takes them, (B, 3, S, S).
-        centre: v may be moved, after which its scales are to be chosen again.
+        move_v: centres are allowed; scales of v, and of what is behind it, are to be chosen again.
     """
     seen = _Seen(model, plan)
     gradient_pass(model, images, seen.take)
-    changed: dict[str, Tensor] = {}
+    moved: dict[str, Tensor] = {}
+    changes: dict[str, Tensor] = {}
     for index, block in enumerate(quant_blocks(model)):
-        out, fc2 = block.attn.proj, cast(nn.Linear, block.mlp.fc2)
+        qkv, out, fc2 = block.attn.qkv, block.attn.proj, cast(nn.Linear, block.mlp.fc2)
+        name = f"blocks.{index}."
         if index in seen.heads:
-            gain, middle, offset = _of_heads(_joined(seen.heads[index]), centre)  # (H, 1), (H, D), (H, D)
-            weight = out.weight.detach().double()
-            bias = out.bias.detach().double() + weight @ (middle + offset).flatten()
-            _set(changed, f"blocks.{index}.attn.proj.bias", out.bias, bias)
-            scaled = weight * gain.repeat_interleave(middle.shape[1])
-            _set(changed, f"blocks.{index}.attn.proj.weight", out.weight, scaled)
-            if centre:
-                bias = block.attn.qkv.bias.detach().double().clone()
-                bias[-middle.numel() :] -= (middle / gain).flatten()
-                _set(changed, f"blocks.{index}.attn.qkv.bias", block.attn.qkv.bias, bias)
+            gain, centre, offset = _of_heads(_joined(seen.heads[index]), move_v and qkv.bias is not None)
+            weight, bias = out.weight.detach().double(), out.bias.detach().double()
+            if bool(centre.any()):
+                from_v, shifted = (centre / gain).flatten(), qkv.bias.detach().double().clone()
+                shifted[-len(from_v) :] -= from_v
+                moved[name + "attn.qkv.bias"] = shifted.to(qkv.bias.dtype)
+                moved[name + "attn.proj.bias"] = (bias + weight @ from_v).to(out.bias.dtype)
+            scaled = weight * gain.repeat_interleave(centre.shape[1])
+            changes[name + "attn.proj.weight"] = scaled.to(out.weight.dtype)
+            changes[name + "attn.proj.bias"] = (bias + weight @ (centre + offset).flatten()).to(out.bias.dtype)
         if index in seen.means:
             mean = torch.cat(seen.means[index]).mean(dim=0)
             bias = fc2.bias.detach().double() + fc2.weight.detach().double() @ mean
-            _set(changed, f"blocks.{index}.mlp.fc2.bias", fc2.bias, bias)
-    return changed
-
-
-def _set(changed: dict[str, Tensor], name: str, before: Tensor, value: Tensor) -> None:
-    changed[name] = value.to(before.dtype)
+            changes[name + "mlp.fc2.bias"] = bias.to(fc2.bias.dtype)
+    return Fit(moved, {**moved, **changes})
 
 
 class _Seen:
@@ -94,15 +107,18 @@ class _Seen:
 
     def take(self, key: str, x: Tensor, g: Tensor) -> None:
         """As `gradient_pass` shows them: of a block fc2, out, then v and a in any order."""
-        index, name = self._names.get(key, (0, ""))
-        if name == "fc2" and self._plan.sites[key].rule.on:
-            self.means.setdefault(index, []).append(_error(x, self._plan.sites[key]).mean(dim=1).double())
+        if key not in self._names:
+            return
+        index, name = self._names[key]
+        if name == "fc2":
+            if self._plan.sites[key].rule.on:
+                self.means.setdefault(index, []).append(_error(x, self._plan.sites[key]).mean(dim=1).double())
         elif name == "out":
-            self._kept["g"] = g.unflatten(2, (self._heads[index], -1)).transpose(1, 2).norm(dim=3, keepdim=True)
-        elif name in ("v", "a"):
+            self._kept["weight"] = g.unflatten(2, (self._heads[index], -1)).transpose(1, 2).norm(dim=3, keepdim=True)
+        else:
             self._kept[name] = x
             if {"v", "a"} <= self._kept.keys():
-                weight, a, v = (self._kept.pop(name) for name in "gav")
+                weight, a, v = (self._kept.pop(each) for each in ("weight", "a", "v"))
                 site = self._plan.sites[site_key(index, "attn.matmul_a_input_quantizer")]
                 if site.rule.on:
                     self.heads.setdefault(index, []).append(_sums(weight, a, v, _error(a, site)))
@@ -136,20 +152,24 @@ def _joined(parts: list[Sums]) -> Sums:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _of_heads(sums: Sums, centre: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _of_heads(sums: Sums, move_v: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(gain (H, 1), centre (H, D), offset (H, D)) of every head."""
     width = sums["o"].shape[2]
-    matrix, right = _folded(*_normal_equations(sums))
-    found = _fit(matrix, right, centre)
-    gain = (1 + found[:, :1]).clamp(*_GAINS)
-    return gain, found[:, 1 : 1 + width], found[:, 1 + width :]
+    found = _fit(*_normal_equations({name: _folded(column) for name, column in sums.items()}), move_v)
+    return 1 + found[:, :1], found[:, 1 : 1 + width], found[:, 1 + width :]
+
+
+def _folded(column: Tensor) -> Tensor:
+    """Summed over groups of images: (B, …) -> (folds, …)."""
+    folds = min(_FOLDS, len(column))
+    return torch.stack([column[fold::folds].sum(dim=0) for fold in range(folds)])
 
 
 def _normal_equations(sums: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Their matrix (B, H, P, P) and right side (B, H, P)."""
-    images, heads, width = sums["o"].shape
+    """Their matrix (folds, H, P, P) and right side (folds, H, P)."""
+    folds, heads, width = sums["o"].shape
     size = 1 + 2 * width
-    matrix = sums["o"].new_zeros(images, heads, size, size)
+    matrix = sums["o"].new_zeros(folds, heads, size, size)
     places = {"g": slice(0, 1), "c": slice(1, 1 + width), "o": slice(1 + width, size)}
     one = torch.eye(width).to(matrix)
     for pair in ("cc", "co", "oo"):
@@ -162,40 +182,36 @@ def _normal_equations(sums: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return matrix, torch.cat([sums[name] for name in "gco"], dim=2)
 
 
-def _folded(*columns: Tensor) -> list[Tensor]:
-    """Summed over groups of images: (B, …) -> (folds, …)."""
-    folds = min(_FOLDS, len(columns[0]))
-    return [torch.stack([column[fold::folds].sum(dim=0) for fold in range(folds)]) for column in columns]
-
-
-def _fit(matrix: Tensor, right: Tensor, centre: bool) -> Tensor:
+def _fit(matrix: Tensor, right: Tensor, move_v: bool) -> Tensor:
     """What serves images best that were left out, (H, P); zeros for a head that nothing serves, and for one image.
 
     Of (folds, H, P, P) and (folds, H, P).
     """
     folds, heads, size = right.shape
-    width = size // 2
     best, result = right.new_zeros(heads), right.new_zeros(heads, size)
     if folds < 2:
         return result
     whole, wanted = matrix.sum(dim=0), right.sum(dim=0)
-    gain, offset = [0], list(range(1 + width, size))
-    for terms in (gain, gain + offset, *([list(range(size))] if centre else [])):
-        own = torch.tensor(terms)
+    gain, offset = [0], list(range(1 + size // 2, size))
+    for terms in (gain, gain + offset, *([list(range(size))] if move_v else [])):
+        own = torch.tensor(terms, device=right.device)
         part, aim = matrix[..., own[:, None], own], right[..., own]
+        all_of_it, all_wanted = whole[:, own[:, None], own], wanted[:, own]
         for ridge in _RIDGES:
-            tried = _solved(whole[:, own[:, None], own] - part, wanted[:, own] - aim, ridge)  # (folds, H, terms)
+            tried = _solved(all_of_it - part, all_wanted - aim, ridge)  # (folds, H, terms)
             left = ((tried[..., None, :] @ part)[..., 0, :] * tried - 2 * aim * tried).sum(dim=(0, 2))
             better = left < best
             final = result.new_zeros(heads, size)
-            final[:, own] = _solved(whole[:, own[:, None], own], wanted[:, own], ridge)
+            final[:, own] = _solved(all_of_it, all_wanted, ridge)
             result = torch.where(better[:, None], final, result)
             best = torch.where(better, left, best)
     return result
 
 
 def _solved(matrix: Tensor, right: Tensor, ridge: float) -> Tensor:
-    """(M + ridge · its diagonal)⁻¹ · r; what says nothing, as centres where no mass is lost, comes to zero."""
+    """(M + ridge · its diagonal)⁻¹ · r, γ within its limits; zero for what says nothing, as centres of no mass."""
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     least = 1e-12 * diagonal.amax(dim=-1, keepdim=True) + 1e-30
-    return cast(Tensor, torch.linalg.solve(matrix + torch.diag_embed(ridge * diagonal + least), right))
+    found = cast(Tensor, torch.linalg.solve(matrix + torch.diag_embed(ridge * diagonal + least), right))
+    found[..., 0].clamp_(*_GAINS)
+    return found

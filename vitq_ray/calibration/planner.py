@@ -9,7 +9,6 @@ A look is shared by all settings with the same transforms. It is a value: looked
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -27,16 +26,26 @@ from vitq_ray.calibration.corrections import (
     with_weights,
 )
 from vitq_ray.calibration.fit import fitted
-from vitq_ray.calibration.scales import NOISE_NEEDS, Scales, grids_of_setting, kinds_needed, noise_per_site
+from vitq_ray.calibration.scales import (
+    NOISE_NEEDS,
+    Scales,
+    all_by_curves,
+    grids_of_plan,
+    grids_of_setting,
+    kinds_needed,
+    noise_per_site,
+)
 from vitq_ray.calibration.sensitivity import Grid, Moments, Sensitivity, Spread, Track, collect_sensitivity, here
 from vitq_ray.calibration.setting import Setting, Technique
 from vitq_ray.calibration.statistics import CalibrationStatistics
 from vitq_ray.calibration.transforms import require_transformable, transformed
-from vitq_ray.quant.plan import Plan
-from vitq_ray.quant.sites import WEIGHT, sites_of_blocks
-from vitq_ray.quant.vit import float_copy, quant_blocks
+from vitq_ray.quant.plan import Plan, SitePlan
+from vitq_ray.quant.sites import MODES, WEIGHT, site_key, sites_of_blocks
+from vitq_ray.quant.vit import float_copy, quant_blocks, site_weights
 
-_PRODUCT_INPUT = re.compile(r"\.attn\.matmul_[qkv]_input_quantizer$")
+_BEHIND_V = ("attn.matmul_v_input_quantizer", "attn.out._input_quantizer", "attn.out._aftergemm_quantizer")
+_PRODUCT = tuple(f"attn.matmul_{name}_input_quantizer" for name in "qk")  # share v's scale in some modes
+_OUT_WEIGHT = ".attn.out._weight_quantizer"
 Transforms = tuple[Technique, ...]
 # model that has the transforms' weights, kinds of statistics -> what a pass over all calibration images sees of it
 CollectStatistics = Callable[[nn.Module, tuple[str, ...]], CalibrationStatistics]
@@ -173,34 +182,44 @@ class Planner:
             return plan
         if self._images is None or look.sensitivity is None:
             raise ValueError(f"setting {setting.label!r}: corrections need images, and the model's sensitivity")
-        images = self._images()
+        images, moments = self._images(), None
         if FIT in names:
-            plan = self._fitted(setting, plan, images)
+            plan, moments = self._fitted(setting, plan, images)
+        if (names & {ROUND, BIAS}) and moments is None:
+            moments = self._moments(setting.transforms, images)
         if ROUND in names:
-            changed = with_changed(self._model, plan.weights)
-            plan = with_weights(plan, rounded(changed, plan, self._moments(setting.transforms, images)))
+            assert moments is not None
+            plan = with_weights(plan, rounded(with_changed(self._model, plan.weights), plan, moments))
         if BIAS in names:
-            plan = with_weights(plan, debiased(model, plan, images, self._moments(setting.transforms, images)))
+            assert moments is not None
+            plan = with_weights(plan, debiased(model, plan, images, moments))
         return plan
 
-    def _fitted(self, setting: Setting, plan: Plan, images: Tensor) -> Plan:
-        """Corrected by `fit`. Where v may be moved, it and what shares its scale get their scales again."""
+    def _fitted(self, setting: Setting, plan: Plan, images: Tensor) -> tuple[Plan, Moments | None]:
+        """Corrected by `fit`, and what layers read then, where that is another thing than before.
+
+        v is moved only where it, and what is behind it, have symmetric scales by gradients: they are chosen again.
+        """
         look, (model, _) = self._looks[setting.transforms], self._of(setting.transforms)
         assert look.sensitivity is not None
-        tensors = [key for key in plan.sites if _PRODUCT_INPUT.search(key)]
-        by_curves = all(calibration.row.by_curves for calibration in setting.calibrations)
-        centre = by_curves and all(plan.sites[key].rule.zero_point == 0 for key in tensors)
-        changes = fitted(model, plan, images, centre)
-        plan = with_weights(plan, changes)
-        if not centre:
-            return plan
-        model = with_changed(self._model, plan.weights)
-        grids = _needs([setting], len(quant_blocks(model)), True).grids
-        grids = {key: wanted for key, wanted in grids.items() if key in tensors}
-        curves = collect_sensitivity(model, images, grids, self._seed).curves
-        sensitivity = replace(look.sensitivity, curves={**look.sensitivity.curves, **curves})
-        again = Scales(model, look.statistics, sensitivity).plan(setting)
-        return replace(plan, sites={**plan.sites, **{key: again.sites[key] for key in tensors}})
+        names = (*_BEHIND_V, *(_PRODUCT if MODES[setting.mode].fuse_qkv else ()))
+        depth = len(quant_blocks(model))
+        keys = [site_key(index, name) for index in range(depth) for name in names]
+        move_v = all_by_curves(setting, plan, keys, depth)
+        fit = fitted(model, plan, images, move_v)
+        sites, moments = dict(plan.sites), None
+        if fit.moved:
+            twin = with_changed(self._model, {**look.weights, **fit.moved})
+            grids = {key: grids for key, grids in grids_of_plan(plan, depth).items() if key in keys}
+            seen = collect_sensitivity(twin, images, grids, self._seed)
+            sensitivity = replace(look.sensitivity, curves={**look.sensitivity.curves, **seen.curves})
+            again = Scales(twin, look.statistics, sensitivity).plan(setting)
+            sites |= {key: again.sites[key] for key in keys}
+            moments = seen.moments
+        plan = with_weights(replace(plan, sites=sites), fit.changes)
+        before, after = site_weights(model), site_weights(with_changed(self._model, plan.weights))
+        outs = [key for key in sites if key.endswith(_OUT_WEIGHT)]  # whose scales a gain takes along
+        return replace(plan, sites=sites | {key: _grown(sites[key], before[key], after[key]) for key in outs}), moments
 
     def _moments(self, transforms: Transforms, images: Tensor) -> Moments:
         look, (model, _) = self._looks[transforms], self._of(transforms)
@@ -228,7 +247,7 @@ class Planner:
         sensitivity was looked at, noise to signal."""
         look, (model, scales) = self._looks[setting.transforms], self._of(setting.transforms)
         if look.sensitivity is not None:
-            return scales.predicted_kl(plan)
+            return scales.predicted_kl(scales.plan(setting) if setting.corrections else plan)
         assert look.statistics is not None
         return noise_per_site(model, look.statistics, setting.num_batches, plan)
 
@@ -255,6 +274,16 @@ class Planner:
             model = with_changed(self._model, look.weights)  # a float one, whatever plan the model follows
             self._scales[transforms] = model, Scales(model, look.statistics, look.sensitivity)
         return self._scales[transforms]
+
+
+def _grown(site: SitePlan, before: Tensor, after: Tensor) -> SitePlan:
+    """The scale of a weight (rows, columns) that has changed, larger or smaller as its largest value has become."""
+    if site.rule.axis == 0:
+        old, new = (weight.detach().abs().amax(dim=1) for weight in (before, after))
+    else:
+        old, new = (weight.detach().abs().amax() for weight in (before, after))
+    growth = torch.where(old > 0, new / old, torch.ones_like(old)).to(site.amax)
+    return SitePlan(site.amax * growth.reshape(site.amax.shape), site.rule)
 
 
 def require_techniques(model: nn.Module, settings: Iterable[Setting]) -> None:

@@ -72,6 +72,12 @@ def require_possible(setting: Setting, depth: int) -> None:
     _wanted(setting, depth)
 
 
+def all_by_curves(setting: Setting, plan: Plan, keys: Iterable[str], depth: int) -> bool:
+    """Whether those of the sites that are on have symmetric scales by loss curves."""
+    wanted, on = _wanted(setting, depth), [key for key in keys if plan.sites[key].rule.on]
+    return all(wanted[key].calibration.row.by_curves and plan.sites[key].rule.signed for key in on)
+
+
 def grids_of_setting(setting: Setting, depth: int) -> dict[str, tuple[Grid, ...]]:
     """{site: grids whose loss curves say how a setting does there}. InputError as `Scales.plan`."""
     return {key: _grids(wanted.rule, wanted.grid) for key, wanted in _wanted(setting, depth).items()}

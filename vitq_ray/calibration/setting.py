@@ -19,7 +19,7 @@ from typing import Any
 
 from vitq_ray.base.config import Config, InputError, is_number, require_choice, require_int
 from vitq_ray.calibration.calibrators import CALIBRATORS, PERCENTILE, Calibration, weight_calibrators
-from vitq_ray.calibration.corrections import CORRECTIONS
+from vitq_ray.calibration.corrections import CORRECTIONS, RETIRED
 from vitq_ray.calibration.transforms import TRANSFORMS
 from vitq_ray.quant.plan import MAX_BITS, MIN_BITS
 from vitq_ray.quant.sites import GRIDS, MODES, local_name, sites_of_blocks
@@ -152,6 +152,8 @@ class Technique:
             return value
         known = TECHNIQUES[field]
         name, _, strength = value.partition(" ") if isinstance(value, str) else ("", "", "")
+        if field == "corrections" and value in RETIRED:
+            return Technique(value)
         if name not in known:
             raise InputError(f"{field}: {value!r} is not one of {', '.join(known)}")
         if strength and not known[name]:
@@ -174,7 +176,7 @@ def techniques(field: str, values: Any) -> tuple[Technique, ...]:
     names = [technique.name for technique in found]
     if len(set(names)) < len(names):
         raise InputError(f"{field}: {', '.join(names)}: one is named twice")
-    order = list(TECHNIQUES[field])
+    order = [*TECHNIQUES[field], *RETIRED]
     return tuple(sorted(found, key=lambda technique: order.index(technique.name)))
 
 
@@ -265,7 +267,7 @@ def read_setting(values: Any, format_number: int, batch_size: int = 8) -> Settin
     Raises InputError for anything missing, unknown or impossible.
     """
     if format_number > 1:
-        return Setting.from_dict(_renamed(values), complete=True)
+        return Setting.from_dict(values, complete=True)
     old = _Format1.from_dict(values, complete=True)
     percentile = () if old.percentile is None else (old.percentile,)
     own = {name: getattr(old, name) for name in SITE_GROUPS}
@@ -279,12 +281,6 @@ def read_setting(values: Any, format_number: int, batch_size: int = 8) -> Settin
         weights=Calibration.parse(old.weights),
         rules=tuple(Rule(name, Calibration.parse(text)) for name, text in own.items() if text is not None),
     )
-
-
-def _renamed(values: Any) -> Any:
-    """With the names that corrections have today: `centre` was the first part of `fit`."""
-    old = values.get("corrections") if isinstance(values, dict) else None
-    return {**values, "corrections": ["fit" if name == "centre" else name for name in old]} if old else values
 
 
 @dataclass(frozen=True)
