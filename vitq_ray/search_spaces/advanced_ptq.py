@@ -1,16 +1,17 @@
-"""Scales by gradients, exact transforms and corrections, beside plain calibrators: 12 settings of one mode.
+"""Scales by gradients, all exact transforms, and corrections: 6 settings of one mode.
 
 python scripts/tune_calib.py --search-space search_spaces/advanced_ptq.py --quant-mode ft2
 python scripts/tune_calib.py --search-space search_spaces/advanced_ptq.py --quant-mode ft2 --wprec 4 --aprec 4
 
 Mode and bits are those of the command line. `docs/accuracy.md` says what each part does, costs and brought: `fit,
-round` serves at 8 bits on a real model, `round, bias` at 4 bits on the bundled sample.
+round` serves at 8 bits on a real model, `round, bias` at 4 bits on the bundled sample. Of a real ViT-S/14, two CPU
+cores: 6 min 52 s, `ft2 fisher` with `fit, round`, KL to float 0.0085 and 0.6 points less than float on 170 report photos.
 """
 
 SPACE = {
     "calibrator": ("fisher", "mse"),
     "weights": ("fisher",),
     "num_batches": (16,),
-    "transforms": ((), ("rotate", "shift", "heads", "balance")),
+    "transforms": (("rotate", "shift", "heads", "balance"),),
     "corrections": ((), ("fit", "round"), ("round", "bias")),
 }
