@@ -152,8 +152,8 @@ class Technique:
             return value
         known = TECHNIQUES[field]
         name, _, strength = value.partition(" ") if isinstance(value, str) else ("", "", "")
-        if field == "corrections" and value in RETIRED:
-            return Technique(value)
+        if field == "corrections" and name in RETIRED:
+            return Technique(name)
         if name not in known:
             raise InputError(f"{field}: {value!r} is not one of {', '.join(known)}")
         if strength and not known[name]:
