@@ -5,10 +5,11 @@
     python benchmarks/ablation.py --quant-mode ft2 --wprec 4 --aprec 4 --select-images 10000      # the bundled sample
 
 Every row is one setting with the calibrator `fisher` for activations and weights, unless it says otherwise, calibrated
-on the first images of train and evaluated on val (`--select-images` of it). `± ` is the standard error of the
-difference to the row of all transforms, image by image. "lost, won": images that float gets right and the setting does
-not, and the other way round. "look" is what was seen of the float model, shared by rows with the same transforms;
-"plan" is scales and corrections.
+on some images of train (`--seed` draws them) and evaluated on val (`--select-images` of it). `--other-images` adds
+images of train that were not calibrated on; their KL has a column of its own. `±` is the standard error of the
+difference to the row of all transforms, image by image; of that row, the standard error of its mean. Agreement, top-1
+and "lost, won" are of all images: those that float gets right and the setting does not, and the other way round.
+"look" is what was seen of the float model, shared by rows with the same transforms; "plan" is scales and corrections.
 """
 
 from __future__ import annotations
@@ -44,11 +45,18 @@ SAMPLE = ROOT / "vitq_ray" / "sample"
 
 @dataclass(frozen=True)
 class Images:
-    """Calibration images as the model takes them, and val: images uint8, labels."""
+    """Calibration images as the model takes them; images of val, then others of train: uint8, labels, count of val."""
 
     calibration: Tensor
     pixels: Tensor
     labels: Tensor
+    of_val: int
+
+    @property
+    def parts(self) -> list[slice]:
+        """Val, and the others where there are any."""
+        parts = [slice(0, self.of_val), slice(self.of_val, len(self.labels))]
+        return parts[: 1 if self.of_val == len(self.labels) else 2]
 
 
 class Bench:
@@ -72,13 +80,13 @@ class Bench:
         count = args.calibration_images or images_to_look_at(self.model)
         drawn = np.random.default_rng(args.seed).permutation(len(train))
         calibration = [batch.images for batch in iter_batches(train, drawn[:count].tolist(), self.transform, 8, 2)]
-        ids = np.random.default_rng(args.seed).permutation(len(val))[: args.select_images].tolist()
-        batches = list(iter_batches(val, ids, self.transform, 64, 2))
+        ids_val = np.random.default_rng(args.seed).permutation(len(val))[: args.select_images].tolist()
+        batches = list(iter_batches(val, ids_val, self.transform, 64, 2))
         if args.other_images:
             ids = drawn[count:][: args.other_images].tolist()
             batches += list(iter_batches(train, ids, self.transform, 64, 2))
         pixels, labels = (torch.cat([getattr(b, name) for b in batches]) for name in ("images", "labels"))
-        return Images(self.transform.normalize(torch.cat(calibration)), pixels, labels)
+        return Images(self.transform.normalize(torch.cat(calibration)), pixels, labels, len(ids_val))
 
     def _logits(self, run) -> Tensor:
         with torch.inference_mode():
@@ -121,15 +129,20 @@ class Bench:
         kl, logits = self.kl(plan)
         right, right_float = (x.argmax(1) == self.images.labels for x in (logits, self.float_logits))
         lost, won = int((right_float & ~right).sum()), int((right & ~right_float).sum())
-        difference = 0.0 if base is None else float((kl - base).std() / len(kl) ** 0.5)
+        difference = kl if base is None else kl - base
+        cells = [_mean(kl[part], difference[part]) for part in self.images.parts]
         agreement = float(agrees(logits, self.float_logits).double().mean())
         top1 = float(right.double().mean())
         print(
-            f"{name:<34} {forecast:9.4f} {kl.mean():9.4f} ±{difference:.4f} {agreement:8.2%} {top1:8.2%} {lost:4} "
+            f"{name:<34} {forecast:9.4f}  {'  '.join(cells)} {agreement:8.2%} {top1:8.2%} {lost:4} "
             f"{won:4} {look:6.0f} {seconds:6.0f}",
             flush=True,
         )
         return kl
+
+
+def _mean(kl: Tensor, difference: Tensor) -> str:
+    return f"{kl.mean():7.4f} ±{difference.std() / len(kl) ** 0.5:.4f}"
 
 
 def rows(setting: Setting, all_transforms: tuple[str, ...]) -> list[tuple[str, Setting]]:
@@ -181,9 +194,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     setting = Setting(args.quant_mode, "fisher", batches, 8, args.wprec, args.aprec, weights="fisher")
     right = float((bench.float_logits.argmax(1) == bench.images.labels).double().mean())
     print(f"{len(bench.images.labels)} images, float top-1 {right:.2%}; {len(bench.images.calibration)} calibrated on")
-    print(
-        f"{'setting':<34} {'predicted':>9} {'KL, nats':>9} {'±':>7} {'agrees':>8} {'top-1':>8} lost  won   look   plan"
-    )
+    sets = "  ".join(f"{name:>15}" for name, _ in zip(("KL of val", "KL of others"), bench.images.parts, strict=False))
+    print(f"{'setting':<34} {'predicted':>9}  {sets} {'agrees':>8} {'top-1':>8} lost  won   look   plan")
     base = bench.row("all transforms", replace(setting, transforms=names))
     for name, each in rows(setting, names):
         if args.only in name:
