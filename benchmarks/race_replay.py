@@ -5,7 +5,8 @@
 
 The settings are those of a search space on the bundled sample, or on the model and images that are given, calibrated
 once, and are raced on the selection images of several split seeds. Printed for every objective: images evaluated as a
-share of a full evaluation, settings that end tied with the winner, and the winner's regret in top-1: by how much the
+share of a full evaluation, settings that end tied with the winner, the winner's place among all settings where all
+images of all are evaluated (by the same objective; 1: the race lost nothing), and its regret in top-1: by how much the
 best of all settings, on the same images, is better. The winner's top-1 on the report images is what a user gets.
 """
 
@@ -98,22 +99,24 @@ def raced(rows: Sequence[tuple[Setting, Results]], order: np.ndarray, batch: int
 
 
 def compare(job: TuneJob, labels: np.ndarray, rows: Sequence[tuple[Setting, Results]], seeds: int) -> None:
-    header = f"{'seed':>4}  {'objective':9}  {'images':>6}  {'ties':>4}  {'regret, selection':>17}  {'report':>7}"
-    print(f"{header}  {'KL on report':>12}  winner")
+    header = f"{'seed':>4}  {'objective':9}  {'images':>6}  {'ties':>4}  {'place':>5}  {'regret, selection':>17}"
+    print(f"{header}  {'report':>7}  {'KL on report':>12}  winner")
     for seed in range(seeds):
         _, half, report = split_val(labels, job.val.fingerprint, seed)
         order = race_order(labels, half, len(half), seed)
         top1 = np.array([results["correct"][order].mean() for _, results in rows])
-        for objective in (FIDELITY, TOP1):
+        kl = np.array([results["kl"][order].mean(dtype=float) for _, results in rows])
+        for objective, scores in ((FIDELITY, -kl), (TOP1, top1)):
             race = raced(rows, order, job.batch_size, objective)
             winner = int(race.leader() or 0)
             setting, results = rows[winner]
             share = race.images_evaluated / (len(rows) * len(order))
             ties = list(standings(race).values()).count("tied")
+            place = 1 + int((scores > scores[winner]).sum())
             print(
-                f"{seed:>4}  {objective:9}  {share:>6.1%}  {ties:>4}  {100 * (top1.max() - top1[winner]):>10.2f} points"
-                f"  {results['correct'][report].mean():>7.2%}  {results['kl'][report].mean(dtype=float):>12.5f}"
-                f"  {setting.label}"
+                f"{seed:>4}  {objective:9}  {share:>6.1%}  {ties:>4}  {place:>5}"
+                f"  {100 * (top1.max() - top1[winner]):>10.2f} points  {results['correct'][report].mean():>7.2%}"
+                f"  {results['kl'][report].mean(dtype=float):>12.5f}  {setting.label}"
             )
 
 
