@@ -10,6 +10,8 @@ images of train that were not calibrated on; their KL has a column of its own. `
 difference to the row of all transforms, image by image; of that row, the standard error of its mean. Agreement, top-1
 and "lost, won" are of all images: those that float gets right and the setting does not, and the other way round.
 "look" is what was seen of the float model, shared by rows with the same transforms; "plan" is scales and corrections.
+"predicted" is without corrections. Rows "loss by" add up gradient times error over other things than a token's channels
+before squaring (`calibration/sensitivity.py`).
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitq_ray.calibration.planner import Look, Planner, look_at, needs_of
-from vitq_ray.calibration.sensitivity import images_to_look_at
+from vitq_ray.calibration.planner import Look, Needs, Planner, look_at, needs_of, with_changed
+from vitq_ray.calibration.sensitivity import FORMS, TOKEN, collect_sensitivity, images_to_look_at
 from vitq_ray.calibration.setting import Setting
 from vitq_ray.calibration.statistics import CalibrationStatistics, collect_statistics
 from vitq_ray.calibration.transforms import ALL_TRANSFORMS
@@ -96,8 +98,7 @@ class Bench:
         """Seconds that looking took, also where it was done before."""
         if setting.transforms not in self.looks:
             began = time.perf_counter()
-            bases = [replace(setting, calibrator=c, corrections=()) for c in ("fisher", "mse")]
-            needs = needs_of(bases, self.loaded.geometry.depth)[setting.transforms]
+            needs = self._needs(setting)
             batches = list(enumerate(self.images.calibration.split(8)))
 
             def collect(model: torch.nn.Module, kinds: tuple[str, ...]) -> CalibrationStatistics:
@@ -108,11 +109,23 @@ class Bench:
             self.seconds[setting.transforms] = time.perf_counter() - began
         return self.seconds[setting.transforms]
 
-    def plan(self, setting: Setting) -> tuple[Plan, float, float]:
+    def _needs(self, setting: Setting) -> Needs:
+        bases = [replace(setting, calibrator=c, corrections=()) for c in ("fisher", "mse")]
+        return needs_of(bases, self.loaded.geometry.depth)[setting.transforms]
+
+    def _in_form(self, setting: Setting, form: str) -> dict[tuple, Look]:
+        """What was seen, with loss curves of another form."""
+        look, grids = self.looks[setting.transforms], self._needs(setting).grids
+        twin = with_changed(self.model, look.weights)
+        sensitivity = collect_sensitivity(twin, self.images.calibration, grids, self.seed, form=form)
+        return {setting.transforms: replace(look, sensitivity=sensitivity)}
+
+    def plan(self, setting: Setting, form: str) -> tuple[Plan, float, float]:
         """Its plan, what it forecasts, and the seconds that took."""
         self.look(setting)
         began = time.perf_counter()
-        planner = Planner(self.model, self.looks, lambda: self.images.calibration, self.seed)
+        looks = self.looks if form == TOKEN else self._in_form(setting, form)
+        planner = Planner(self.model, looks, lambda: self.images.calibration, self.seed)
         plan = planner.plan(setting)
         seconds = time.perf_counter() - began
         return plan, planner.forecast(setting, plan), seconds
@@ -123,9 +136,9 @@ class Bench:
             logits = self._logits(run)
         return kl_to_float(logits, self.float_logits), logits
 
-    def row(self, name: str, setting: Setting, base: Tensor | None = None) -> Tensor:
+    def row(self, name: str, setting: Setting, base: Tensor | None = None, form: str = TOKEN) -> Tensor:
         look = self.look(setting)
-        plan, forecast, seconds = self.plan(setting)
+        plan, forecast, seconds = self.plan(setting, form)
         kl, logits = self.kl(plan)
         right, right_float = (x.argmax(1) == self.images.labels for x in (logits, self.float_logits))
         lost, won = int((right_float & ~right).sum()), int((right & ~right_float).sum())
@@ -148,13 +161,23 @@ def _mean(kl: Tensor, difference: Tensor) -> str:
 def rows(setting: Setting, all_transforms: tuple[str, ...]) -> list[tuple[str, Setting]]:
     """(name, setting) of every row but that of all transforms."""
     whole = replace(setting, transforms=all_transforms)
-    found = [(f"no transform, {c}", replace(setting, calibrator=c, weights=w)) for c, w in
+    found = [(f"no transform, {c}, weights {w}", replace(setting, calibrator=c, weights=w)) for c, w in
              (("max", "max"), ("mse", "max"), ("fisher", "max"), ("fisher", "fisher"))]  # fmt: skip
-    found += [(f"{name} alone", replace(setting, transforms=(name,))) for name in all_transforms]
+    alone = (*all_transforms, "fold", "migrate 0.1", "migrate 0.25", "migrate -0.1", "migrate -0.25")
+    without = {name: tuple(t for t in all_transforms if t != name) for name in all_transforms}
+    best = ("fit", "round")
+    found += [(f"{name} alone", replace(setting, transforms=(name,))) for name in alone]
+    found += [(f"all but {name}", replace(setting, transforms=others)) for name, others in without.items()]
     found += [
-        (f"all but {name}", replace(setting, transforms=tuple(t for t in all_transforms if t != name)))
-        for name in all_transforms
+        (f"all but {name} + fit, round", replace(setting, transforms=others, corrections=best))
+        for name, others in without.items()
     ]
+    found += [
+        (f"all, {strength}", replace(setting, transforms=(*all_transforms, strength)))
+        for strength in ("migrate 0.1", "migrate -0.1")
+    ]
+    found.append(("no transform + fit, round", replace(setting, corrections=best)))
+    found.append(("all, weights mse + fit, round", replace(whole, weights="mse", corrections=best)))
     found += [(f"all, {c}, weights {w}", replace(whole, calibrator=c, weights=w)) for c, w in
               (("max", "max"), ("mse", "mse"), ("fisher", "max"))]  # fmt: skip
     for names in (
@@ -162,6 +185,7 @@ def rows(setting: Setting, all_transforms: tuple[str, ...]) -> list[tuple[str, S
         ("round",),
         ("bias",),
         ("fit", "round"),
+        ("fit", "bias"),
         ("round", "bias"),
         ("fit", "round", "bias"),
     ):
@@ -200,6 +224,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, each in rows(setting, names):
         if args.only in name:
             bench.row(name, each, base)
+    for form in FORMS:
+        if form != TOKEN and args.only in (name := f"all, loss by {form}"):
+            bench.row(name, replace(setting, transforms=names), base, form)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Best uniform setting, best setting of a larger space, refined, trained: each on the same report images.
+"""Best uniform setting, one refined, best with transforms and corrections, that one trained: on the same report images.
 
     python benchmarks/accuracy_table.py --output runs/table                             # 8, 6, 4 bits; ft1, ft2
-    python benchmarks/accuracy_table.py --bits 4 --modes ft2 --space advanced_ptq --output runs/table
+    python benchmarks/accuracy_table.py --bits 4 --modes ft2 --epochs 16 --output runs/table
 
-Every cell of mode and bits runs what a user would: `tune_calib.py --search-space calib` for the uniform settings,
-`tune_calib.py --search-space SPACE --refine` for the rest, both with `--target MODE`, then `qat.py` from that winner.
-The folders are kept: a command goes on where it was stopped. Each model is then run on the report images, which no
-decision has seen. Differences of top-1 are paired, image by image, with 95 % intervals (`measure/paired.py`); KL is to
-the float model, in nats. Without labels, and without QAT, it would say nothing: it is for the bundled sample.
+Every cell of mode and bits runs what a user would, with `--target MODE`: `tune_calib.py --search-space calib`;
+`--search-space quick --refine`; the default space; then `qat.py` from the winner of the last.
+The folders are kept, named after what made them: a command goes on where it was stopped. Each model is then run on the
+report images, which no decision has seen. Differences of top-1 are paired, image by image, with 95 % intervals
+(`measure/paired.py`); KL is to the float model, in nats, also as a multiple of the uniform setting's. On the bundled
+sample alone.
 """
 
 from __future__ import annotations
@@ -28,8 +29,15 @@ from vitq_ray.measure.evaluation import Evaluation, evaluate
 from vitq_ray.measure.fidelity import float_part
 from vitq_ray.measure.paired import accuracy_difference, mean_ratio
 from vitq_ray.models.checkpoint import load_calibrated
+from vitq_ray.quant.vit import apply_plan
 
-# The best of the recipes that `search_spaces/qat.py` tries, and how long.
+SEARCHES: dict[str, dict[str, object]] = {
+    "uniform": {"search_space": "calib"},
+    "refined": {"search_space": "quick", "refine": True},
+    "default": {},
+}
+SAMPLE = Path(vitq_ray.__file__).parent / "sample"
+# What `search_spaces/qat.py` has for every run; learning rate and epochs are options here.
 RECIPE = {"optimizer": "adamw", "schedule": "cosine", "augment": "none", "dropout": 0.0, "batch_size": 64}
 
 
@@ -43,7 +51,9 @@ def report_images(job: TuneJob) -> list[Batch]:
 
 
 def evaluated(checkpoint: Path, job: TuneJob, batches: Sequence[Batch]) -> Evaluation:
-    model = load_calibrated(str(checkpoint)).model
+    calibrated = load_calibrated(str(checkpoint))
+    model = calibrated.loaded.model
+    apply_plan(model, calibrated.plan)
     with executed(model, default_engine(torch.device("cpu"))) as run:
         return evaluate(run, batches, job.to_input)
 
@@ -51,14 +61,16 @@ def evaluated(checkpoint: Path, job: TuneJob, batches: Sequence[Batch]) -> Evalu
 def searched(folder: Path, **options: object) -> tuple[Path, str]:
     """Checkpoint and name of the winner of a search, which is done where its folder does not have it."""
     known = {"resume": str(folder)} if (folder / "run.json").exists() else {"output": str(folder), **options}
-    found = vitq_ray.tune(**known)
+    found = vitq_ray.tune(**known, dashboard=False)
     return found.checkpoint, found.winner.label
 
 
 def trained(folder: Path, checkpoint: Path, args: argparse.Namespace) -> tuple[Path, str]:
-    options = {"pretrained_dir": str(checkpoint), "num_epochs": args.epochs, "qat_lr": args.lr, "distill": True}
-    fresh = {**options, **RECIPE, "seed": args.seed, "split_seed": args.seed, "output": str(folder)}
-    found = vitq_ray.train(**({"resume": str(folder)} if (folder / "run.json").exists() else fresh))
+    options = {"pretrained_dir": str(checkpoint), "data_path": str(SAMPLE), "num_epochs": args.epochs}
+    taught = {"qat_lr": args.lr, "distill": True, "teacher": str(SAMPLE / "vit.npz")}
+    fresh = {**options, **taught, **RECIPE, "seed": args.seed, "split_seed": args.seed, "output": str(folder)}
+    known = {"resume": str(folder)} if (folder / "run.json").exists() else fresh
+    found = vitq_ray.train(**known, dashboard=False)
     return found.checkpoint, f"epoch {found.best_epoch} of {args.epochs}"
 
 
@@ -67,13 +79,12 @@ def cell(mode: str, bits: int, job: TuneJob, batches: Sequence[Batch], args: arg
     common = {"target": mode, "wprec": bits, "aprec": bits, "seed": args.seed, "split_seed": args.seed}
     folder = args.output / f"{mode}-{bits}-{args.seed}"
     uniform: Evaluation | None = None
-    for name in ("uniform", "refined", "trained"):
-        if name == "uniform":
-            checkpoint, label = searched(folder / name, search_space="calib", **common)
-        elif name == "refined":
-            checkpoint, label = searched(folder / name, search_space=args.space, refine=True, **common)
+    checkpoint = SAMPLE / "vit.npz"
+    for name in ("uniform", "refined", "default", "trained"):
+        if name == "trained":
+            checkpoint, label = trained(folder / f"{name}-{args.epochs}x{args.lr:g}", checkpoint, args)
         else:
-            checkpoint, label = trained(folder / name, checkpoint, args)
+            checkpoint, label = searched(folder / name, **SEARCHES[name], **common)
         found = evaluated(checkpoint, job, batches)
         uniform = uniform or found
         change = accuracy_difference(found.results["correct"], uniform.results["correct"])
@@ -91,7 +102,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 6, 4])
     parser.add_argument("--modes", nargs="+", default=["ft1", "ft2"])
-    parser.add_argument("--space", default="ptq", help="what is refined")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0, help="of the splits, too")
@@ -101,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     batches = report_images(job)
     right = sum(int((b.float_logits.argmax(1) == b.labels).sum()) for b in batches) / len(job.splits.report)
     print(f"{len(job.splits.report)} report images, float {right:.2%}; differences to the best uniform setting")
+    print(f"{'':17} {'top-1':>7} {'points (95 % interval)':>24}  {'KL':>8}  times (95 % interval)")
     for bits in args.bits:
         for mode in args.modes:
             cell(mode, bits, job, batches, args)

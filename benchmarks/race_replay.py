@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from vitq_ray.base.files import atomic_file
+from vitq_ray.calibration.planner import needs_sensitivity
 from vitq_ray.calibration.scales import Scales, noise_per_site
 from vitq_ray.calibration.setting import Setting
 from vitq_ray.commands.options import TuneOptions
@@ -135,6 +136,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         given = {"search_space": args.search_space, "wprec": bits, "aprec": bits}
         given |= {name: value for name in ("pretrained_dir", "data_path") if (value := getattr(args, name))}
         job = prepare(TuneOptions.of(given), SILENT)
+        if any(needs_sensitivity(setting) or setting.transforms for setting in job.settings_to_come):
+            parser.error(
+                f"{args.search_space}: expected a space of plain calibrators, without transforms and corrections"
+            )
         count = min(args.images or len(job.val), len(job.val))
         ids = np.sort(class_balanced_order(job.val.labels, np.arange(len(job.val)), 0)[:count])
         rows = evaluated(job, ids, args.output / f"{bits}-{count}")

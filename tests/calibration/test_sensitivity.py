@@ -38,10 +38,11 @@ def signs_of(images: Tensor, classes: int, seed: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng(seed).choice((-1.0, 1.0), (len(images), classes))).float()
 
 
-def test_a_curve_is_the_square_of_error_times_gradient() -> None:
+@pytest.mark.parametrize(("form", "added_up"), [("token", (2,)), ("image", (1, 2)), ("channel", ())])
+def test_a_curve_is_the_square_of_error_times_gradient(form: str, added_up: tuple[int, ...]) -> None:
     """The GELU's output, whose gradient a hand-written end of the model gives."""
     model, images = quantize_vit(tiny_vit()).eval(), images_of(6)
-    seen = collect_sensitivity(model, images, {f"{FC2}._input_quantizer": (GRID,)}, seed=5)
+    seen = collect_sensitivity(model, images, {f"{FC2}._input_quantizer": (GRID,)}, seed=5, form=form)
     x = observed(model, images)[f"{FC2}._input_quantizer"].clone().requires_grad_()
     block = quant_blocks(model)[1]
     stream = observed(model, images)["transformer.encoder.layer.1.layernorm_input2_quantizer"]
@@ -51,7 +52,8 @@ def test_a_curve_is_the_square_of_error_times_gradient() -> None:
     curve = seen.curve(f"{FC2}._input_quantizer", None, LEVELS)
     for amax, loss in zip(curve.amax, curve.loss, strict=True):
         error = fake_quantize(x.detach(), torch.tensor(amax, dtype=torch.float32), levels=LEVELS) - x.detach()
-        wanted = (error * gradient).sum(dim=-1).square().sum() / (2 * len(images))
+        effect = error * gradient
+        wanted = (effect.sum(dim=added_up) if added_up else effect).square().sum() / (2 * len(images))
         assert loss == pytest.approx(float(wanted), rel=1e-3)
     assert curve.amax[1] == pytest.approx(float(x.detach().abs().max()))  # of all images, not of the first part
 
@@ -147,9 +149,9 @@ def test_parts_of_the_images_merge_to_what_all_of_them_give() -> None:
             parts = [part for (part,) in items]
             yield from [ranges_of(model, torch.cat(parts))] * len(parts)
             return
-        parts, signs, points = zip(*items, strict=True)
+        parts, signs, points, forms = zip(*items, strict=True)
         seen.extend(map(len, parts))
-        merged = look_at_part(model, torch.cat(parts), torch.cat(signs), points[0])
+        merged = look_at_part(model, torch.cat(parts), torch.cat(signs), points[0], forms[0])
         yield from [merged, *[Seen(tokens={key: [] for key in merged.tokens})] * (len(parts) - 1)]
 
     parted, once = (collect_sensitivity(model, images, grids, 1, iter, s) for s in (here, whole))

@@ -398,18 +398,22 @@ def test_an_unknown_space_lists_the_bundled_ones() -> None:
 def test_what_the_model_does_not_allow_is_left_out_of_the_default_space(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A model without biases of q, k and v cannot be rotated; who names the space is told so."""
+    """A model without biases of q, k and v cannot be rotated, one without that of fc2 has nothing to fit; the rest is
+    tried, and who names the space is told so."""
 
     def load_without_biases(*args: object, **more: object) -> LoadedModel:
         loaded = load_model(*args, **more)  # type: ignore[arg-type]
         for block in loaded.model.blocks:
             block.attn.qkv.bias = None
+            block.mlp.fc2.bias = None
         return loaded
 
     monkeypatch.setattr(tune_job, "load_model", load_without_biases)
     job = prepare(parse(TuneOptions, [], "x"), SILENT)
-    assert job.space.choices["transforms"] == ((),)
-    assert "not tried: rotate; rotate, shift, heads, balance (transform rotate: " in caplog.text
+    assert job.space.choices["transforms"] == (("heads", "balance"),)
+    assert job.space.choices["corrections"] == (("round",), ())
+    assert "not tried: transform rotate: " in caplog.text
+    assert "; correction fit: mlp.fc2 has no bias" in caplog.text
     with pytest.raises(InputError, match="transform rotate: "):
         prepare(parse(TuneOptions, ["--search-space", "ptq"], "x"), SILENT)
 

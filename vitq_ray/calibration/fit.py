@@ -51,16 +51,17 @@ class Fit:
     changes: dict[str, Tensor]
 
 
-def fitted(model: nn.Module, plan: Plan, images: Tensor, move_v: bool) -> Fit:
+def fitted(model: nn.Module, plan: Plan, images: Tensor, move_v: bool, seed: int = 0) -> Fit:
     """The fit of a plan.
 
     Args:
         model: the float model with the plan's weights; it stays as it is.
         images: as it takes them, (B, 3, S, S).
         move_v: centres are allowed; scales of v, and of what is behind it, are to be chosen again.
+        seed: of the gradients' random signs.
     """
     seen = _Seen(model, plan)
-    gradient_pass(model, images, seen.take)
+    gradient_pass(model, images, seen.take, seed)
     moved: dict[str, Tensor] = {}
     changes: dict[str, Tensor] = {}
     for index, block in enumerate(quant_blocks(model)):

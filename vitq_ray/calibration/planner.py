@@ -206,7 +206,7 @@ class Planner:
         depth = len(quant_blocks(model))
         keys = [site_key(index, name) for index in range(depth) for name in names]
         move_v = all_by_curves(setting, plan, keys, depth)
-        fit = fitted(model, plan, images, move_v)
+        fit = fitted(model, plan, images, move_v, self._seed)
         sites, moments = dict(plan.sites), None
         if fit.moved:
             twin = with_changed(self._model, {**look.weights, **fit.moved})

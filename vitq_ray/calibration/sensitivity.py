@@ -6,6 +6,7 @@
 g is the gradient of Σ_c ε_c √p_c · log p_c for random signs ε, with √p_c held fixed: the mean of g·gᵀ over ε is the
 Fisher information of the model's own predictions, so no labels are needed, and ½·δᵀ·E[g·gᵀ]·δ is the KL to second
 order. Errors are added up over the channels of a token before they are squared, and tokens are taken as independent.
+(Over nothing, each value on its own, or over a whole image: `FORMS`, to compare; `benchmarks/ablation.py` does.)
 
 A weight's error δ (out, in) changes output channel o of a token x by δ_o·x. Its loss is Σ_o G_o · δ_o·M·δ_oᵀ with
 G_o = the share of channel o in Σ g² over the layer's outputs, and M = Σ over tokens of (Σ_o g²) · x·xᵀ.
@@ -48,6 +49,8 @@ Spread = Callable[[Callable[..., Any], nn.Module, Iterable[tuple[Any, ...]]], It
 _FEWEST_IMAGES, _MOST_IMAGES, _TOKENS = 24, 256, 6144  # that gradients are taken of
 _AT_ONCE = 4  # images in one forward pass
 PARTS = 4  # of the images, at most: what was seen in one may be as large as the weights several times over
+TOKEN = "token"
+FORMS = ("channel", TOKEN, "image")  # over what g·δ is added up before it is squared
 _FEW = 1 << 16  # elements of a tensor that one thread takes
 _ALPHAS = 2.0 ** (-np.arange(-1, 18) / 4)  # amax over the largest magnitude: 1.19, 1, 0.84, … 0.05
 _WEIGHT_ALPHAS = 2.0 ** (-np.arange(0, 15) / 8)  # 1, 0.92, … 0.30
@@ -200,6 +203,7 @@ def collect_sensitivity(
     seed: int = 0,
     track: Track = iter,
     spread: Spread = here,
+    form: str = TOKEN,
 ) -> Sensitivity:
     """Two forward passes and one backward pass of the float model for every image: the first finds the ranges.
 
@@ -210,6 +214,7 @@ def collect_sensitivity(
         seed: of the random signs.
         track: goes through the parts of the images, at most four, with progress shown.
         spread: where the parts are looked at.
+        form: one of `FORMS`.
 
     Deterministic: signs depend on the seed and the place of the image, and parts on the number of images alone.
     """
@@ -225,7 +230,8 @@ def collect_sensitivity(
         if key not in weights
     }
     seen = Seen()
-    looked_at = spread(look_at_part, model, zip(parts, signs.split(size), itertools.repeat(points)))
+    args = zip(parts, signs.split(size), itertools.repeat(points), itertools.repeat(form))
+    looked_at = spread(look_at_part, model, args)
     for _, part in zip(track(range(len(parts))), looked_at, strict=True):
         seen = seen.merge(part)
     moments, curves = seen.moments(len(images), device), seen.curves(len(images), points)
@@ -236,9 +242,15 @@ def collect_sensitivity(
     return Sensitivity(len(images), curves, moments)
 
 
-def look_at_part(model: nn.Module, images: Tensor, signs: Tensor, points: Mapping[str, Mapping[Grid, _Points]]) -> Seen:
+def look_at_part(
+    model: nn.Module,
+    images: Tensor,
+    signs: Tensor,
+    points: Mapping[str, Mapping[Grid, _Points]],
+    form: str = TOKEN,
+) -> Seen:
     """What one part of the images (B, 3, S, S), with its signs (B, classes), adds; on the CPU."""
-    seen = Seen()
+    seen = Seen(form=form)
     _gradients(model, images.to(next(model.parameters()).device), signs, partial(seen.take, points))
     return seen.on_cpu()
 
@@ -251,9 +263,13 @@ def gradient_pass(
     model: nn.Module,
     images: Tensor,
     take: Take,
+    seed: int = 0,
 ) -> None:
-    """Show every activation tensor of the float model with its gradient, a few images at a time, in order."""
-    signs = torch.from_numpy(_signs(len(images), _classes(model, images), 0))
+    """Show every activation tensor of the float model with its gradient, a few images at a time, in order.
+
+    `seed` is of the random signs, as in `collect_sensitivity`.
+    """
+    signs = torch.from_numpy(_signs(len(images), _classes(model, images), seed))
     _gradients(model, images, signs, take)
 
 
@@ -357,12 +373,14 @@ class Seen:
         channels: {GEMM: Σ g² of each output channel (out,)}.
         inputs: {GEMM's input tensor: Σ over tokens of (Σ_o g²) · x·xᵀ (in, in)}.
         tokens: {GEMM: Σ_o g² of the images (n, N), in parts}.
+        form: of the losses.
     """
 
     losses: dict[tuple[str, Grid], Floats] = field(default_factory=dict)
     channels: dict[str, Tensor] = field(default_factory=dict)
     inputs: dict[str, Tensor] = field(default_factory=dict)
     tokens: dict[str, list[Tensor]] = field(default_factory=dict)
+    form: str = TOKEN
 
     def merge(self, later: Seen) -> Seen:
         """With the images that come behind these."""
@@ -371,18 +389,20 @@ class Seen:
             _sum(self.channels, later.channels),
             _sum(self.inputs, later.inputs),
             {**self.tokens, **{key: [*self.tokens.get(key, ()), *parts] for key, parts in later.tokens.items()}},
+            later.form,
         )
 
     def on_cpu(self) -> Seen:
         channels, inputs = ({key: x.cpu() for key, x in sums.items()} for sums in (self.channels, self.inputs))
-        return Seen(self.losses, channels, inputs, {key: [x.cpu() for x in xs] for key, xs in self.tokens.items()})
+        tokens = {key: [x.cpu() for x in xs] for key, xs in self.tokens.items()}
+        return Seen(self.losses, channels, inputs, tokens, self.form)
 
     def take(self, points: Mapping[str, Mapping[Grid, _Points]], key: str, x: Tensor, g: Tensor) -> None:
         """One tensor of a few images and its gradient, in the order of a backward pass."""
         self._take_moments(key, x, g)
         if key not in points:
             return
-        values, gradients = (t.flatten(0, -2).float().cpu().contiguous().numpy() for t in (x, g))
+        values, gradients = (_grouped(t.float().cpu(), self.form) for t in (x, g))
         for grid, at in points[key].items():
             _add(self.losses, (key, grid), _losses(values, gradients, at))
 
@@ -426,8 +446,19 @@ def _sum(one: Mapping[Key, Value], other: Mapping[Key, Value]) -> dict[Key, Valu
     return {**one, **{key: one[key] + value if key in one else value for key, value in other.items()}}
 
 
+def _grouped(values: Tensor, form: str) -> npt.NDArray[np.float32]:
+    """(B, …, C) -> (groups, rows, columns): what is added up before it is squared is one group."""
+    if form == "channel":
+        values = values.reshape(-1, 1, 1)
+    elif form == TOKEN:
+        values = values.reshape(-1, 1, values.shape[-1])
+    else:
+        values = values.reshape(len(values), -1, values.shape[-1])
+    return np.asarray(values.contiguous().numpy())
+
+
 def _losses(x: npt.NDArray[np.float32], g: npt.NDArray[np.float32], points: _Points) -> Floats:
-    """Σ over tokens of (Σ over channels of g·δ)² at every point, (S,); x and g are (tokens, channels)."""
+    """Σ over groups of (Σ over a group of g·δ)² at every point, (S,); x and g are (groups, rows, columns)."""
     if points.amax[0] == 0:
         return np.zeros(len(points.amax))
     steps, lows, highs = (values.astype(np.float32) for values in (points.steps, points.lows, points.highs))
@@ -452,14 +483,17 @@ def _loss_kernel(
     highs: npt.NDArray[np.float32],
 ) -> Floats:
     sums = np.zeros(len(steps), np.float64)
-    for token in range(x.shape[0]):
-        row, gradient = x[token], g[token]
+    for group in range(x.shape[0]):
         for k in range(len(steps)):
             step, low, high = steps[k], lows[k], highs[k]
             inverse = np.float32(1) / step
-            total = np.float32(0)
-            for c in range(row.shape[0]):
-                level = min(max(np.rint(row[c] * inverse), low), high)
-                total += gradient[c] * (level * step - row[c])
-            sums[k] += np.float64(total) * np.float64(total)
+            whole = np.float64(0)
+            for r in range(x.shape[1]):
+                row, gradient = x[group, r], g[group, r]
+                total = np.float32(0)
+                for c in range(row.shape[0]):
+                    level = min(max(np.rint(row[c] * inverse), low), high)
+                    total += gradient[c] * (level * step - row[c])
+                whole += np.float64(total)
+            sums[k] += whole * whole
     return sums

@@ -51,7 +51,7 @@ from vitq_ray.models.load import LoadedModel
 from vitq_ray.quant.plan import Plan
 from vitq_ray.quant.vit import float_copy, quant_blocks
 from vitq_ray.quant.work import integer_share, products_of
-from vitq_ray.run.folder import RunFolder
+from vitq_ray.run.folder import RUN, WITHOUT_CORRECTIONS, RunFolder
 from vitq_ray.run.results import SENSITIVITY, Stopwatch, left_out_rows, result_of, versions
 from vitq_ray.search.site_effects import KINDS, WHOLE, Effect, effects, parts_of, predicted_of
 
@@ -82,6 +82,7 @@ class SensitivityJob:
     Attributes:
         gradient_images: as the model takes them, (B, 3, S, S).
         ids: images of val that parts are measured on.
+        calibrated_on: how many of them the scales come from, as far as it is known.
     """
 
     loaded: LoadedModel
@@ -92,6 +93,7 @@ class SensitivityJob:
     gradient_images: Tensor
     val: SampleIndex
     ids: list[int]
+    calibrated_on: int
     bad_images: list[tuple[str, str]] = field(default_factory=list)
 
     def to_input(self, images: Tensor) -> Tensor:
@@ -108,13 +110,13 @@ def sensitivity(options: SensitivityOptions, screen: Screen = SILENT) -> Sensiti
     if options.resume is not None:
         options = with_stored(options, stored_run(options.resume, SENSITIVITY)["options"], FREE_OPTIONS)
     combinations.require_used(options, combinations.SENSITIVITY)
-    options, of_run = with_run(options)
+    options, of_run = with_run(options, screen)
     options = with_sample(options, screen)
     require_apart(options)
     with watch.stage("load"):
         start = open_checkpoint(paths_of(options)[0], options.model_type, options.img_size, options.heads)
     with open_folder(options) as folder:
-        job = prepare(options, start, watch, screen)
+        job = prepare(options, start, of_run, watch, screen)
         begin(options, folder, job)
         try:
             found, engine = run(options, folder, job, watch, screen)
@@ -134,13 +136,20 @@ def sensitivity(options: SensitivityOptions, screen: Screen = SILENT) -> Sensiti
 # What is looked at ---------------------------------------------------------------------------------------------------
 
 
-def with_run(options: SensitivityOptions) -> tuple[SensitivityOptions, Path | None]:
-    """The checkpoint and the images of a finished run, where one is named, and its folder."""
+def with_run(options: SensitivityOptions, screen: Screen) -> tuple[SensitivityOptions, Path | None]:
+    """The checkpoint and the images of a finished run, where one is named, and its folder.
+
+    Of weights with corrections no part alone can be told from: then it is the checkpoint without them.
+    """
     if options.run is None:
         return options, None
     if options.resume is not None:  # the checkpoint was found when the run was begun
         return options, Path(options.run)
     checkpoint, data = checkpoint_of_run(options)
+    plain = Path(checkpoint).parent / WITHOUT_CORRECTIONS / Path(checkpoint).name
+    if plain.exists():
+        screen.say(f"{checkpoint} has corrections, which concern all of it: its parts are looked at without them")
+        checkpoint = str(plain)
     return replace(options, pretrained_dir=checkpoint, data_path=data), Path(options.run)
 
 
@@ -152,7 +161,11 @@ def open_folder(options: SensitivityOptions) -> RunFolder:
 
 
 def prepare(
-    options: SensitivityOptions, start: LoadedModel | CalibratedModel, watch: Stopwatch, screen: Screen
+    options: SensitivityOptions,
+    start: LoadedModel | CalibratedModel,
+    of_run: Path | None,
+    watch: Stopwatch,
+    screen: Screen,
 ) -> SensitivityJob:
     """Open the images; calibrate a float checkpoint with the setting of the options."""
     bad_images: list[tuple[str, str]] = []
@@ -160,7 +173,6 @@ def prepare(
     require_batch_fits(options, loaded.geometry, 4, sees_attention=True)
     classes = loaded.geometry.num_classes
     val = open_images(options, "val", classes)
-    ids = np.random.default_rng(options.seed).permutation(len(val))[: options.images].tolist()
     if isinstance(start, CalibratedModel):
         require_as_calibrated(options, start.sidecar)
         model: nn.Module = loaded.model
@@ -176,12 +188,42 @@ def prepare(
         names = ", ".join(map(str, setting.corrections))
         raise InputError(
             f"{options.pretrained_dir}: its weights have corrections ({names}), which no part alone can be told from; "
-            "expected a setting without corrections"
+            "expected a setting without corrections, or with --run the folder of a search"
         )
     transform = eval_transform(loaded, crop)
+    used = val_calibrated_on(
+        options,
+        start,
+        of_run,
+        setting,
+        max(images_to_look_at(model), setting.num_batches * setting.batch_size),
+        len(val),
+    )
+    drawn = np.random.default_rng(options.seed).permutation(len(val)).tolist()
+    ids = sorted(drawn, key=lambda image: image in used)[: options.images]
+    if overlap := len(used.intersection(ids)):
+        screen.warn(f"{overlap} of the {len(ids)} images that parts are measured on were calibrated on")
     images = gradient_images(options, model, transform, classes, bad_images)
     warn_of_left_out(screen, {"val": val})
-    return SensitivityJob(loaded, model, setting, plan, transform, images, val, ids, bad_images)
+    return SensitivityJob(loaded, model, setting, plan, transform, images, val, ids, overlap, bad_images)
+
+
+def val_calibrated_on(
+    options: SensitivityOptions,
+    start: LoadedModel | CalibratedModel,
+    of_run: Path | None,
+    setting: Setting,
+    count: int,
+    size: int,
+) -> set[int]:
+    """Images of val, of `size` images, that scales and gradients come from: some only where there is no train."""
+    if default_calib_split(paths_of(options)[1]) == "train":
+        return set()
+    if of_run is not None and (of_run / RUN).exists():  # a search says which
+        calibration = RunFolder(of_run).read_run().get("splits", {}).get("calibration", {"sample_ids": []})
+        return set(calibration["sample_ids"])
+    seed = start.sidecar.seed if isinstance(start, CalibratedModel) else options.seed
+    return set(calibration_ids(size, min(size, count), "shuffled", seed).tolist())
 
 
 def gradient_images(
@@ -301,6 +343,7 @@ def write(
         left_out=left_out_rows({"val": job.val}),
         seconds=watch.seconds,
         images_as=images_as(job.transform),
+        images_also_calibrated_on=job.calibrated_on,
         engine=engine.to_dict(),
         **{name: content[name] for name in ("integer_share", "images_of_gradients", "parts")},
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ from vitq_ray.measure.metrics import pack_text, unpack_text
 from vitq_ray.measure.racing import Decision, Race, Verdict
 from vitq_ray.models.checkpoint import save_calibrated
 from vitq_ray.quant.vit import apply_plan, quantizers_off
-from vitq_ray.run.folder import TUNE_FOLDER, RunFolder
+from vitq_ray.run.folder import TUNE_FOLDER, WITHOUT_CORRECTIONS, RunFolder
 from vitq_ray.run.image_table import ImageJudge, write_images
 from vitq_ray.run.log import Log
 from vitq_ray.run.outlets import Outlets
@@ -181,7 +181,7 @@ def run(job: TuneJob, folder: RunFolder, outlets: Outlets, screen: Screen) -> di
     folder.write_correct(results)
     with job.watch.stage("report"):
         of_winner, of_float = evaluate_report(job, folder, winner, screen)
-    path = save_best(job, folder, winner, {"winner": of_winner.summary(), "float": of_float.summary()})
+    path = save_best(job, folder, planner, winner, {"winner": of_winner.summary(), "float": of_float.summary()})
     trained = None
     if job.space.qat is not None and misses_target(job, contest, baseline, screen):
         trained = escalate(job, job.space.qat, folder, contest, watchers.journal, outlets, screen)
@@ -308,7 +308,7 @@ def race(
         )
 
         def losses(setting: Setting) -> Mapping[str, float]:
-            return planner.losses(setting, planner.plan(setting))
+            return planner.losses(setting, planner.plan(replace(setting, corrections=())))  # forecasts are without
 
         with job.watch.stage("scales"), torch_threads(available_cpus()):
             contest = Contest(planner, job.proposals(losses), field_of_race, folder, listeners)
@@ -365,8 +365,20 @@ def evaluate_report(
     return results["winner"], results["float"]
 
 
-def save_best(job: TuneJob, folder: RunFolder, winner: Candidate, accuracy: dict[str, Any]) -> Path:
-    """best/: the setting and the calibrated checkpoint of the model as it is now. Returns the checkpoint's path."""
-    write_json(folder.best / "setting.json", winner.setting.to_dict())
-    sidecar = sidecar_of_search(job, winner.setting, winner.plan, accuracy)
-    return save_calibrated(folder.best, checkpoint_name(job.options), job.model, winner.plan, sidecar)
+def save_best(job: TuneJob, folder: RunFolder, planner: Planner, winner: Candidate, accuracy: dict[str, Any]) -> Path:
+    """best/: the winner's setting and calibrated checkpoint, whose path is returned. Where it has corrections, also
+    the checkpoint without them: `sensitivity` looks at that."""
+    name, setting = checkpoint_name(job.options), winner.setting
+    if setting.corrections:
+        plain = replace(setting, corrections=())
+        with torch_threads(available_cpus()):
+            plan = planner.plan(plain)
+        apply_plan(job.model, plan)
+        save_calibrated(
+            folder.best / WITHOUT_CORRECTIONS, name, job.model, plan, sidecar_of_search(job, plain, plan, {})
+        )
+    apply_plan(job.model, winner.plan)
+    write_json(folder.best / "setting.json", setting.to_dict())
+    return save_calibrated(
+        folder.best, name, job.model, winner.plan, sidecar_of_search(job, setting, winner.plan, accuracy)
+    )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
 from vitq_ray.calibration.calibrators import CALIBRATORS
+from vitq_ray.calibration.corrections import require_correctable
 from vitq_ray.calibration.planner import require_techniques
 from vitq_ray.calibration.scales import require_all_possible, require_possible
 from vitq_ray.calibration.setting import Setting, read_setting, require_sites, techniques
@@ -208,7 +209,7 @@ def prepare(options: TuneOptions, screen: Screen, space: SearchSpace | None = No
     needed = max(batch_counts(space, defaults, fixed)) * options.calib_batchsz
     model = quantize_vit(loaded.model).to(device).eval()
     if not {"search_space", "from_run", "resume"} & options.given:
-        space = without_impossible_transforms(space, model, screen)
+        space = without_impossible_techniques(space, model, screen)
     job = TuneJob(
         options=options,
         space=space,
@@ -235,20 +236,23 @@ def prepare(options: TuneOptions, screen: Screen, space: SearchSpace | None = No
     return job
 
 
-def without_impossible_transforms(space: SearchSpace, model: nn.Module, screen: Screen) -> SearchSpace:
+def without_impossible_techniques(space: SearchSpace, model: nn.Module, screen: Screen) -> SearchSpace:
     """The default space without what the model's parts do not allow; who names a space gets an error instead."""
-    possible, left_out = [], {}
-    for names in space.choices.get("transforms", ()):
-        try:
-            for technique in techniques("transforms", names):
-                require_transformable(model, technique.name)
-            possible.append(names)
-        except InputError as error:
-            left_out[", ".join(names)] = error
-    if not left_out:
-        return space
-    screen.warn(f"not tried: {'; '.join(left_out)} ({next(iter(left_out.values()))})")
-    return space.with_values("transforms", tuple(possible))
+    problems: dict[str, str] = {}
+    for kind, require in (("transforms", require_transformable), ("corrections", require_correctable)):
+        if kind not in space.choices:
+            continue
+        rows = [techniques(kind, names) for names in space.choices[kind]]
+        for name in dict.fromkeys(technique.name for row in rows for technique in row):
+            try:
+                require(model, name)
+            except InputError as error:
+                problems[name] = str(error)
+        possible = [tuple(str(technique) for technique in row if technique.name not in problems) for row in rows]
+        space = space.with_values(kind, tuple(dict.fromkeys(possible)))
+    if problems:
+        screen.warn(f"not tried: {'; '.join(problems.values())}")
+    return space
 
 
 def gpus_per_trial(options: TuneOptions) -> float:

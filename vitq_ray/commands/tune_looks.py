@@ -31,17 +31,16 @@ def planner_of(job: TuneJob, folder: RunFolder, on_batch: Callable[[], None], sc
     """Whatever turns the settings of the search into plans; what a resumed run has seen is read from its folder."""
     images = _LazyImages(job)
     looks: dict[Transforms, Look] = {}
-    corrected = any(setting.corrections for setting in job.settings_to_come)
     with torch_threads(available_cpus()):  # nothing else runs
         for index, (transforms, needs) in enumerate(needs_of(job.settings_to_come, job.loaded.geometry.depth).items()):
-            look = _look(job, folder, index, transforms, needs, images, on_batch, screen)
-            looks[transforms] = look if corrected else without_moments(look)
+            looks[transforms] = without_moments(_look(job, folder, index, transforms, needs, images, on_batch, screen))
     record_bad_images(folder.path, list(job.bad_images))  # a resumed search does not read these images again
     return Planner(job.model, looks, images, job.options.seed)
 
 
 def without_moments(look: Look) -> Look:
-    """As large as the weights, and only for corrections."""
+    """As large as the weights. A resumed search has none, so that others compute them in the same way: the sums of
+    workers are rounded otherwise, and corrections round weights up or down by them."""
     sensitivity = look.sensitivity
     return look if sensitivity is None else replace(look, sensitivity=replace(sensitivity, moments=None))
 

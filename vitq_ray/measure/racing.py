@@ -41,11 +41,11 @@ The winner is the first by rank among the finished, unless its top-1 is proven w
 Guarantee for top-1: the chance that the truly best candidate is ever stopped as beaten, or as tied or behind while it
 is better than the first candidate by more than the margin, is at most α.
 
-Guarantee for fidelity: the chance that a candidate is ever stopped for which E[X] <= 0 against every earlier one is at
-most α. That is what "best" means here: on an image at random, its KL is in the mean not the larger one *relative to
-the sum of both*. The candidate with the lowest mean KL need not be it: a mean is moved by few images with a large KL,
-X by many with a slightly larger one. That is why means rank and X only stops. And the float model is the measure of
-all: a setting that classifies better than the float model looks like one that differs from it.
+Guarantee for fidelity: of each candidate for which E[X] <= 0 against every earlier one, the chance that it is ever
+stopped is at most α. That is what "best" means here: on an image at random, its KL is in the mean not the larger one
+*relative to the sum of both*. The candidate with the lowest mean KL need not be it: a mean is moved by few images with
+a large KL, X by many with a slightly larger one. That is why means rank and X only stops. And the float model is the
+measure of all: a setting that classifies better than the float model looks like one that differs from it.
 
 Both hold for images drawn independently from what the race is about, and candidates fixed beforehand. (In a
 class-balanced set K for top-1 is smaller on average at every fixed look, by Maclaurin's inequality. Candidates that

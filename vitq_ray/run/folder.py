@@ -62,6 +62,7 @@ from vitq_ray.run.results import (
 
 RUN = "run.json"
 TUNE_FOLDER, TRAIN_FOLDER = ".tune", ".train"  # what Ray writes for itself; stays where a run was killed
+WITHOUT_CORRECTIONS = "without_corrections"  # below best/: the winner's plan on weights that no correction has changed
 # What may differ between a run and its continuation, beside the options that a script names. The start of a training is
 # compared by its fingerprint, with the state of the training.
 _NOT_COMPARED = ("format", "script", "versions", "options", "start", "paths", "id", "space_sha256")

@@ -200,6 +200,7 @@ class Contest:
                 setting=candidate.setting.to_dict(),
                 predicted_noise=candidate.noise,  # or predicted KL: the field is older than that
                 same_as=candidate.same_as,
+                plan=candidate.plan.key,
             )
             return
         self._require_as_logged(candidate, logged)
@@ -220,6 +221,12 @@ class Contest:
         if not math.isclose(then, now, rel_tol=_SAME_NOISE) or logged["same_as"] != candidate.same_as:
             there, here = f"{then:.6g}, same as {logged['same_as']}", f"{now:.6g}, same as {candidate.same_as}"
             raise log.error(None, f"candidate {name}: forecast noise {there} there, {here} now")
+        if candidate.setting.corrections and logged.get("plan", candidate.plan.key) != candidate.plan.key:
+            raise log.error(
+                None,
+                f"candidate {name}: its corrected weights are not those that were raced; expected the machine and the "
+                "versions of before, which compute the same ones again, or a new run",
+            )
 
     def _told(self) -> Round:
         best, first = self.race.leader(), self.race.names[0]
