@@ -410,12 +410,28 @@ def test_what_the_model_does_not_allow_is_left_out_of_the_default_space(
 
     monkeypatch.setattr(tune_job, "load_model", load_without_biases)
     job = prepare(parse(TuneOptions, [], "x"), SILENT)
-    assert job.space.choices["transforms"] == (("heads", "balance"),)
+    assert job.space.choices["transforms"] == (("heads", "balance"), ())
     assert job.space.choices["corrections"] == (("round",), ())
     assert "not tried: transform rotate: " in caplog.text
     assert "; correction fit: mlp.fc2 has no bias" in caplog.text
     with pytest.raises(InputError, match="transform rotate: "):
         prepare(parse(TuneOptions, ["--search-space", "ptq"], "x"), SILENT)
+
+
+def test_corrections_that_do_not_fit_are_left_out_of_the_default_space(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Eighteen sets of weights, twice, in half of the memory: one byte less is too little."""
+    job = prepare(parse(TuneOptions, [], "x"), SILENT)
+    assert any(job.space.choices["corrections"])
+    monkeypatch.setattr(tune_job, "machine_memory", lambda: 4 * job.weight_bytes)
+    assert prepare(parse(TuneOptions, [], "x"), SILENT).space == job.space
+    monkeypatch.setattr(tune_job, "machine_memory", lambda: 4 * job.weight_bytes - 1)
+    small = prepare(parse(TuneOptions, [], "x"), SILENT)
+    assert small.space.choices == {**job.space.choices, "corrections": ((),)}
+    assert small.weight_bytes == job.weight_bytes // 9
+    assert "not tried: corrections, whose weights would take" in caplog.text
+    assert prepare(parse(TuneOptions, ["--search-space", "ptq"], "x"), SILENT).space == job.space
 
 
 def test_memory_of_the_weights_that_candidates_bring(tmp_path: Path) -> None:

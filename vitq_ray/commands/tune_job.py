@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
+from vitq_ray.base.memory import machine_memory, size_text
 from vitq_ray.calibration.calibrators import CALIBRATORS
 from vitq_ray.calibration.corrections import require_correctable
 from vitq_ray.calibration.planner import require_techniques
@@ -208,7 +209,8 @@ def prepare(options: TuneOptions, screen: Screen, space: SearchSpace | None = No
     fixed = None if options.from_run is None else settings_of_run(options)
     needed = max(batch_counts(space, defaults, fixed)) * options.calib_batchsz
     model = quantize_vit(loaded.model).to(device).eval()
-    if not {"search_space", "from_run", "resume"} & options.given:
+    by_default = not {"search_space", "from_run", "resume"} & options.given
+    if by_default:
         space = without_impossible_techniques(space, model, screen)
     job = TuneJob(
         options=options,
@@ -224,6 +226,8 @@ def prepare(options: TuneOptions, screen: Screen, space: SearchSpace | None = No
         splits=search_splits(options, split, calib, val, needed),
         resources=Resources(options.threads_per_trial, gpus_per_trial(options), options.max_trials_in_flight),
     )
+    if by_default:
+        job = without_corrections_that_do_not_fit(job, screen)
     require_rules(job)
     require_techniques(job.model, job.settings_to_come)
     images = max(options.calib_batchsz, min(job.batch_size, len(job.splits.selection)))
@@ -253,6 +257,19 @@ def without_impossible_techniques(space: SearchSpace, model: nn.Module, screen: 
     if problems:
         screen.warn(f"not tried: {'; '.join(problems.values())}")
     return space
+
+
+def without_corrections_that_do_not_fit(job: TuneJob, screen: Screen) -> TuneJob:
+    """The default space without corrections where their weights, in this process and in the object store, would take
+    more than half of the memory; who names a space gets an error where they do not fit."""
+    memory = machine_memory()
+    if not any(job.space.choices.get("corrections", ())) or 2 * job.weight_bytes <= memory / 2:
+        return job
+    screen.warn(
+        f"not tried: corrections, whose weights would take {size_text(2 * job.weight_bytes)} of {size_text(memory)} of "
+        "memory (--search-space ptq tries them)"
+    )
+    return replace(job, space=job.space.with_values("corrections", ((),)))
 
 
 def gpus_per_trial(options: TuneOptions) -> float:

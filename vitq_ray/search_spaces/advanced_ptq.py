@@ -13,5 +13,5 @@ SPACE = {
     "weights": ("fisher",),
     "num_batches": (16,),
     "transforms": (("rotate", "shift", "heads", "balance"),),
-    "corrections": (("fit", "round"), ("round", "bias"), ()),  # the likely best first: others then stop early
+    "corrections": (("fit", "round"), ("round", "bias"), ()),
 }

@@ -1,5 +1,5 @@
 """What serves best without training, on models with outliers and without: scales by gradients and by least squares,
-all exact transforms of the weights, corrections, in both of FasterTransformer's plain modes. 12 settings; the default.
+exact transforms of the weights, corrections, in both of FasterTransformer's plain modes. 24 settings; the default.
 
 python scripts/tune_calib.py
 python scripts/tune_calib.py --wprec 4 --aprec 4
@@ -12,6 +12,6 @@ SPACE = {
     "calibrator": ("fisher", "mse"),
     "weights": ("fisher",),
     "num_batches": (16,),
-    "transforms": (("rotate", "shift", "heads", "balance"),),
-    "corrections": (("fit", "round"), ("round", "bias"), ()),  # the likely best first: others then stop early
+    "transforms": (("rotate", "shift", "heads", "balance"), ("rotate",)),
+    "corrections": (("fit", "round"), ("round", "bias"), ()),
 }
