@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import vitq_ray
@@ -125,3 +126,31 @@ def test_weights_with_corrections_are_refused(made: tuple[Project, dict[str, str
 def test_bad_input(options: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         vitq_ray.sensitivity(**options)
+
+
+def test_images_that_were_calibrated_on_are_measured_last(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without train: from a float checkpoint, and from one that was calibrated; a resumed run keeps its images."""
+    project = make_project(tmp_path, val=30)
+    for path in project.folder.glob("train*"):
+        path.unlink()
+    data = {"data_path": str(project.folder), "seed": 0}
+    monkeypatch.setattr("vitq_ray.commands.sensitivity.images_to_look_at", lambda model: 10)
+    drawn = np.random.default_rng(0).permutation(30).tolist()
+    folder = tmp_path / "apart"
+    found = vitq_ray.sensitivity(
+        pretrained_dir=project.checkpoint, **data, **FEW, images=20, parts="block", output=str(folder)
+    )
+    assert RunFolder(folder).read_run()["images"] == drawn[10:]  # eight for scales, ten for gradients
+    assert found.result["images_also_calibrated_on"] == 0
+    many = {**FEW, "num_calib_batch": 6, "calib_output_path": str(tmp_path / "c")}
+    made = vitq_ray.calibrate(pretrained_dir=project.checkpoint, **data, **many)
+    after = {"pretrained_dir": str(made.checkpoint), **data, "images": 20, "parts": "block", "engine": "fake"}
+    found = vitq_ray.sensitivity(**after, output=str(tmp_path / "more"))
+    assert RunFolder(tmp_path / "more").read_run()["images"] == drawn[24:] + drawn[:14]
+    assert found.result["images_also_calibrated_on"] == 14
+    assert "14 of the 20 images that parts are measured on were calibrated on" in caplog.text
+    (folder / "result.json").unlink()
+    monkeypatch.setattr("vitq_ray.commands.sensitivity.images_to_look_at", lambda model: 12)
+    vitq_ray.sensitivity(resume=str(folder))

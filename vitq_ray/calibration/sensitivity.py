@@ -35,6 +35,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from vitq_ray.base.config import require_choice
 from vitq_ray.base.kernels import compiled_with
 from vitq_ray.quant.fake_quant import fake_quantize
 from vitq_ray.quant.sites import ASYMMETRIC, GEMMS
@@ -218,6 +219,7 @@ def collect_sensitivity(
 
     Deterministic: signs depend on the seed and the place of the image, and parts on the number of images alone.
     """
+    require_choice("form of the loss", form, FORMS)
     device = images.device
     weights = {key: weight for key, weight in site_weights(model).items() if key in grids}
     signs = torch.from_numpy(_signs(len(images), _classes(model, images), seed))
@@ -250,8 +252,8 @@ def look_at_part(
     form: str = TOKEN,
 ) -> Seen:
     """What one part of the images (B, 3, S, S), with its signs (B, classes), adds; on the CPU."""
-    seen = Seen(form=form)
-    _gradients(model, images.to(next(model.parameters()).device), signs, partial(seen.take, points))
+    seen = Seen()
+    _gradients(model, images.to(next(model.parameters()).device), signs, partial(seen.take, points, form))
     return seen.on_cpu()
 
 
@@ -373,14 +375,12 @@ class Seen:
         channels: {GEMM: Σ g² of each output channel (out,)}.
         inputs: {GEMM's input tensor: Σ over tokens of (Σ_o g²) · x·xᵀ (in, in)}.
         tokens: {GEMM: Σ_o g² of the images (n, N), in parts}.
-        form: of the losses.
     """
 
     losses: dict[tuple[str, Grid], Floats] = field(default_factory=dict)
     channels: dict[str, Tensor] = field(default_factory=dict)
     inputs: dict[str, Tensor] = field(default_factory=dict)
     tokens: dict[str, list[Tensor]] = field(default_factory=dict)
-    form: str = TOKEN
 
     def merge(self, later: Seen) -> Seen:
         """With the images that come behind these."""
@@ -389,20 +389,18 @@ class Seen:
             _sum(self.channels, later.channels),
             _sum(self.inputs, later.inputs),
             {**self.tokens, **{key: [*self.tokens.get(key, ()), *parts] for key, parts in later.tokens.items()}},
-            later.form,
         )
 
     def on_cpu(self) -> Seen:
         channels, inputs = ({key: x.cpu() for key, x in sums.items()} for sums in (self.channels, self.inputs))
-        tokens = {key: [x.cpu() for x in xs] for key, xs in self.tokens.items()}
-        return Seen(self.losses, channels, inputs, tokens, self.form)
+        return Seen(self.losses, channels, inputs, {key: [x.cpu() for x in xs] for key, xs in self.tokens.items()})
 
-    def take(self, points: Mapping[str, Mapping[Grid, _Points]], key: str, x: Tensor, g: Tensor) -> None:
+    def take(self, points: Mapping[str, Mapping[Grid, _Points]], form: str, key: str, x: Tensor, g: Tensor) -> None:
         """One tensor of a few images and its gradient, in the order of a backward pass."""
         self._take_moments(key, x, g)
         if key not in points:
             return
-        values, gradients = (_grouped(t.float().cpu(), self.form) for t in (x, g))
+        values, gradients = (_grouped(t.float().cpu(), form) for t in (x, g))
         for grid, at in points[key].items():
             _add(self.losses, (key, grid), _losses(values, gradients, at))
 
@@ -454,7 +452,8 @@ def _grouped(values: Tensor, form: str) -> npt.NDArray[np.float32]:
         values = values.reshape(-1, 1, values.shape[-1])
     else:
         values = values.reshape(len(values), -1, values.shape[-1])
-    return np.asarray(values.contiguous().numpy())
+    grouped: npt.NDArray[np.float32] = values.contiguous().numpy()
+    return grouped
 
 
 def _losses(x: npt.NDArray[np.float32], g: npt.NDArray[np.float32], points: _Points) -> Floats:

@@ -10,7 +10,7 @@ from vitq_ray.base.files import real_path
 from vitq_ray.commands.inputs import checkpoint_name
 from vitq_ray.commands.options import ModelOptions
 from vitq_ray.data.samples import SPLITS
-from vitq_ray.run.folder import RUN, run_around
+from vitq_ray.run.folder import RUN, WITHOUT_CORRECTIONS, run_around
 from vitq_ray.run.results import RESULT
 
 _OUTPUT_FOLDERS = ("output", "calib_output_path")
@@ -65,7 +65,7 @@ def _inputs(options: ModelOptions) -> Iterator[tuple[str, Path]]:
 def _written(folder: Path, name: str) -> Iterator[Path]:
     """Files that a command may write into its output folder, those of checkpoints included."""
     yield from (folder / RESULT, folder / RUN)
-    for place in (folder, folder / "best", folder / "start"):
+    for place in (folder, folder / "best", folder / "best" / WITHOUT_CORRECTIONS, folder / "start"):
         for kind in ("calib", "qat"):
             yield from (place / f"{name}_{kind}{ending}" for ending in (".pth", ".json"))
 

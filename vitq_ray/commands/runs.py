@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from vitq_ray.base.config import InputError
 from vitq_ray.commands.options import ExportOptions, SensitivityOptions
-from vitq_ray.run.results import read_result
+from vitq_ray.run.folder import RUN, WITHOUT_CORRECTIONS, RunFolder
+from vitq_ray.run.results import SEARCH, read_result
+
+
+def search_of(checkpoint: str) -> dict[str, Any] | None:
+    """run.json of the search whose `best/` this checkpoint lies in; None where it lies elsewhere."""
+    if "://" in checkpoint:
+        return None
+    best = Path(checkpoint).absolute().parent
+    if best.name == WITHOUT_CORRECTIONS:
+        best = best.parent
+    if best.name != "best" or not (best.parent / RUN).is_file():
+        return None
+    description = RunFolder(best.parent).read_run()
+    return description if description["script"] == SEARCH else None
 
 
 def checkpoint_of_run(options: ExportOptions | SensitivityOptions) -> tuple[str, str]:

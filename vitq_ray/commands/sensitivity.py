@@ -36,7 +36,7 @@ from vitq_ray.commands.options import SensitivityOptions
 from vitq_ray.commands.outputs import require_apart
 from vitq_ray.commands.passes import IN_THIS_PROCESS
 from vitq_ray.commands.resume import stored_run, with_stored
-from vitq_ray.commands.runs import checkpoint_of_run
+from vitq_ray.commands.runs import checkpoint_of_run, search_of
 from vitq_ray.commands.screen import SILENT, Screen, percent, seconds_line, warn_of_bad_images, warn_of_left_out
 from vitq_ray.data.loader import iter_batches
 from vitq_ray.data.samples import SampleIndex
@@ -51,7 +51,7 @@ from vitq_ray.models.load import LoadedModel
 from vitq_ray.quant.plan import Plan
 from vitq_ray.quant.vit import float_copy, quant_blocks
 from vitq_ray.quant.work import integer_share, products_of
-from vitq_ray.run.folder import RUN, WITHOUT_CORRECTIONS, RunFolder
+from vitq_ray.run.folder import WITHOUT_CORRECTIONS, RunFolder
 from vitq_ray.run.results import SENSITIVITY, Stopwatch, left_out_rows, result_of, versions
 from vitq_ray.search.site_effects import KINDS, WHOLE, Effect, effects, parts_of, predicted_of
 
@@ -116,7 +116,8 @@ def sensitivity(options: SensitivityOptions, screen: Screen = SILENT) -> Sensiti
     with watch.stage("load"):
         start = open_checkpoint(paths_of(options)[0], options.model_type, options.img_size, options.heads)
     with open_folder(options) as folder:
-        job = prepare(options, start, of_run, watch, screen)
+        stored = None if options.resume is None else folder.read_run()["images"]
+        job = prepare(options, start, stored, watch, screen)
         begin(options, folder, job)
         try:
             found, engine = run(options, folder, job, watch, screen)
@@ -163,11 +164,12 @@ def open_folder(options: SensitivityOptions) -> RunFolder:
 def prepare(
     options: SensitivityOptions,
     start: LoadedModel | CalibratedModel,
-    of_run: Path | None,
+    stored: list[int] | None,
     watch: Stopwatch,
     screen: Screen,
 ) -> SensitivityJob:
-    """Open the images; calibrate a float checkpoint with the setting of the options."""
+    """Open the images; calibrate a float checkpoint with the setting of the options. `stored` are the images of
+    val that a resumed run measures on."""
     bad_images: list[tuple[str, str]] = []
     loaded = start if isinstance(start, LoadedModel) else start.loaded
     require_batch_fits(options, loaded.geometry, 4, sees_attention=True)
@@ -188,19 +190,16 @@ def prepare(
         names = ", ".join(map(str, setting.corrections))
         raise InputError(
             f"{options.pretrained_dir}: its weights have corrections ({names}), which no part alone can be told from; "
-            "expected a setting without corrections, or with --run the folder of a search"
+            + (
+                "expected a setting without corrections, or with --run the folder of a search"
+                if options.run is None
+                else "this run holds no checkpoint without them (trained since, or made by an earlier version)"
+            )
         )
     transform = eval_transform(loaded, crop)
-    used = val_calibrated_on(
-        options,
-        start,
-        of_run,
-        setting,
-        max(images_to_look_at(model), setting.num_batches * setting.batch_size),
-        len(val),
-    )
+    used = val_calibrated_on(options, start, val, setting, images_to_look_at(model))
     drawn = np.random.default_rng(options.seed).permutation(len(val)).tolist()
-    ids = sorted(drawn, key=lambda image: image in used)[: options.images]
+    ids = stored or sorted(drawn, key=lambda image: image in used)[: options.images]
     if overlap := len(used.intersection(ids)):
         screen.warn(f"{overlap} of the {len(ids)} images that parts are measured on were calibrated on")
     images = gradient_images(options, model, transform, classes, bad_images)
@@ -211,19 +210,26 @@ def prepare(
 def val_calibrated_on(
     options: SensitivityOptions,
     start: LoadedModel | CalibratedModel,
-    of_run: Path | None,
+    val: SampleIndex,
     setting: Setting,
-    count: int,
-    size: int,
+    gradients: int,
 ) -> set[int]:
-    """Images of val, of `size` images, that scales and gradients come from: some only where there is no train."""
-    if default_calib_split(paths_of(options)[1]) == "train":
-        return set()
-    if of_run is not None and (of_run / RUN).exists():  # a search says which
-        calibration = RunFolder(of_run).read_run().get("splits", {}).get("calibration", {"sample_ids": []})
-        return set(calibration["sample_ids"])
-    seed = start.sidecar.seed if isinstance(start, CalibratedModel) else options.seed
-    return set(calibration_ids(size, min(size, count), "shuffled", seed).tolist())
+    """Images of val that scales come from, and those of the first `gradients` that predictions come from."""
+    checkpoint, data = paths_of(options)
+    count, order, seed = setting.num_batches * setting.batch_size, "shuffled", options.seed
+    only_val = default_calib_split(data) == "val"
+    used: set[int] = set()
+    if only_val:
+        used.update(calibration_ids(len(val), min(gradients, len(val)), order, seed).tolist())
+    if isinstance(start, CalibratedModel):
+        if start.sidecar.calibration.get("data_fingerprint") != val.fingerprint:
+            return used
+        if (search := search_of(checkpoint)) is not None:
+            return used | set(search["splits"]["calibration"]["sample_ids"])
+        order, seed = start.sidecar.calibration.get("order", order), start.sidecar.seed
+    elif not only_val:
+        return used
+    return used | set(calibration_ids(len(val), min(count, len(val)), order, seed).tolist())
 
 
 def gradient_images(

@@ -45,6 +45,7 @@ from vitq_ray.commands.outputs import require_apart
 from vitq_ray.commands.passes import IN_THIS_PROCESS
 from vitq_ray.commands.report import report_at_end
 from vitq_ray.commands.resume import stored_run, with_stored
+from vitq_ray.commands.runs import search_of
 from vitq_ray.commands.screen import (
     SILENT,
     Screen,
@@ -70,7 +71,7 @@ from vitq_ray.qat.teacher import TEACHER_LOGITS
 from vitq_ray.quant.vit import float_copy, scales_of
 from vitq_ray.run.folder import RunFolder, read_bad_images, record_bad_images
 from vitq_ray.run.outlets import Outlets
-from vitq_ray.run.results import SEARCH, TRAINING, Stopwatch, left_out_rows, result_of, versions
+from vitq_ray.run.results import TRAINING, Stopwatch, left_out_rows, result_of, versions
 from vitq_ray.run.site_table import write_scales
 
 # What may differ between a run and its continuation: it does not change what is computed. Images and checkpoints may
@@ -357,12 +358,8 @@ def _split_seed_of(sidecar: Sidecar, val: SampleIndex) -> int | None:
 
 def splits_of_search_run(checkpoint: str, fingerprint: str) -> Halves | None:
     """The splits of the search whose `best/` this checkpoint lies in, if it was on this val."""
-    if "://" in checkpoint or (best := Path(checkpoint).absolute().parent).name != "best":
-        return None
-    if not (best.parent / "run.json").is_file():
-        return None
-    description = RunFolder(best.parent).read_run()
-    if description["script"] != SEARCH or description["data_fingerprint"] != fingerprint:
+    description = search_of(checkpoint)
+    if description is None or description["data_fingerprint"] != fingerprint:
         return None
     return Halves(Splits.from_dict(description["splits"]), description["options"]["split_seed"], "search")
 

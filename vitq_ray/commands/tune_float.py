@@ -118,7 +118,7 @@ class FloatSets:
                 return known
         plan = self._planner.plan(setting)
         candidate = Candidate(f"f{len(self.tried):02d}", setting, plan, self._planner.losses(setting, plan))
-        values = {"name": candidate.name, "setting": setting.to_dict()}
+        values = {"name": candidate.name, "setting": setting.to_dict(), "plan": plan.key}
         results = next(self._logged(values), None)
         if results is None:
             apply_plan(job.model, plan)
@@ -167,7 +167,7 @@ def leave_in_float(
             found = sets.best_at(share)
             if (drop := _drop(baseline, found)) < least:
                 best, least = found, drop
-        verdict = "met" if least <= job.options.target_drop else f"not met, nor with {percent(SHARES[-1])} in integers"
+        verdict = "met" if least <= job.options.target_drop else "not met by any share; this comes closest"
         screen.say(f"{percent(best.share)} in integers: {least:.2f} points below float, target {verdict}")
         return best, sets.tried
 

@@ -58,6 +58,7 @@ from vitq_ray.search.refine import Losses, Refinement, most_steps
 from vitq_ray.search.space import QatSpace, SearchSpace, load_space
 
 MOST_CHECKED = 100_000  # combinations of a grid that are looked through for impossible rules
+_OF_STORE = 0.8  # of the object store that what trials read may take
 
 # Options that may differ when a search is resumed: they decide where and how fast, not what. Images and checkpoint may
 # have moved: their fingerprints are compared.
@@ -261,13 +262,15 @@ def without_impossible_techniques(space: SearchSpace, model: nn.Module, screen: 
 
 def without_corrections_that_do_not_fit(job: TuneJob, screen: Screen) -> TuneJob:
     """The default space without corrections where their weights, in this process and in the object store, would take
-    more than half of the memory; who names a space gets an error where they do not fit."""
-    memory = machine_memory()
-    if not any(job.space.choices.get("corrections", ())) or 2 * job.weight_bytes <= memory / 2:
+    more than half of the memory, or more than the object store is given; who names a space gets an error there."""
+    memory, store = machine_memory(), job.options.object_store_memory
+    fits = 2 * job.weight_bytes <= memory / 2 and (store is None or job.stored_bytes <= _OF_STORE * 1e9 * store)
+    if fits or not any(job.space.choices.get("corrections", ())):
         return job
+    steps = ", one for every step of a refinement" if job.options.refine else ""
     screen.warn(
-        f"not tried: corrections, whose weights would take {size_text(2 * job.weight_bytes)} of {size_text(memory)} of "
-        "memory (--search-space ptq tries them)"
+        f"not tried: corrections, whose weights{steps} would take {size_text(2 * job.weight_bytes)} of "
+        f"{size_text(memory)} of memory (--search-space ptq tries them)"
     )
     return replace(job, space=job.space.with_values("corrections", ((),)))
 
@@ -417,7 +420,7 @@ def search_splits(options: TuneOptions, calib_split: str, calib: SampleIndex, va
 def require_memory(job: TuneJob) -> None:
     """Raise InputError where what trials read does not fit into the memory that the options give it."""
     budget = job.options.object_store_memory
-    if budget is not None and job.stored_bytes > 0.8e9 * budget:
+    if budget is not None and job.stored_bytes > _OF_STORE * 1e9 * budget:
         what = job.options.name_of("object_store_memory")
         raise InputError(f"{what}: {budget:g} GB cannot hold {_stored(job)}")
 
@@ -426,7 +429,7 @@ def require_store(job: TuneJob) -> None:
     """Every node that can hold a trial needs images and weights. InputError where the object store of one is too small:
     that of a cluster that was joined is as large as it is."""
     store = min(node.get("object_store_memory", 0.0) for node in nodes_for(job.resources))
-    if job.stored_bytes > 0.8 * store:
+    if job.stored_bytes > _OF_STORE * store:
         raise InputError(f"object store: {store / 1e9:.2f} GB of a node cannot hold {_stored(job)}")
 
 

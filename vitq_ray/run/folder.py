@@ -10,7 +10,8 @@ images.parquet    what float model and winner say of every report image (`image_
 scales.json       of what was trained: amax before and after (`site_table`)
 result.json       the outcome
 report.html       all of it, drawn
-best/             the winner: setting.json, calibrated checkpoint and sidecar
+best/             the winner: setting.json, calibrated checkpoint and sidecar; where it has corrections,
+                  without_corrections/ has the checkpoint without them
 qat/              of a search that trains: a folder for every training run
 bad_images.jsonl  with `--on-bad-image skip`: what was skipped; training runs have one of their own
 .lock             while a process works in the folder: which one
@@ -18,7 +19,7 @@ bad_images.jsonl  with `--on-bad-image skip`: what was skipped; training runs ha
 Runs of searches and trainings are begun and resumed by one rule. A search is resumed by replaying trials.jsonl (`log`),
 whose first line says which format it was begun in; without one that is format 1, and candidates that a later version
 added say theirs. Its events: `float` (results of the float model), `engine` (what runs
-candidates from here on: each start has its own), `candidate` (name, setting, predicted noise),
+candidates from here on: each start has its own), `candidate` (name, setting, predicted noise, key of its plan),
 `chunk` (results of a candidate on images `start` … of the race's order; every metric of `measure.metrics` packed, in
 base64), `decision`, `effect` (KL of one part of the winner alone), `float_set` (results of the winner with some of it
 in float), `resumed`, `winner`.
@@ -139,7 +140,7 @@ class RunFolder:
         if not folder.finished:
             folder.take()
             folder.log.cut_half_line()
-            for own in (path, folder.best, *path.glob("qat/*")):
+            for own in (path, folder.best, folder.best / WITHOUT_CORRECTIONS, *path.glob("qat/*")):
                 remove_temporary(own, is_own=True)
             folder._remove_rays_files()
         return folder
