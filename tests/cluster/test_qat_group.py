@@ -87,6 +87,7 @@ def losses_on_workers(
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_two_workers_follow_one_with_quantizers_on(setup: Setup, tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, dropout=0.0, lr=1e-3, epochs=1, augment="toolkit")

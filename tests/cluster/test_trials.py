@@ -337,6 +337,7 @@ def test_whole_search(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert again.snapshots == (1, 3)
 
 
+@pytest.mark.slow
 def test_two_workers_and_another_seed(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Statistics do not depend on the workers, splits not on the seed."""
     project = Project(finished / "project")

@@ -16,7 +16,7 @@ from vitq_ray.run.log import Log
 
 SPACE = """
 SPACE = {"mode": ("ft2",), "calibrator": ("fisher",), "weights": ("fisher",), "num_batches": (2,),
-         "transforms": (("rotate", "shift", "heads", "balance"),), "corrections": ((), ("fit", "round", "bias"))}
+         "transforms": (("rotate", "shift", "heads", "balance"),), "corrections": (("fit", "round", "bias"), ())}
 """
 
 
@@ -27,7 +27,7 @@ def options(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dict
     (folder / "space.py").write_text(SPACE)
     few = {"search_space": str(folder / "space.py"), "calib_batchsz": 4, "wprec": 3, "aprec": 3, "batch_size": 10}
     data = {"pretrained_dir": project.checkpoint, "data_path": str(project.folder)}
-    return {**data, **few, "chunk_images": 10, "engine": "fake"}
+    return {**data, **few, "chunk_images": 10, "engine": "fake", "max_trials_in_flight": 1}
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +56,11 @@ def test_its_winner_can_be_loaded_and_comes_to_the_same(
     assert float(again.evaluation.results["kl"].sum()) == pytest.approx(sum(row["kl_total"] for row in rows), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_it_goes_on_with_the_same_weights(
     searched: vitq_ray.TuneResult, options: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Corrected weights are computed again; other ones than were raced are refused."""
+    """Corrected weights, which race first, are computed again; other ones than were raced are refused."""
     append, folder = Log.append, tmp_path / "cut"
 
     def full(self: Log, event: str, **values: object) -> None:

@@ -75,6 +75,7 @@ def test_an_old_finished_search_is_recognised(old: Path, capsys: pytest.CaptureF
     assert {path.name: path.read_bytes() for path in (old / "search").iterdir() if path.is_file()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_an_old_killed_search_comes_to_the_same_end(old: Path) -> None:
     """Killed in the middle of writing a line, with 80 of 144 chunks known."""

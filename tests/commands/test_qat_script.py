@@ -140,7 +140,8 @@ def wait_for_steps(folder: Path, count: int, process: subprocess.Popen[str]) -> 
 LONG = ("--num-epochs", "30", "--checkpoint-steps", "3")
 
 
-@pytest.mark.parametrize("how", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGINT])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     how: signal.Signals, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -144,6 +144,7 @@ def options(folder: Path, *argv: object) -> list[str]:
     return [str(a) for a in (*project.options, *small, *argv)]
 
 
+@pytest.mark.slow
 def test_escalation(ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Where calibration misses the target, QAT follows; its checkpoint evaluates as reported; resume is free."""
     (tmp_path / "project").mkdir()
