@@ -109,6 +109,16 @@ class _Operand:
         return np.float32(finite_scale(torch.tensor(self.quantizer[passes.STEP])))
 
 
+def _ones(b: Array, left: _Operand) -> Array:
+    """A row of ones, as long as what is packed in `b` is deep."""
+    return _row_of_ones(b.shape[1] * b.shape[3], left.kind)
+
+
+@cache
+def _row_of_ones(depth: int, kind: str) -> Array:
+    return np.ones(depth, kind)
+
+
 class _Linear:
     """A linear layer made ready: packed weight, scale, offset and bias, for an operand on its left."""
 
@@ -129,7 +139,7 @@ class _Linear:
         self.scale = np.ascontiguousarray(self.operand.scale * step)
         self.bias = np.zeros(self.rows, np.float32) if bias is None else _floats(bias, "a bias")
         self.offset = np.zeros(self.b.shape[0] * self.b.shape[2], self.operand.sums_kind)
-        passes.column_sums(self.b, self.operand.low, self.offset)
+        passes.column_sums(_ones(self.b, self.operand), self.b, self.operand.low, self.offset)
 
     def layer(self, memory: _Memory) -> passes.Layer:
         """What `passes` reads."""
@@ -260,7 +270,7 @@ class FusedBlock:
 
     def run(self, x: Array, tokens: int, memory: _Memory) -> None:
         """x: (images · tokens, C) float32, in place."""
-        row = memory.values("row", 1, max(self._fc1.rows, tokens, x.shape[1]))[0]
+        row = memory.values("row", 1, max(tokens, x.shape[1]))[0]
         self._attend(x, tokens, memory, row)
         self._feed_forward(x, memory, row)
 
@@ -278,7 +288,7 @@ class FusedBlock:
                 self._norm1(x, layer.operand, row, a_here)
             else:
                 a_here = a
-            self._project(layer, a_here, norm, to, memory, row, out)
+            self._project(layer, a_here, norm, to, memory, out)
             parts.append(out)
         mixed = memory.operand("mixed", count, width, self._out.operand.kind)
         q, k, v = parts
@@ -299,7 +309,7 @@ class FusedBlock:
             row,
             mixed,
         )
-        self._add(self._out, mixed, 0, memory, row, x)
+        self._add(self._out, mixed, 0, memory, x)
 
     @staticmethod
     def _product(
@@ -309,14 +319,14 @@ class FusedBlock:
         b = memory.packed(name, columns, depth, left.kind, right.kind)
         offset = memory.operand(f"offset of {name}", 1, b.shape[0] * b.shape[2], left.sums_kind)[0]
         scale = np.float32(left.scale * right.scale)
-        return passes.Product(b, memory.sums(columns, left.kind), offset, left.low, scale)
+        return passes.Product(b, memory.sums(columns, left.kind), offset, left.low, _ones(b, left), scale)
 
     def _project(
-        self, layer: _Linear, a: Array, norm: nn.Module | None, to: _Operand, memory: _Memory, row: Array, out: Array
+        self, layer: _Linear, a: Array, norm: nn.Module | None, to: _Operand, memory: _Memory, out: Array
     ) -> None:
         """q, k or v: -> out (M, C) levels."""
         if norm is None or isinstance(norm, nn.Identity):
-            passes.linear_to_levels(a, layer.layer(memory), False, to.target, row, out)
+            passes.linear_to_levels(a, layer.layer(memory), False, to.target, out)
             return
         y = np.empty((len(a), layer.rows), np.float32)
         passes.linear(a, layer.layer(memory), y)
@@ -329,17 +339,17 @@ class FusedBlock:
         self._norm2(x, fc1.operand, row, a)
         hidden = memory.operand("hidden", len(x), fc1.rows, to.kind)
         if self._gelu:
-            passes.linear_to_levels(a, fc1.layer(memory), True, to.target, row, hidden)
+            passes.linear_to_levels(a, fc1.layer(memory), True, to.target, hidden)
         else:
             y = np.empty((len(x), fc1.rows), np.float32)
             passes.linear(a, fc1.layer(memory), y)
             passes.to_levels(self._block.mlp.act(torch.from_numpy(y)).contiguous().numpy(), to.target, hidden)
-        self._add(self._fc2, hidden, 1, memory, row, x)
+        self._add(self._fc2, hidden, 1, memory, x)
 
-    def _add(self, layer: _Linear, a: Array, branch: int, memory: _Memory, row: Array, x: Array) -> None:
+    def _add(self, layer: _Linear, a: Array, branch: int, memory: _Memory, x: Array) -> None:
         """The last layer of a branch, added to x."""
         local, residual = self._local[branch], self._residual[branch]
-        passes.linear_to_residual(a, layer.layer(memory), self._scales[branch], local, residual, row, x)
+        passes.linear_to_residual(a, layer.layer(memory), self._scales[branch], local, residual, x)
 
 
 class FusedBlocks(nn.Module):

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import llvmlite.ir as ir
-import numpy as np
-from numba import float32, types
-from numba.extending import intrinsic
-
-from vitq_ray.base.kernels import compiled, compiled_with
-from vitq_ray.engines.gemm import ROW_BLOCK, multiply, pack_columns, pack_rows
+from vitq_ray.base.kernels import compiled
+from vitq_ray.engines.gemm import (
+    begin_products,
+    end_products,
+    multiply,
+    multiply_row,
+    pack_columns,
+    pack_rows,
+    row_block,
+)
+from vitq_ray.engines.lanes import At, Lanes, Memory, Row, row_loop
 
 INVERSE, STEP, LOW, HIGH, ON = range(5)
 
@@ -41,171 +45,215 @@ class Layer(NamedTuple):
 
 class Product(NamedTuple):
     """A product of two activations: memory for the right side packed, for sums and for what a shift left out of them;
-    minus that shift; the scale of the sums."""
+    minus that shift; a row of ones; the scale of the sums."""
 
     packed: Any
     sums: Any
     offset: Any
     low: Any
+    ones: Any
     scale: Any
 
 
-# A product may be fused into a sum; where a row is summed up, in any order.
-_EACH, _SUMS = {"contract"}, {"contract", "reassoc", "nsz"}
-_ERF_TOP = tuple(
-    np.float32(c)
-    for c in (
-        -2.72614225801306e-10,
-        2.77068142495902e-08,
-        -2.10102402082508e-06,
-        -5.69250639462346e-05,
-        -7.34990630326855e-04,
-        -2.95459980854025e-03,
-        -1.60960333262415e-02,
-    )
+_ERF_TOP = (
+    -2.72614225801306e-10,
+    2.77068142495902e-08,
+    -2.10102402082508e-06,
+    -5.69250639462346e-05,
+    -7.34990630326855e-04,
+    -2.95459980854025e-03,
+    -1.60960333262415e-02,
 )
-_ERF_BOTTOM = tuple(
-    np.float32(c)
-    for c in (
-        -1.45660718464996e-05,
-        -2.13374055278905e-04,
-        -1.68282697438203e-03,
-        -7.37332916720468e-03,
-        -1.42647390514189e-02,
-    )
+_ERF_BOTTOM = (
+    -1.45660718464996e-05,
+    -2.13374055278905e-04,
+    -1.68282697438203e-03,
+    -7.37332916720468e-03,
+    -1.42647390514189e-02,
 )
-_T0, _T1, _T2, _T3, _T4, _T5, _T6 = _ERF_TOP
-_B0, _B1, _B2, _B3, _B4 = _ERF_BOTTOM
-_HALF, _ONE, _TWO = np.float32(0.5), np.float32(1), np.float32(2)
-_LEAST, _MOST = np.float32(-4), np.float32(4)
-_ROOT_HALF = np.float32(0.5**0.5)
-_LOG2E, _LN2_HIGH, _LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
-_SMALLEST_EXPONENT = np.float32(-87)
-_E5, _E4, _E3, _E2, _E1, _E0 = (
-    np.float32(c) for c in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5)
-)
+_ROOT_HALF = 0.5**0.5
+_LOG2E, _LN2_HIGH, _LN2_LOW = 1.44269504, 0.693359375, -2.12194440e-4
+_E = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5)
 
 
-@intrinsic
-def _power_of_two(typing: Any, exponent: Any) -> Any:
-    """2^n as float32, of an int32 n in [-126, 127]: its bits."""
+class _Quantizer:
+    """A quantizer in a kernel: its five numbers."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind = ir.IntType(32)
-        biased = builder.add(arguments[0], ir.Constant(kind, 127))
-        return builder.bitcast(builder.shl(biased, ir.Constant(kind, 23)), ir.FloatType())
+    def __init__(self, row: Row, numbers: Memory) -> None:
+        self._inverse, self._step, self._low, self._high, on = (numbers.load_one(place) for place in range(5))
+        self._is_on = row.holds(on)
 
-    return float32(types.int32), generate
+    def __call__(self, x: Lanes) -> Lanes:
+        """Rounded to the grid, and back; x where it is off."""
+        return (self._clamped(x).rounded() * self._step).where(self._is_on, x)
+
+    def plus(self, x: Lanes, summand: Lanes) -> Lanes:
+        """The same + summand."""
+        return self._clamped(x).rounded().times_plus(self._step, summand).where(self._is_on, x + summand)
+
+    def store(self, x: Lanes, shift: Any, out: Memory, at: At) -> None:
+        """x as what its matrix product takes: levels + shift, or the values themselves where the quantizer is off."""
+        if out.is_float:
+            out.store(at, (self._clamped(x).rounded() + shift).where(self._is_on, x))
+        else:
+            out.store(at, self._clamped(x), shift)
+
+    def _clamped(self, x: Lanes) -> Lanes:
+        return (x * self._inverse).at_least(self._low).at_most(self._high)
 
 
-@compiled_with(inline="always")
-def _exp(x: Any) -> Any:
+def _exp(x: Lanes) -> Lanes:
     """e^x for x ≤ 0, within two units in the last place (Cephes' expf); below -87, e^-87, which is 2e-38."""
-    x = max(x, _SMALLEST_EXPONENT)
-    n = np.rint(x * _LOG2E)
-    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
-    p = ((((_E5 * r + _E4) * r + _E3) * r + _E2) * r + _E1) * r + _E0
-    return (p * (r * r) + r + _ONE) * _power_of_two(np.int32(n))
+    x = x.at_least(-87.0)
+    n = (x * _LOG2E).rounded()
+    r = n.times_plus(-_LN2_LOW, n.times_plus(-_LN2_HIGH, x))
+    p = r.times_plus(_E[0], _E[1])
+    for coefficient in _E[2:]:
+        p = p.times_plus(r, coefficient)
+    return (p.times_plus(r * r, r) + 1.0) * n.power_of_two()
 
 
-@compiled_with(inline="always")
-def _erf(x: Any) -> Any:
+def _erf(x: Lanes) -> Lanes:
     """The error function within 3e-7: the rational function that Eigen and XLA use in float32."""
-    x = min(max(x, _LEAST), _MOST)
+    x = x.at_least(-4.0).at_most(4.0)
     s = x * x
-    top = (((((_T0 * s + _T1) * s + _T2) * s + _T3) * s + _T4) * s + _T5) * s + _T6
-    bottom = (((_B0 * s + _B1) * s + _B2) * s + _B3) * s + _B4
-    return x * top / bottom
+    top, bottom = s.times_plus(_ERF_TOP[0], _ERF_TOP[1]), s.times_plus(_ERF_BOTTOM[0], _ERF_BOTTOM[1])
+    for coefficient in _ERF_TOP[2:]:
+        top = top.times_plus(s, coefficient)
+    for coefficient in _ERF_BOTTOM[2:]:
+        bottom = bottom.times_plus(s, coefficient)
+    return x * top * bottom.inverse()
 
 
-@compiled_with(fastmath=_EACH, error_model="numpy")
-def _quantize(row: Any, q: Any) -> None:
-    """Round a row to its grid and come back, in place."""
-    if q[ON] == 0:
-        return
-    inverse, step, low, high = q[INVERSE], q[STEP], q[LOW], q[HIGH]
-    for j in range(row.shape[0]):
-        row[j] = min(max(np.rint(row[j] * inverse), low), high) * step
+def _gelu(x: Lanes) -> Lanes:
+    return x * 0.5 * (_erf(x * _ROOT_HALF) + 1.0)
 
 
-@compiled_with(fastmath=_EACH, error_model="numpy")
-def _to_levels(row: Any, q: Any, shift: Any, out: Any) -> None:
-    """A row as what its matrix product takes: levels + shift, or the values themselves where the quantizer is off."""
-    if q[ON] == 0:
-        for j in range(row.shape[0]):
-            out[j] = row[j]
-        return
-    inverse, low, high = q[INVERSE], q[LOW], q[HIGH]
-    for j in range(row.shape[0]):
-        out[j] = min(max(np.rint(row[j] * inverse), low), high) + shift
+class _Sums:
+    """What a linear layer gives: quantize((sums + offset) · scale) + bias, with its aftergemm quantizer."""
+
+    def __init__(self, row: Row, sums: Memory, offset: Memory, scale: Memory, q: Memory, bias: Memory) -> None:
+        self._sums, self._offset, self._scale, self._bias = sums, offset, scale, bias
+        self._after = _Quantizer(row, q)
+
+    def at(self, at: At) -> Lanes:
+        y = self._sums.load(at, self._offset) * self._scale.load(at)
+        return self._after.plus(y, self._bias.load(at))
 
 
-@compiled_with(fastmath=_EACH, error_model="numpy")
-def _finish(sums: Any, offset: Any, scale: Any, q: Any, bias: Any, row: Any) -> None:
-    """row = quantize((sums + offset) · scale) + bias: what a linear layer gives, with its aftergemm quantizer."""
-    if q[ON] == 0:
-        for j in range(row.shape[0]):
-            row[j] = float32(sums.dtype.type(sums[j] + offset[j])) * scale[j] + bias[j]
-        return
-    inverse, step, low, high = q[INVERSE], q[STEP], q[LOW], q[HIGH]
-    for j in range(row.shape[0]):
-        y = float32(sums.dtype.type(sums[j] + offset[j])) * scale[j]
-        row[j] = min(max(np.rint(y * inverse), low), high) * step + bias[j]
+@row_loop
+def _finish(row: Row, sums: Any, offset: Any, scale: Any, q: Any, bias: Any, out: Any, n: Any) -> None:
+    finished = _Sums(row, sums, offset, scale, q, bias)
+    row.each(n, lambda at: out.store(at, finished.at(at)))
 
 
-@compiled_with(fastmath=_EACH, error_model="numpy")
-def _gelu(row: Any) -> None:
-    for j in range(row.shape[0]):
-        x = row[j]
-        row[j] = _HALF * x * (_ONE + _erf(x * _ROOT_HALF))
+@row_loop
+def _finish_to_levels(
+    row: Row, sums: Any, offset: Any, scale: Any, q: Any, bias: Any, to: Any, shift: Any, out: Any, n: Any
+) -> None:
+    finished, target = _Sums(row, sums, offset, scale, q, bias), _Quantizer(row, to)
+    row.each(n, lambda at: target.store(finished.at(at), shift, out, at))
 
 
-@compiled_with(fastmath=_EACH, error_model="numpy")
-def _scaled(sums: Any, offset: Any, scale: Any, row: Any) -> None:
-    for j in range(row.shape[0]):
-        row[j] = float32(sums.dtype.type(sums[j] + offset[j])) * scale
+@row_loop
+def _gelu_to_levels(
+    row: Row, sums: Any, offset: Any, scale: Any, q: Any, bias: Any, to: Any, shift: Any, out: Any, n: Any
+) -> None:
+    finished, target = _Sums(row, sums, offset, scale, q, bias), _Quantizer(row, to)
+    row.each(n, lambda at: target.store(_gelu(finished.at(at)), shift, out, at))
 
 
-@compiled_with(fastmath=_EACH, error_model="numpy")
-def _exponentials(row: Any, factor: Any, largest: Any) -> None:
-    for j in range(row.shape[0]):
-        row[j] = _exp(row[j] * factor - largest)
+@row_loop
+def _finish_to_residual(
+    row: Row,
+    sums: Any,
+    offset: Any,
+    scale: Any,
+    q: Any,
+    bias: Any,
+    gamma: Any,
+    q_local: Any,
+    q_residual: Any,
+    x: Any,
+    n: Any,
+) -> None:
+    finished, local, residual = (
+        _Sums(row, sums, offset, scale, q, bias),
+        _Quantizer(row, q_local),
+        _Quantizer(row, q_residual),
+    )
+    row.each(n, lambda at: x.store(at, residual.plus(x.load(at), local(finished.at(at) * gamma.load(at)))))
 
 
-@compiled_with(fastmath={*_SUMS, "nnan"})
-def _largest(row: Any) -> Any:
-    largest = row[0]
-    for j in range(row.shape[0]):
-        largest = max(largest, row[j])
-    return largest
+@row_loop
+def _scaled_to_levels(row: Row, sums: Any, offset: Any, scale: Any, to: Any, shift: Any, out: Any, n: Any) -> None:
+    target = _Quantizer(row, to)
+    row.each(n, lambda at: target.store(sums.load(at, offset) * scale, shift, out, at))
 
 
-@compiled_with(fastmath=_SUMS, error_model="numpy")
-def _softmax(row: Any, factor: Any) -> None:
-    """softmax(row · factor) in place; factor > 0."""
-    _exponentials(row, factor, _largest(row) * factor)
-    total = float32(0)
-    for j in range(row.shape[0]):
-        total += row[j]
-    inverse = _ONE / total
-    for j in range(row.shape[0]):
-        row[j] *= inverse
+@row_loop
+def _to_levels(row: Row, x: Any, to: Any, shift: Any, out: Any, n: Any) -> None:
+    target = _Quantizer(row, to)
+    row.each(n, lambda at: target.store(x.load(at), shift, out, at))
 
 
-@compiled_with(fastmath=_SUMS, error_model="numpy")
-def _normalize(row: Any, eps: Any, gain: Any, bias: Any) -> None:
-    """LayerNorm of a row, in place."""
-    width = row.shape[0]
-    total = float32(0)
-    for j in range(width):
-        total += row[j]
-    mean = total / float32(width)
-    total = float32(0)
-    for j in range(width):
-        total += (row[j] - mean) * (row[j] - mean)
-    inverse = _ONE / np.sqrt(total / float32(width) + eps)
-    for j in range(width):
-        row[j] = (row[j] - mean) * inverse * gain[j] + bias[j]
+@row_loop
+def _quantize(row: Row, x: Any, q: Any, n: Any) -> None:
+    quantizer = _Quantizer(row, q)
+    row.each(n, lambda at: x.store(at, quantizer(x.load(at))))
+
+
+@row_loop
+def _softmax_to_levels(
+    row: Row,
+    sums: Any,
+    offset: Any,
+    scale: Any,
+    q: Any,
+    root: Any,
+    to: Any,
+    shift: Any,
+    values: Any,
+    out: Any,
+    n: Any,
+) -> None:
+    """softmax(quantize((sums + offset) · scale) · root); root > 0; `values`: memory for the row."""
+    scores, target = _Quantizer(row, q), _Quantizer(row, to)
+
+    def keep(at: At, lanes: Lanes) -> Lanes:
+        values.store(at, lanes)
+        return lanes
+
+    largest = row.largest(n, lambda at: keep(at, scores(sums.load(at, offset) * scale))) * root
+    total = row.total(n, lambda at: keep(at, _exp(values.load(at) * root - largest)))
+    inverse = total.inverse()
+    row.each(n, lambda at: target.store(values.load(at) * inverse, shift, out, at))
+
+
+@row_loop
+def _normalize_to_levels(
+    row: Row, x: Any, q: Any, eps: Any, gain: Any, bias: Any, to: Any, shift: Any, values: Any, out: Any, n: Any
+) -> None:
+    """LayerNorm of quantize(x); `values`: memory for the row."""
+    before, target = _Quantizer(row, q), _Quantizer(row, to)
+
+    def seen(at: At) -> Lanes:
+        values.store(at, before(x.load(at)))
+        return values.load(at)
+
+    def squared(at: At) -> Lanes:
+        away = values.load(at) - mean
+        return away * away
+
+    count = row.number(n)
+    mean = row.total(n, seen) / count
+    inverse = (row.total(n, squared) / count + eps).root().inverse()
+    row.each(
+        n,
+        lambda at: target.store(
+            ((values.load(at) - mean) * inverse).times_plus(gain.load(at), bias.load(at)), shift, out, at
+        ),
+    )
 
 
 @compiled
@@ -213,79 +261,79 @@ def normalize(x: Any, q_before: Any, eps: Any, gain: Any, bias: Any, to: Any, ro
     """LayerNorm with the quantizers before and behind it: x (M, C) float32 -> out (M, ≥ C) levels."""
     width = x.shape[1]
     for i in range(x.shape[0]):
-        row[:width] = x[i]
-        _quantize(row[:width], q_before)
-        _normalize(row[:width], eps, gain, bias)
-        _to_levels(row[:width], to.quantizer, to.shift, out[i, :width])
+        _normalize_to_levels(x[i], q_before, eps, gain, bias, to.quantizer, to.shift, row, out[i], width)
 
 
 @compiled
 def quantize(x: Any, q: Any) -> None:
     """x (M, C) float32, in place."""
     for i in range(x.shape[0]):
-        _quantize(x[i], q)
+        _quantize(x[i], q, x.shape[1])
 
 
 @compiled
 def to_levels(x: Any, to: Any, out: Any) -> None:
     """x (M, C) float32 -> out (M, ≥ C) levels."""
     for i in range(x.shape[0]):
-        _to_levels(x[i], to.quantizer, to.shift, out[i, : x.shape[1]])
+        _to_levels(x[i], to.quantizer, to.shift, out[i], x.shape[1])
 
 
 @compiled
 def linear(a: Any, layer: Any, out: Any) -> None:
     """A linear layer: a (M, ≥ K) levels -> out (M, N) float32, with its aftergemm quantizer and bias."""
-    for first in range(0, out.shape[0], ROW_BLOCK):
-        rows = min(ROW_BLOCK, out.shape[0] - first)
+    width = out.shape[1]
+    height = row_block(out.shape[0])
+    begin_products()
+    for first in range(0, out.shape[0], height):
+        rows = min(height, out.shape[0] - first)
         multiply(a, first, rows, 0, layer.weight, layer.sums)
         for i in range(rows):
-            _finish(layer.sums[i], layer.offset, layer.scale, layer.quantizer, layer.bias, out[first + i])
+            here = out[first + i]
+            _finish(layer.sums[i], layer.offset, layer.scale, layer.quantizer, layer.bias, here, width)
+    end_products()
 
 
 @compiled
-def linear_to_levels(a: Any, layer: Any, gelu: bool, to: Any, row: Any, out: Any) -> None:
+def linear_to_levels(a: Any, layer: Any, gelu: bool, to: Any, out: Any) -> None:
     """As `linear`, then GELU where asked for, then the quantizer of what reads it: -> out (M, ≥ N) levels."""
-    width = layer.scale.shape[0]
-    for first in range(0, out.shape[0], ROW_BLOCK):
-        rows = min(ROW_BLOCK, out.shape[0] - first)
+    width, q = layer.scale.shape[0], layer.quantizer
+    height = row_block(out.shape[0])
+    begin_products()
+    for first in range(0, out.shape[0], height):
+        rows = min(height, out.shape[0] - first)
         multiply(a, first, rows, 0, layer.weight, layer.sums)
         for i in range(rows):
-            _finish(layer.sums[i], layer.offset, layer.scale, layer.quantizer, layer.bias, row[:width])
+            sums, here = layer.sums[i], out[first + i]
             if gelu:
-                _gelu(row[:width])
-            _to_levels(row[:width], to.quantizer, to.shift, out[first + i, :width])
+                _gelu_to_levels(sums, layer.offset, layer.scale, q, layer.bias, to.quantizer, to.shift, here, width)
+            else:
+                _finish_to_levels(sums, layer.offset, layer.scale, q, layer.bias, to.quantizer, to.shift, here, width)
+    end_products()
 
 
 @compiled
-def linear_to_residual(a: Any, layer: Any, gamma: Any, q_local: Any, q_residual: Any, row: Any, x: Any) -> None:
+def linear_to_residual(a: Any, layer: Any, gamma: Any, q_local: Any, q_residual: Any, x: Any) -> None:
     """As `linear`, then LayerScale and the residual addition: x (M, N) = quantize(x) + quantize(gamma · y)."""
-    width = layer.scale.shape[0]
-    for first in range(0, x.shape[0], ROW_BLOCK):
-        rows = min(ROW_BLOCK, x.shape[0] - first)
+    width, q = layer.scale.shape[0], layer.quantizer
+    height = row_block(x.shape[0])
+    begin_products()
+    for first in range(0, x.shape[0], height):
+        rows = min(height, x.shape[0] - first)
         multiply(a, first, rows, 0, layer.weight, layer.sums)
         for i in range(rows):
-            _finish(layer.sums[i], layer.offset, layer.scale, layer.quantizer, layer.bias, row[:width])
-            for j in range(width):
-                row[j] *= gamma[j]
-            _quantize(row[:width], q_local)
-            _quantize(x[first + i], q_residual)
-            for j in range(width):
-                x[first + i, j] += row[j]
+            sums, here = layer.sums[i], x[first + i]
+            _finish_to_residual(sums, layer.offset, layer.scale, q, layer.bias, gamma, q_local, q_residual, here, width)
+    end_products()
 
 
 @compiled
-def column_sums(b: Any, factor: Any, out: Any) -> None:
-    """out[n] = factor · Σ_k B[n, k]: what a shift of A by `-factor` has left out of the sums."""
-    panels, steps, width, group = b.shape
+def column_sums(ones: Any, b: Any, factor: Any, out: Any) -> None:
+    """out[n] = factor · Σ_k B[n, k]: what a shift of A by `-factor` has left out of the sums; `ones`: a row of A."""
     out[:] = 0
-    if factor == 0:
-        return
-    for panel in range(panels):
-        for step in range(steps):
-            for place in range(width):
-                for k in range(group):
-                    out[panel * width + place] += out.dtype.type(b[panel, step, place, k]) * factor
+    if factor != 0:
+        multiply_row(ones, b, out)
+        for j in range(out.shape[0]):
+            out[j] *= factor
 
 
 @compiled
@@ -314,23 +362,33 @@ def attention(
         p: memory for the levels of probabilities, (ROW_BLOCK, ≥ tokens); `to_p` makes them.
         out: (images · tokens, ≥ heads · dim) levels, made by `to`.
     """
+    height = row_block(tokens)
+    begin_products()
     for base in range(0, q.shape[0], tokens):
         for head in range(heads):
             column = head * dim
             pack_rows(k, base, tokens, column, dim, scores.packed)
             pack_columns(v, base, tokens, column, dim, mixed.packed)
-            column_sums(scores.packed, scores.low, scores.offset)
-            column_sums(mixed.packed, mixed.low, mixed.offset)
-            for first in range(0, tokens, ROW_BLOCK):
-                rows = min(ROW_BLOCK, tokens - first)
+            column_sums(scores.ones, scores.packed, scores.low, scores.offset)
+            column_sums(mixed.ones, mixed.packed, mixed.low, mixed.offset)
+            for first in range(0, tokens, height):
+                rows = min(height, tokens - first)
                 multiply(q, base + first, rows, column, scores.packed, scores.sums)
                 for i in range(rows):
-                    _scaled(scores.sums[i], scores.offset, scores.scale, row[:tokens])
-                    _quantize(row[:tokens], q_scores)
-                    _softmax(row[:tokens], root)
-                    _to_levels(row[:tokens], to_p.quantizer, to_p.shift, p[i, :tokens])
+                    _softmax_to_levels(
+                        scores.sums[i],
+                        scores.offset,
+                        scores.scale,
+                        q_scores,
+                        root,
+                        to_p.quantizer,
+                        to_p.shift,
+                        row,
+                        p[i],
+                        tokens,
+                    )
                 multiply(p, 0, rows, 0, mixed.packed, mixed.sums)
                 for i in range(rows):
-                    _scaled(mixed.sums[i], mixed.offset, mixed.scale, row[:dim])
                     there = out[base + first + i, column : column + dim]
-                    _to_levels(row[:dim], to.quantizer, to.shift, there)
+                    _scaled_to_levels(mixed.sums[i], mixed.offset, mixed.scale, to.quantizer, to.shift, there, dim)
+    end_products()
