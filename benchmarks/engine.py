@@ -114,7 +114,7 @@ def peers(name: str, images: Tensor, threads: int, folder: Path) -> dict[str, Ru
 
 def onnx_runtime(path: Path, images: Tensor, threads: int) -> dict[str, Run]:
     import onnxruntime as ort
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -124,13 +124,24 @@ def onnx_runtime(path: Path, images: Tensor, threads: int) -> dict[str, Run]:
         def get_next(self) -> Any:
             return self._left.pop() if self._left else None
 
-    prepared, quantized_path = path.with_name("prepared.onnx"), path.with_name("int8.onnx")
+    prepared = path.with_name("prepared.onnx")
     quant_pre_process(str(path), str(prepared))
-    quantize_static(str(prepared), str(quantized_path), Reader(), quant_format=QuantFormat.QDQ)
+    files = {"float": path}
+    for label, kind in (("INT8", QuantType.QInt8), ("INT8, uint8", QuantType.QUInt8)):  # of activations
+        files[label] = path.with_name(f"{kind}.onnx")
+        reader = Reader()
+        quantize_static(
+            str(prepared),
+            str(files[label]),
+            reader,
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=kind,
+        )
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     found = {}
-    for label, file in (("float", path), ("INT8", quantized_path)):
+    for label, file in files.items():
         session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         found[f"ONNX Runtime, {label}"] = lambda session=session: session.run(None, {"x": images.numpy()})
     return found
@@ -173,7 +184,7 @@ def measure(found: dict[str, Run], rounds: int) -> dict[str, float]:
 def show(title: str, best: dict[str, float], images: int) -> None:
     print(f"\n{title}\n  {'':<24} {'ms/image':>9} {'images/s':>9} {'× compiled float':>17}")
     for row, seconds in best.items():
-        print(f"  {row:<24} {1e3 * seconds / images:>9.2f} {images / seconds:>9.1f} {best[COMPILED] / seconds:>17.2f}")
+        print(f"  {row:<26} {1e3 * seconds / images:>9.2f} {images / seconds:>9.1f} {best[COMPILED] / seconds:>17.2f}")
 
 
 def peak(rounds: int) -> None:

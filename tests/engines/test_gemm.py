@@ -63,6 +63,23 @@ def test_saturating_products_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not gemm.is_exact("uint8", ((6, 8, 16),))
 
 
+LESS = {  # what a CPU may have: (instruction sets that it lacks, the integers that are left)
+    "AVX-512 VNNI, no AMX": (("amx",), "uint8"),
+    "AVX-512, no VNNI": (("amx", "avx512vnni", "avxvnni"), "int16"),
+    "AVX-VNNI, no AVX-512": (("amx", "avx512", "avx10"), "uint8"),
+}
+
+
+@pytest.mark.parametrize("cpu", LESS)
+def test_lesser_cpus_are_exact_too(cpu: str, tmp_path: Any) -> None:
+    lacks, expected = LESS[cpu]
+    has = {"AVX-512 VNNI, no AMX": gemm.HAS_AVX512_VNNI, "AVX-512, no VNNI": gemm.HAS_AVX512}
+    if not has.get(cpu, gemm.HAS_AVX_VNNI):
+        pytest.skip(f"this CPU lacks what '{cpu}' has")
+    features = ",".join(f"+{name}" for name in sorted(gemm._FEATURES) if not name.startswith(lacks))
+    assert_exact({"NUMBA_CPU_FEATURES": features}, expected, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
@@ -70,10 +87,25 @@ def test_saturating_products_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"NUMBA_CPU_NAME": "generic"}, "None"),
     ],
 )
-def test_other_cpus_are_exact_too(environment: dict[str, str], expected: str, tmp_path: Any) -> None:
-    code = "from vitq_ray.engines.gemm import *; print(integers(), is_exact('int16'), is_exact('uint8'))"
-    environment = {**os.environ, **environment, "NUMBA_CACHE_DIR": str(tmp_path)}
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+def test_cpus_of_long_ago_are_exact_too(environment: dict[str, str], expected: str, tmp_path: Any) -> None:
+    assert_exact(environment, expected, tmp_path)
+
+
+@pytest.mark.skipif(not gemm.HAS_AMX, reason="this CPU has no AMX")
+def test_an_operating_system_that_refuses_tiles(tmp_path: Any) -> None:
+    """Their first use would end the process."""
+    refuse = (
+        "import ctypes; C, no = ctypes.CDLL, type('No', (), {'syscall': lambda *_: -1})();"
+        "ctypes.CDLL = lambda name, *more, **most: no if name is None else C(name, *more, **most);"
     )
-    assert run.stdout.split() == [expected, "True", "True"]
+    assert_exact({}, "uint8", tmp_path, refuse, " and not HAS_AMX and 'amx-tile' not in config.CPU_FEATURES")
+
+
+def assert_exact(environment: dict[str, str], expected: str, tmp_path: Any, before: str = "", more: str = "") -> None:
+    code = (
+        f"{before}from vitq_ray.engines.gemm import *; kinds = ('int16', 'uint8');"
+        f"print(integers(), all(is_exact(kind) for kind in kinds){more})"
+    )
+    environment = {**os.environ, **environment, "NUMBA_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (run.returncode, run.stdout.split()) == (0, [expected, "True"]), run.stderr

@@ -217,12 +217,13 @@ class Row:
 
     def total(self, n: Any, work: Callable[[At], Lanes]) -> Lanes:
         """The sum of what `work` gives at every place."""
-        return reduce(Lanes.__add__, self._loops(n, lambda at, sums: sums + work(at), 0.0, Lanes.total))
+        first, *others = self._loops(n, lambda at, sums: sums + work(at), 0.0, Lanes.total)
+        return sum(others, first)
 
     def largest(self, n: Any, work: Callable[[At], Lanes]) -> Lanes:
         """The largest of what `work` gives at every place."""
         found = self._loops(n, lambda at, so_far: so_far.at_least(work(at)), -math.inf, Lanes.largest)
-        return reduce(Lanes.at_least, found)
+        return reduce(Lanes.at_least, found[1:], found[0])
 
     def number(self, n: Any) -> Lanes:
         """A length as float32."""
@@ -233,7 +234,9 @@ class Row:
         scalar = self._builder.extract_element(flag.value, ir.Constant(_I32, 0))
         return self._builder.fcmp_ordered("!=", scalar, ir.Constant(_F32, 0.0))
 
-    def _loops(self, n: Any, work: Callable[[At, Any], Any], first: float | None, fold: Any) -> list[Any]:
+    def _loops(self, n: Any, work: Callable[[At, Any], Any], first: float | None, fold: Any) -> list[Lanes]:
+        """`work` at every place, in vectors of each width in turn. Where `first` is given, `work` also takes what it
+        gave before, lane by lane, at first `first`; returns what `fold` makes of the last, width by width."""
         builder, place, folded = self._builder, ir.Constant(_I64, 0), []
         for count in WIDTHS:
             end_of = builder.and_(n, ir.Constant(_I64, -count))
@@ -267,7 +270,7 @@ def row_loop(write: Callable[..., None]) -> Any:
 
     def typed(typing: Any, *arguments: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            given = []
+            given: list[Any] = []
             for kind, value in zip(signature.args, values, strict=True):
                 if isinstance(kind, types.Array):
                     array = context.make_array(kind)(context, builder, value)

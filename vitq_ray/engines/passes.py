@@ -91,7 +91,7 @@ class _Quantizer:
         """The same + summand."""
         return self._clamped(x).rounded().times_plus(self._step, summand).where(self._is_on, x + summand)
 
-    def store(self, x: Lanes, shift: Any, out: Memory, at: At) -> None:
+    def store(self, x: Lanes, shift: Lanes, out: Memory, at: At) -> None:
         """x as what its matrix product takes: levels + shift, or the values themselves where the quantizer is off."""
         if out.is_float:
             out.store(at, (self._clamped(x).rounded() + shift).where(self._is_on, x))
@@ -142,14 +142,25 @@ class _Sums:
 
 
 @row_loop
-def _finish(row: Row, sums: Any, offset: Any, scale: Any, q: Any, bias: Any, out: Any, n: Any) -> None:
+def _finish(
+    row: Row, sums: Memory, offset: Memory, scale: Memory, q: Memory, bias: Memory, out: Memory, n: Any
+) -> None:
     finished = _Sums(row, sums, offset, scale, q, bias)
     row.each(n, lambda at: out.store(at, finished.at(at)))
 
 
 @row_loop
 def _finish_to_levels(
-    row: Row, sums: Any, offset: Any, scale: Any, q: Any, bias: Any, to: Any, shift: Any, out: Any, n: Any
+    row: Row,
+    sums: Memory,
+    offset: Memory,
+    scale: Memory,
+    q: Memory,
+    bias: Memory,
+    to: Memory,
+    shift: Lanes,
+    out: Memory,
+    n: Any,
 ) -> None:
     finished, target = _Sums(row, sums, offset, scale, q, bias), _Quantizer(row, to)
     row.each(n, lambda at: target.store(finished.at(at), shift, out, at))
@@ -157,7 +168,16 @@ def _finish_to_levels(
 
 @row_loop
 def _gelu_to_levels(
-    row: Row, sums: Any, offset: Any, scale: Any, q: Any, bias: Any, to: Any, shift: Any, out: Any, n: Any
+    row: Row,
+    sums: Memory,
+    offset: Memory,
+    scale: Memory,
+    q: Memory,
+    bias: Memory,
+    to: Memory,
+    shift: Lanes,
+    out: Memory,
+    n: Any,
 ) -> None:
     finished, target = _Sums(row, sums, offset, scale, q, bias), _Quantizer(row, to)
     row.each(n, lambda at: target.store(_gelu(finished.at(at)), shift, out, at))
@@ -166,15 +186,15 @@ def _gelu_to_levels(
 @row_loop
 def _finish_to_residual(
     row: Row,
-    sums: Any,
-    offset: Any,
-    scale: Any,
-    q: Any,
-    bias: Any,
-    gamma: Any,
-    q_local: Any,
-    q_residual: Any,
-    x: Any,
+    sums: Memory,
+    offset: Memory,
+    scale: Memory,
+    q: Memory,
+    bias: Memory,
+    gamma: Memory,
+    q_local: Memory,
+    q_residual: Memory,
+    x: Memory,
     n: Any,
 ) -> None:
     finished, local, residual = (
@@ -186,19 +206,21 @@ def _finish_to_residual(
 
 
 @row_loop
-def _scaled_to_levels(row: Row, sums: Any, offset: Any, scale: Any, to: Any, shift: Any, out: Any, n: Any) -> None:
+def _scaled_to_levels(
+    row: Row, sums: Memory, offset: Memory, scale: Lanes, to: Memory, shift: Lanes, out: Memory, n: Any
+) -> None:
     target = _Quantizer(row, to)
     row.each(n, lambda at: target.store(sums.load(at, offset) * scale, shift, out, at))
 
 
 @row_loop
-def _to_levels(row: Row, x: Any, to: Any, shift: Any, out: Any, n: Any) -> None:
+def _to_levels(row: Row, x: Memory, to: Memory, shift: Lanes, out: Memory, n: Any) -> None:
     target = _Quantizer(row, to)
     row.each(n, lambda at: target.store(x.load(at), shift, out, at))
 
 
 @row_loop
-def _quantize(row: Row, x: Any, q: Any, n: Any) -> None:
+def _quantize(row: Row, x: Memory, q: Memory, n: Any) -> None:
     quantizer = _Quantizer(row, q)
     row.each(n, lambda at: x.store(at, quantizer(x.load(at))))
 
@@ -206,15 +228,15 @@ def _quantize(row: Row, x: Any, q: Any, n: Any) -> None:
 @row_loop
 def _softmax_to_levels(
     row: Row,
-    sums: Any,
-    offset: Any,
-    scale: Any,
-    q: Any,
-    root: Any,
-    to: Any,
-    shift: Any,
-    values: Any,
-    out: Any,
+    sums: Memory,
+    offset: Memory,
+    scale: Lanes,
+    q: Memory,
+    root: Lanes,
+    to: Memory,
+    shift: Lanes,
+    values: Memory,
+    out: Memory,
     n: Any,
 ) -> None:
     """softmax(quantize((sums + offset) · scale) · root); root > 0; `values`: memory for the row."""
@@ -232,7 +254,17 @@ def _softmax_to_levels(
 
 @row_loop
 def _normalize_to_levels(
-    row: Row, x: Any, q: Any, eps: Any, gain: Any, bias: Any, to: Any, shift: Any, values: Any, out: Any, n: Any
+    row: Row,
+    x: Memory,
+    q: Memory,
+    eps: Lanes,
+    gain: Memory,
+    bias: Memory,
+    to: Memory,
+    shift: Lanes,
+    values: Memory,
+    out: Memory,
+    n: Any,
 ) -> None:
     """LayerNorm of quantize(x); `values`: memory for the row."""
     before, target = _Quantizer(row, q), _Quantizer(row, to)
