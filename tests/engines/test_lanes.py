@@ -131,3 +131,24 @@ def test_attention_of_values_in_float(tokens: int, dim: int) -> None:
     q, k, v = (x.astype(np.float64).reshape(images, tokens, heads, dim).swapaxes(1, 2) for x in (q, k, v))
     expected = scipy.special.softmax(q @ k.swapaxes(2, 3) * 0.3, axis=3) @ v
     np.testing.assert_allclose(out, expected.swapaxes(1, 2).reshape(out.shape), rtol=0, atol=1e-5)
+
+
+def test_a_layer_wider_than_what_is_computed_at_once() -> None:
+    n, depth, rows = gemm.COLUMN_BLOCK + 70, 40, gemm.ROW_BLOCK + 5
+    random = np.random.default_rng(0)
+    levels, weight = random.integers(-9, 10, (rows, depth)), random.integers(-9, 10, (n, depth))
+    b = gemm.packed(n, depth, "int16", "int8")
+    gemm.pack_rows(weight.astype(np.int8), 0, n, 0, depth, b)
+    a = gemm.aligned((rows, 48), "int16")
+    a[:, :depth] = levels
+    scale, bias, gamma = (np.abs(values(n + i)[:n]) for i in range(3))
+    offset, sums = np.zeros(b.shape[0] * b.shape[2], np.int32), gemm.sums(gemm.ROW_BLOCK, gemm.COLUMN_BLOCK, "int16")
+    layer = passes.Layer(b, sums, offset, scale, OFF, bias)
+    expected = (levels @ weight.T) * scale + bias
+    out, x = np.zeros((rows, n), np.float32), np.ones((rows, n), np.float32)
+    passes.linear(a, layer, out)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-4)
+    passes.linear_to_residual(a, layer, gamma, OFF, OFF, x)
+    np.testing.assert_allclose(x, 1 + expected * gamma, rtol=1e-5, atol=1e-3)
+    passes.linear_to_levels(a, layer, False, Target(OFF, np.float32(0)), x)
+    np.testing.assert_array_equal(x, out)

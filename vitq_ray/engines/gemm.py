@@ -83,6 +83,7 @@ _STEPS = {"int16": _UNROLL, "float32": _UNROLL, "uint8": _TILE if HAS_AMX else _
 _ROWS = 6  # of a block of sums; 6 rows of two vectors are twelve sums, three quarters of the registers of AVX2
 _ROWS_512 = 12  # twice as many registers
 _HEIGHT = tuple(_ROWS_512 if _LANES.get(kind) == 16 else _ROWS for kind in ("", "uint8", "int16", "", "float32"))
+COLUMN_BLOCK = 512  # columns of B that all rows of A are multiplied with before the next
 ROW_BLOCK = 48  # at most, rows of A that are multiplied with all of B before the next: they stay in the cache
 
 
@@ -467,7 +468,7 @@ def aligned(shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
 
 @compiled
 def row_block(rows: int) -> int:
-    """How many of so many rows to take at once: blocks of a size, since a few rows that are left cost as many do."""
+    """How many of so many rows to take at once: blocks of one size, since a few rows that are left cost as many do."""
     return -(-rows // -(-rows // ROW_BLOCK))
 
 

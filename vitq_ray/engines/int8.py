@@ -23,7 +23,7 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from vitq_ray.engines import passes
-from vitq_ray.engines.gemm import FLOAT, PANEL, ROW_BLOCK, aligned, pack_rows, packed, sums
+from vitq_ray.engines.gemm import COLUMN_BLOCK, FLOAT, PANEL, ROW_BLOCK, aligned, pack_rows, packed, sums
 from vitq_ray.measure.evaluation import NonFiniteLogitsError
 from vitq_ray.quant.fake_quant import finite_scale, step_of
 from vitq_ray.quant.quantizer import State, TensorQuantizer
@@ -143,7 +143,7 @@ class _Linear:
 
     def layer(self, memory: _Memory) -> passes.Layer:
         """What `passes` reads."""
-        buffer = memory.sums(self.rows, self.operand.kind)
+        buffer = memory.sums(min(self.rows, COLUMN_BLOCK), self.operand.kind)
         return passes.Layer(self.b, buffer, self.offset, self.scale, self.after, self.bias)
 
     def _pack(self, weight: Tensor) -> Array:
@@ -424,7 +424,7 @@ class RowLinear(nn.Module):
         def run(rows: Array, out: Array, memory: _Memory) -> None:
             a = memory.operand("rows", len(rows), rows.shape[1], FLOAT)
             a[:, : rows.shape[1]] = rows
-            buffer = memory.sums(len(self._bias), FLOAT)
+            buffer = memory.sums(min(len(self._bias), COLUMN_BLOCK), FLOAT)
             passes.linear(a, passes.Layer(self._b, buffer, self._zeros, self._ones, _OFF, self._bias), out)
 
         threads = max(1, min(torch.get_num_threads(), len(rows) // ROW_BLOCK))

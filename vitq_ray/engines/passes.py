@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from vitq_ray.base.kernels import compiled
+from vitq_ray.base.kernels import compiled, compiled_with
 from vitq_ray.engines.gemm import (
+    COLUMN_BLOCK,
     begin_products,
     end_products,
     multiply,
@@ -33,7 +34,8 @@ class Target(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A linear layer: packed weight, memory for sums, what `shift` left out of them, scale and bias per column."""
+    """A linear layer: packed weight, memory for sums of `COLUMN_BLOCK` columns, what `shift` left out, scale and
+    bias per column."""
 
     weight: Any
     sums: Any
@@ -288,6 +290,20 @@ def _normalize_to_levels(
     )
 
 
+@compiled_with(inline="always")
+def panels_at_once(weight: Any) -> int:
+    """How many panels of a weight all rows are multiplied with before the next: they stay in the second cache, and
+    their sums in the first."""
+    return max(1, COLUMN_BLOCK // weight.shape[2])
+
+
+@compiled_with(inline="always")
+def columns_of(layer: Any, panel: int, panels: int) -> Any:
+    """(first column, how many) of some panels of a layer."""
+    size = layer.weight.shape[2]
+    return panel * size, min(panels * size, layer.scale.shape[0] - panel * size)
+
+
 @compiled
 def normalize(x: Any, q_before: Any, eps: Any, gain: Any, bias: Any, to: Any, row: Any, out: Any) -> None:
     """LayerNorm with the quantizers before and behind it: x (M, C) float32 -> out (M, ≥ C) levels."""
@@ -313,48 +329,57 @@ def to_levels(x: Any, to: Any, out: Any) -> None:
 @compiled
 def linear(a: Any, layer: Any, out: Any) -> None:
     """A linear layer: a (M, ≥ K) levels -> out (M, N) float32, with its aftergemm quantizer and bias."""
-    width = out.shape[1]
-    height = row_block(out.shape[0])
+    height, panels = row_block(out.shape[0]), panels_at_once(layer.weight)
     begin_products()
-    for first in range(0, out.shape[0], height):
-        rows = min(height, out.shape[0] - first)
-        multiply(a, first, rows, 0, layer.weight, layer.sums)
-        for i in range(rows):
-            here = out[first + i]
-            _finish(layer.sums[i], layer.offset, layer.scale, layer.quantizer, layer.bias, here, width)
+    for panel in range(0, layer.weight.shape[0], panels):
+        here, width = columns_of(layer, panel, panels)
+        for first in range(0, out.shape[0], height):
+            rows = min(height, out.shape[0] - first)
+            multiply(a, first, rows, 0, layer.weight[panel : panel + panels], layer.sums)
+            for i in range(rows):
+                y = out[first + i, here:]
+                _finish(
+                    layer.sums[i], layer.offset[here:], layer.scale[here:], layer.quantizer, layer.bias[here:], y, width
+                )
     end_products()
 
 
 @compiled
 def linear_to_levels(a: Any, layer: Any, gelu: bool, to: Any, out: Any) -> None:
     """As `linear`, then GELU where asked for, then the quantizer of what reads it: -> out (M, ≥ N) levels."""
-    width, q = layer.scale.shape[0], layer.quantizer
-    height = row_block(out.shape[0])
+    height, panels = row_block(out.shape[0]), panels_at_once(layer.weight)
     begin_products()
-    for first in range(0, out.shape[0], height):
-        rows = min(height, out.shape[0] - first)
-        multiply(a, first, rows, 0, layer.weight, layer.sums)
-        for i in range(rows):
-            sums, here = layer.sums[i], out[first + i]
-            if gelu:
-                _gelu_to_levels(sums, layer.offset, layer.scale, q, layer.bias, to.quantizer, to.shift, here, width)
-            else:
-                _finish_to_levels(sums, layer.offset, layer.scale, q, layer.bias, to.quantizer, to.shift, here, width)
+    for panel in range(0, layer.weight.shape[0], panels):
+        here, width = columns_of(layer, panel, panels)
+        offset, scale, bias = layer.offset[here:], layer.scale[here:], layer.bias[here:]
+        for first in range(0, out.shape[0], height):
+            rows = min(height, out.shape[0] - first)
+            multiply(a, first, rows, 0, layer.weight[panel : panel + panels], layer.sums)
+            for i in range(rows):
+                sums, y = layer.sums[i], out[first + i, here:]
+                if gelu:
+                    _gelu_to_levels(sums, offset, scale, layer.quantizer, bias, to.quantizer, to.shift, y, width)
+                else:
+                    _finish_to_levels(sums, offset, scale, layer.quantizer, bias, to.quantizer, to.shift, y, width)
     end_products()
 
 
 @compiled
 def linear_to_residual(a: Any, layer: Any, gamma: Any, q_local: Any, q_residual: Any, x: Any) -> None:
     """As `linear`, then LayerScale and the residual addition: x (M, N) = quantize(x) + quantize(gamma · y)."""
-    width, q = layer.scale.shape[0], layer.quantizer
-    height = row_block(x.shape[0])
+    height, panels = row_block(x.shape[0]), panels_at_once(layer.weight)
     begin_products()
-    for first in range(0, x.shape[0], height):
-        rows = min(height, x.shape[0] - first)
-        multiply(a, first, rows, 0, layer.weight, layer.sums)
-        for i in range(rows):
-            sums, here = layer.sums[i], x[first + i]
-            _finish_to_residual(sums, layer.offset, layer.scale, q, layer.bias, gamma, q_local, q_residual, here, width)
+    for panel in range(0, layer.weight.shape[0], panels):
+        here, width = columns_of(layer, panel, panels)
+        offset, scale, bias = layer.offset[here:], layer.scale[here:], layer.bias[here:]
+        for first in range(0, x.shape[0], height):
+            rows = min(height, x.shape[0] - first)
+            multiply(a, first, rows, 0, layer.weight[panel : panel + panels], layer.sums)
+            for i in range(rows):
+                sums, y = layer.sums[i], x[first + i, here:]
+                _finish_to_residual(
+                    sums, offset, scale, layer.quantizer, bias, gamma[here:], q_local, q_residual, y, width
+                )
     end_products()
 
 
