@@ -291,7 +291,7 @@ def _normalize_to_levels(
 
 
 @compiled_with(inline="always")
-def panels_at_once(weight: Any) -> int:
+def panels_at_once(weight: Any) -> Any:
     """How many panels of a weight all rows are multiplied with before the next: they stay in the second cache, and
     their sums in the first."""
     return max(1, COLUMN_BLOCK // weight.shape[2])
