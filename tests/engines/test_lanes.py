@@ -55,13 +55,14 @@ def test_nothing_is_written_behind_a_row(n: int) -> None:
     assert (out[:n] != 99).any()
 
 
-@pytest.mark.parametrize(("kind", "shift"), [("uint8", 128), ("int16", 0), ("int8", 0), ("float32", 0)])
+@pytest.mark.parametrize(("kind", "shift"), [("uint8", 128), ("uint8", 37), ("int16", 0), ("int8", 0), ("float32", 0)])
 def test_levels_are_rounded_to_even_and_clamped(kind: str, shift: int) -> None:
+    low, high = (-shift, 255 - shift) if shift else (-128, 127)
     below = np.nextafter(np.float32(1.5), np.float32(0))  # + 128 would be rounded to 129.5, and that to 130
     x = np.array([0.5, 1.5, 2.5, -0.5, -1.5, -2.5, below, -below, 126.5, 127.5, 1e30, -128.5, -1e30, 0] * 3, np.float32)
     out = np.zeros((1, len(x)), kind)
-    passes.to_levels(x[None], Target(quantizer(1), np.float32(shift)), out)
-    np.testing.assert_array_equal(out[0].astype(np.int64) - shift, np.rint(x).clip(-128, 127))
+    passes.to_levels(x[None], Target(quantizer(1, low, high), np.float32(shift)), out)
+    np.testing.assert_array_equal(out[0].astype(np.int64) - shift, np.rint(x).clip(low, high))
 
 
 def test_a_quantizer_that_is_off_passes_values_on() -> None:

@@ -116,9 +116,10 @@ class Lanes:
 
     def integers(self, shift: Lanes | float, kind: Any) -> Any:
         """Rounded, + shift, a whole number: as integers of 8 or 16 bits."""
-        to_steps_of_one = Lanes(self.builder, self.spread(shift)) + _ROUNDING
-        bits = self.builder.bitcast((self + to_steps_of_one).value, ir.VectorType(_I32, self.count))
-        return self.builder.trunc(bits, ir.VectorType(kind, self.count))
+        whole = ir.VectorType(_I32, self.count)
+        bits = self.builder.bitcast((self + _ROUNDING).value, whole)  # of which the last are those of the integer
+        shifted = self.builder.add(bits, self.builder.fptosi(self.spread(shift), whole))
+        return self.builder.trunc(shifted, ir.VectorType(kind, self.count))
 
     def total(self) -> Lanes:
         """The sum of all lanes, halves first."""
