@@ -22,7 +22,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -155,8 +155,8 @@ def _linear(x: Tensor, row: Tensor, layer: Linear) -> Tensor:
         sums = int8_product(levels.to(torch.int8), layer.weight)
     else:
         sums = levels @ layer.weight
-    y = (sums + layer.offset).float() * layer.scale
-    return (_quantize(y, layer.after) + layer.bias).unflatten(0, x.shape[:2])
+    y: Tensor = (sums + layer.offset).float() * layer.scale
+    return (_quantize(y, layer.after) + layer.bias).reshape(*x.shape[:2], -1)
 
 
 def int8_product(a: Tensor, b: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ def _attend(y: Tensor, t: BlockTensors, form: Form) -> Tensor:
     probabilities = torch.where(is_token, scores, float("-inf")).softmax(-1)
     values = F.pad(_levels(v, t.rows[V]), filled).flatten(0, 1)
     mixed = _product(_levels(probabilities, t.rows[P]), values, form.mixed) * t.numbers[SCALE_MIXED]
-    return mixed.unflatten(0, (batch, form.heads)).transpose(1, 2).flatten(2)
+    return mixed.reshape(batch, form.heads, tokens, -1).transpose(1, 2).flatten(2)
 
 
 def _product(a: Tensor, b: Tensor, halves: bool) -> Tensor:
@@ -195,7 +195,7 @@ def _product(a: Tensor, b: Tensor, halves: bool) -> Tensor:
 
 @torch.library.custom_op("vitq_ray::half_product", mutates_args=(), schema="(Tensor a, Tensor b) -> Tensor")
 def half_product(a: Tensor, b: Tensor) -> Tensor:
-    """(S, rows, depth) · (S, depth, columns) of float16 -> float32, added up in float32. On GPUs, PyTorch 2.8 and later.
+    """(S, rows, depth) · (S, depth, columns) of float16, added up in float32; on GPUs, from PyTorch 2.8 on.
 
     An operator of its own, so that no compiler takes it apart.
     """
@@ -249,7 +249,9 @@ def exact_products(device: torch.device, tokens: int, widths: tuple[tuple[int, i
         dim: D.
     """
     filled = tokens + -tokens % _MULTIPLE
-    linear = [(1, rows, *width) for width in widths if not any(n % _MULTIPLE for n in width) for rows in (1, 8 * tokens)]
+    linear = [
+        (1, rows, *width) for width in widths if not any(n % _MULTIPLE for n in width) for rows in (1, 8 * tokens)
+    ]
     heads = [(12, tokens, dim, filled), (12, tokens, filled, dim)]
     half = device.type == "cuda" and all(_is_exact(_half, *shape, 255, torch.float16, device) for shape in heads)
     return Products(all(_is_exact(_int8, *shape, 127, torch.int8, device) for shape in linear), half)
@@ -394,7 +396,7 @@ class _LinearPart:
     @property
     def parameters(self) -> list[Tensor]:
         """What has to be finite."""
-        bias = [] if self._layer.bias is None else [self._layer.bias]
+        bias: list[Tensor] = [] if self._layer.bias is None else [self._layer.bias]
         return [self._layer.weight, *bias] if self._is_new else bias
 
 
@@ -408,10 +410,10 @@ class _BlockPart:
         self._linears = {
             QKV: _LinearPart((attention.query, attention.key, attention.value), attention.qkv),
             OUT: _LinearPart((attention.out,), attention.proj),
-            FC1: _LinearPart((ffn.fc1,), mlp.fc1),
-            FC2: _LinearPart((ffn.fc2,), mlp.fc2),
+            FC1: _LinearPart((ffn.fc1,), cast(nn.Linear, mlp.fc1)),
+            FC2: _LinearPart((ffn.fc2,), cast(nn.Linear, mlp.fc2)),
         }
-        self.tensors: BlockTensors | None = None
+        self.tensors: Any = None  # BlockTensors, from the first plan on
 
     @property
     def quantizers(self) -> list[TensorQuantizer]:
@@ -449,25 +451,24 @@ class _BlockPart:
         """Take over numbers that are on the device now, weights and biases, in the memory that is there already."""
         block, old = self._block, self.tensors
         rows, numbers = next(sent), next(sent)
-        before = (None,) * 4 if old is None else (old.qkv, old.out, old.fc1, old.fc2)
-        linears = [
+        before = [None] * 4 if old is None else [old.qkv, old.out, old.fc1, old.fc2]
+        qkv, out, fc1, fc2 = (
             part.tensors(there, next(sent), next(sent), next(sent), rows[site, SHIFT])
             for there, (site, part) in zip(before, self._linears.items(), strict=True)
-        ]
+        )
         width = block.attn.proj.out_features
-        new = BlockTensors(
-            rows,
-            numbers,
-            *(_norm(part, rows.device) for part in (block.norm1, block.norm2, block.attn.q_norm, block.attn.k_norm)),
-            *linears,
-            *(_gamma(scale, width, rows.device) for scale in (block.ls1, block.ls2)),
-        )  # type: ignore[misc]
+        device = rows.device
+        q_norm, k_norm = (
+            _norm(norm, device) if isinstance(norm, nn.LayerNorm) else None
+            for norm in (block.attn.q_norm, block.attn.k_norm)
+        )
+        norms = _norm(block.norm1, device), _norm(block.norm2, device)
+        gammas = _gamma(block.ls1, width, device), _gamma(block.ls2, width, device)
+        new = BlockTensors(rows, numbers, *norms, q_norm, k_norm, qkv, out, fc1, fc2, *gammas)
         self.tensors = _in_place(old, new)
 
 
-def _norm(norm: nn.Module, device: torch.device) -> Norm | None:
-    if not isinstance(norm, nn.LayerNorm):
-        return None
+def _norm(norm: Any, device: torch.device) -> Norm:
     gain = torch.ones(norm.normalized_shape, device=device) if norm.weight is None else norm.weight.detach().float()
     return Norm(gain, torch.zeros_like(gain) if norm.bias is None else norm.bias.detach().float())
 
@@ -483,7 +484,7 @@ def _in_place(old: Any, new: Any) -> Any:
     if new is None or new is old:
         return new
     if isinstance(new, tuple):
-        return type(new)(*map(_in_place, old or [None] * len(new), new))  # type: ignore[call-arg]
+        return type(new)(*map(_in_place, old or [None] * len(new), new))
     if old is None or (old.shape, old.dtype, old.stride()) != (new.shape, new.dtype, new.stride()):
         return new.clone()
     return old.copy_(new)
