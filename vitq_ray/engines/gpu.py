@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -213,6 +214,8 @@ def compiled_block() -> Run:
     from torch._dynamo import config  # a second, which nobody else has to wait
 
     config.recompile_limit = max(config.recompile_limit, _MOST_CODES)
+    # PyTorch's advice to compute float32 products in TF32, where they would not be those of a CPU.
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
     return torch.compile(run_block, dynamic=False, fullgraph=True)
 
 
