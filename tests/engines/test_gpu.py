@@ -14,10 +14,12 @@ import numpy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from tests.conftest import ROOT, plan_by_hand, tiny_vit
 from tests.engines.test_int8 import VARIANTS, changed, fused, variant_of
 from vitq_ray.base.config import InputError
+from vitq_ray.base.device import exact_float32
 from vitq_ray.calibration.calibrators import Calibration
 from vitq_ray.calibration.scales import Scales, grids_of_plan, kinds_needed
 from vitq_ray.calibration.sensitivity import collect_sensitivity
@@ -409,7 +411,7 @@ def sample() -> tuple[nn.Module, Tensor]:
 
 @cache
 def sample_on_a_gpu() -> nn.Module:
-    torch.backends.cudnn.allow_tf32 = False
+    exact_float32()
     return quantize_vit(load_model("auto", str(SAMPLE / "vit.npz")).model).eval().to(GPU)
 
 
@@ -442,7 +444,7 @@ def test_a_gpu_agrees_with_the_cpu() -> None:
     """Every mode and number of bits, one compiled function: at most one in a thousand images gets another class."""
     (model, images), there = sample(), sample_on_a_gpu()
     torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
+    counters.clear()
     run, same = None, []
     for mode in ("ft1", "ft2", "ft3", "trt", "ort"):
         for bits in (8, 6, 4):
@@ -463,7 +465,7 @@ def test_a_gpu_agrees_with_the_cpu() -> None:
     assert run is not None
     assert isinstance(run._blocks, CompiledBlocks)
     assert run._blocks.is_compiled
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 @needs_gpu
@@ -490,8 +492,9 @@ def test_an_execution_on_a_gpu_does_not_wait() -> None:
         run(on_gpu)
         with Synchronizations() as forward:
             run(on_gpu)
-        apply_plan(model, plan_of_sample("ft2", 4))
+        plan = plan_of_sample("ft2", 4)
         with Synchronizations() as follow:
+            apply_plan(model, plan)
             run.follow()
     print(f"a forward pass waits {forward.count} times, a new plan {follow.count} times")
     assert forward.count == 0

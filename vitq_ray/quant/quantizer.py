@@ -90,7 +90,7 @@ class TensorQuantizer(nn.Module):
         code sees them."""
         if self._amax.shape == amax.shape:
             with torch.no_grad():
-                self._amax.copy_(amax)
+                self._amax.copy_(amax, non_blocking=self._amax.is_cuda)  # no waiting site by site
         else:
             self._amax = amax.detach().clone().to(self._amax.device, torch.float32)
         self.rule = rule
