@@ -13,13 +13,15 @@ kernels of ONNX Runtime saturate, so its speed there is not that of a right answ
 pays, is measured on its own: `--compile-time` starts two fresh processes with an empty and with a full cache.
 
 With `--use-gpu` the same models run on the first GPU, without peers, next to PyTorch's float16 and bfloat16, compiled.
-A row's time is that of several batches in a row, by the GPU's clock; its first call, which compiles, is a column.
+A row's time is that of several batches in a row, by the GPU's clock; its first call, which compiles, is a column. A
+CUDA graph is the same work, recorded once and started as a whole: its first call compiles nothing any more.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -29,6 +31,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import timm
@@ -40,7 +43,7 @@ from vitq_ray.calibration.calibrators import Calibration
 from vitq_ray.calibration.scales import Scales, kinds_needed
 from vitq_ray.calibration.setting import Setting
 from vitq_ray.calibration.statistics import collect_statistics
-from vitq_ray.engines import gemm
+from vitq_ray.engines import gemm, gpu
 from vitq_ray.engines.execute import Engine, Execution, find_engine
 from vitq_ray.engines.gpu import CompiledBlocks, run_block
 from vitq_ray.models.load import load_model
@@ -254,7 +257,32 @@ def gpu_rows(name: str, images: Tensor, mode: str, bits: int) -> dict[str, Calla
         "fake, eager": lambda: eager(name, mode, bits, images),
         "int8, not compiled": lambda: int8_run(False),
         "int8, compiled": lambda: int8_run(True),
+        "float16, CUDA graph": lambda: recorded(float_run(torch.float16)),
+        "int8, CUDA graph": lambda: recorded(int8_run(True)),
+        "int8, inductor's": lambda: inductors_products(int8_run(True)),
     }
+
+
+def inductors_products(run: Run) -> Run:
+    """Linear layers by the kernels that the compiler finds fastest and fuses, which nobody has checked."""
+
+    def patched() -> Any:
+        with patch.object(gpu, "int8_product", torch._int_mm):
+            return run()
+
+    return patched
+
+
+@torch.inference_mode()
+def recorded(run: Run) -> Run:
+    """The kernels of a run without the calls that start them, which are all there is to a small batch."""
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def on_gpu(run: Run, rounds: int) -> tuple[float, float, float]:
@@ -316,6 +344,7 @@ def peak_on_gpu(rounds: int, tokens: int = 100 * 197) -> None:
 
 def main_on_gpu(options: argparse.Namespace) -> None:
     exact_float32()
+    logging.basicConfig()  # blocks that are not compiled say so
     print(f"{torch.cuda.get_device_name()}; PyTorch {torch.__version__}, CUDA {torch.version.cuda}")
     peak_on_gpu(options.rounds)
     for name in options.models:
@@ -323,7 +352,9 @@ def main_on_gpu(options: argparse.Namespace) -> None:
             images = torch.randn(batch, 3, *float_model(name).patch_embed.img_size).cuda()
             engine = find_engine("int8", quantized(name, options.mode, options.bits, images), 0, images.device)
             title = f"{Path(name).name}, {options.mode}, {options.bits} bits, batch {batch}; {engine}"
-            show_on_gpu(title, gpu_rows(name, images, options.mode, options.bits), batch, options.rounds)
+            made = gpu_rows(name, images, options.mode, options.bits)
+            chosen = {row: make for row, make in made.items() if row == COMPILED or options.rows in row}
+            show_on_gpu(title, chosen, batch, options.rounds)
 
 
 def main() -> None:
@@ -337,6 +368,7 @@ def main() -> None:
     parser.add_argument("--batch-100", action="store_true", help="also eager fake quantization in batches of 100")
     parser.add_argument("--compile-time", action="store_true")
     parser.add_argument("--use-gpu", action="store_true")
+    parser.add_argument("--rows", default="", help="on a GPU: only rows with this in their name")
     options = parser.parse_args()
     if options.use_gpu:
         main_on_gpu(options)

@@ -160,10 +160,21 @@ def _linear(x: Tensor, row: Tensor, layer: Linear) -> Tensor:
     return (_quantize(y, layer.after) + layer.bias).reshape(*x.shape[:2], -1)
 
 
+# Products are operators of their own: what a compiler makes of the code around them, they are those that were checked.
+
+
+@torch.library.custom_op("vitq_ray::int8_product", mutates_args=(), schema="(Tensor a, Tensor b) -> Tensor")
 def int8_product(a: Tensor, b: Tensor) -> Tensor:
     """(rows, K) · (K, M) of int8 -> (rows, M) int32"""
     rows = len(a)
-    return torch._int_mm(F.pad(a, (0, 0, 0, _LEAST_ROWS - rows)) if rows < _LEAST_ROWS else a, b)[:rows]
+    if rows >= _LEAST_ROWS:
+        return torch._int_mm(a, b)
+    return torch._int_mm(F.pad(a, (0, 0, 0, _LEAST_ROWS - rows)), b)[:rows]
+
+
+@int8_product.register_fake
+def _int8_product_shape(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty((len(a), b.shape[1]), dtype=torch.int32)
 
 
 def _attend(y: Tensor, t: BlockTensors, form: Form) -> Tensor:
@@ -196,10 +207,7 @@ def _product(a: Tensor, b: Tensor, halves: bool) -> Tensor:
 
 @torch.library.custom_op("vitq_ray::half_product", mutates_args=(), schema="(Tensor a, Tensor b) -> Tensor")
 def half_product(a: Tensor, b: Tensor) -> Tensor:
-    """(S, rows, depth) · (S, depth, columns) of float16, added up in float32; on GPUs, from PyTorch 2.8 on.
-
-    An operator of its own, so that no compiler takes it apart.
-    """
+    """(S, rows, depth) · (S, depth, columns) of float16, added up in float32; on GPUs, from PyTorch 2.8 on."""
     return torch.bmm(a, b, out_dtype=torch.float32)
 
 
@@ -213,7 +221,8 @@ def compiled_block() -> Run:
     """`run_block`, compiled when it is first called with such types, shapes and form; for all models of a process."""
     from torch._dynamo import config  # a second, which nobody else has to wait
 
-    config.recompile_limit = max(config.recompile_limit, _MOST_CODES)
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # before PyTorch 2.7
+    setattr(config, limit, max(getattr(config, limit), _MOST_CODES))
     # PyTorch's advice to compute float32 products in TF32, where they would not be those of a CPU.
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
     return torch.compile(run_block, dynamic=False, fullgraph=True)
@@ -261,7 +270,8 @@ def exact_products(device: torch.device, tokens: int, widths: tuple[tuple[int, i
 
 
 def _int8(a: Tensor, b: Tensor) -> Tensor:
-    return int8_product(a[0], b[0].t().contiguous().t())[None]
+    product: Tensor = int8_product(a[0], b[0].t().contiguous().t())
+    return product[None]
 
 
 def _half(a: Tensor, b: Tensor) -> Tensor:
@@ -587,7 +597,7 @@ class IntegerProduct:
 
     def __call__(self, x: Tensor) -> Tensor:  # (…, in) -> (…, out)
         levels = (x * self._inverse).round_().to(torch.int8).flatten(0, -2)
-        sums = int8_product(levels, self._weight)
+        sums: Tensor = int8_product(levels, self._weight)
         return (sums.float() * self._scale).reshape(*x.shape[:-1], -1)
 
 
