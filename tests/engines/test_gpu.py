@@ -429,6 +429,7 @@ def in_hundreds(run: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 
 
 @needs_gpu
+@pytest.mark.filterwarnings("default")
 def test_products_of_a_gpu_are_exact() -> None:
     """Shapes of ViT-S/14 and ViT-B/16."""
     for tokens, width, hidden in ((257, 384, 1536), (197, 768, 3072)):
@@ -492,7 +493,7 @@ def test_an_execution_on_a_gpu_does_not_wait() -> None:
         run(on_gpu)
         with Synchronizations() as forward:
             run(on_gpu)
-        plan = plan_of_sample("ft2", 4)
+        plan = plan_of_sample("ft1", 4)
         with Synchronizations() as follow:
             apply_plan(model, plan)
             run.follow()
