@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 
@@ -15,5 +17,6 @@ def device_for(use_gpu: bool) -> torch.device:
 def exact_float32() -> None:
     """For this process: PyTorch's convolutions on a GPU would be TF32, with 10 bits of each factor, and the embedding
     of patches is one. Its matrix products are float32 unless a program asks for less."""
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some versions announce another name for it
+        torch.backends.cudnn.allow_tf32 = False
