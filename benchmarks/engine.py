@@ -3,6 +3,7 @@
     python benchmarks/engine.py                                        # ViT-S/16, ViT-B/16 and the bundled sample
     python benchmarks/engine.py --models vit_small_patch16_224 --batches 16 --threads 1
     python benchmarks/engine.py --models ../shared/data/vits14/vits14.npz
+    python benchmarks/engine.py --use-gpu --models vit_small_patch16_224
 
 Every row is measured in turn, round after round, and the best round counts; ratios are to PyTorch's compiled float
 model. Models of a timm name have random weights: speed does not depend on them. `fake, eager` is PyTorch's own
@@ -10,12 +11,17 @@ arithmetic, also in batches of 100 as earlier versions ran it. Peers need `pip i
 (float, and its static INT8 in Q/DQ form) and OpenVINO (float, and NNCF's `quantize`). On CPUs without VNNI the integer
 kernels of ONNX Runtime saturate, so its speed there is not that of a right answer. Compilation, which the first call
 pays, is measured on its own: `--compile-time` starts two fresh processes with an empty and with a full cache.
+
+With `--use-gpu` the same models run on the first GPU, without peers, next to PyTorch's float16 and bfloat16, compiled.
+A row's time is that of several batches in a row, by the GPU's clock; its first call, which compiles, is a column. A
+CUDA graph is the same work, recorded once and started as a whole: its first call compiles nothing any more.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -25,23 +31,27 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import timm
 import torch
 from torch import Tensor, nn
 
+from vitq_ray.base.device import exact_float32
 from vitq_ray.calibration.calibrators import Calibration
 from vitq_ray.calibration.scales import Scales, kinds_needed
 from vitq_ray.calibration.setting import Setting
 from vitq_ray.calibration.statistics import collect_statistics
-from vitq_ray.engines import gemm
-from vitq_ray.engines.execute import Engine, Execution
+from vitq_ray.engines import gemm, gpu
+from vitq_ray.engines.execute import Engine, Execution, find_engine
+from vitq_ray.engines.gpu import CompiledBlocks, run_block
 from vitq_ray.models.load import load_model
 from vitq_ray.quant.vit import apply_plan, frozen_weights, quantize_vit
 
 SAMPLE = str(Path(__file__).resolve().parents[1] / "vitq_ray" / "sample" / "vit.npz")
 COMPILED = "float, compiled"
+SECONDS_ON_GPU = 0.1  # of one measurement
 Run = Callable[[], Any]
 
 
@@ -65,9 +75,9 @@ def float_model(name: str) -> nn.Module:
 def quantized(name: str, mode: str, bits: int, images: Tensor) -> nn.Module:
     model = quantize_vit(float_model(name)).eval()
     setting = Setting(mode, Calibration.parse("max"), 1, weight_bits=bits, act_bits=bits)
-    statistics = collect_statistics(model, [(0, images[:8])], (1,), kinds=kinds_needed([setting]))
+    statistics = collect_statistics(model, [(0, images[:8].cpu())], (1,), kinds=kinds_needed([setting]))
     apply_plan(model, Scales(model, statistics).plan(setting))
-    return model
+    return model.to(images.device)
 
 
 def eager(name: str, mode: str, bits: int, images: Tensor) -> Run:
@@ -232,22 +242,153 @@ def compile_time() -> None:
     print(f"\nfirst images of the int8 engine: {seconds[0]} s with an empty cache, {seconds[1]} s with a full one")
 
 
+# On a GPU ------------------------------------------------------------------------------------------------------------
+
+
+def gpu_rows(name: str, images: Tensor, mode: str, bits: int) -> dict[str, Callable[[], Run]]:
+    """{row: what makes what it runs}"""
+
+    def float_run(kind: torch.dtype, compiled: bool = True) -> Run:
+        model, x = float_model(name).to(images.device, kind), images.to(kind)
+        run = torch.compile(model, dynamic=False) if compiled else model
+        return lambda: run(x)
+
+    def int8_run(compiled: bool) -> Run:
+        run = Execution(quantized(name, mode, bits, images), Engine("int8"))
+        assert isinstance(run._blocks, CompiledBlocks)
+        if not compiled:
+            run._blocks._run = run_block
+        return lambda: run(images)
+
+    return {
+        "float, eager": lambda: float_run(torch.float32, False),
+        COMPILED: lambda: float_run(torch.float32),
+        "bfloat16, compiled": lambda: float_run(torch.bfloat16),
+        "float16, compiled": lambda: float_run(torch.float16),
+        "fake, eager": lambda: eager(name, mode, bits, images),
+        "int8, not compiled": lambda: int8_run(False),
+        "int8, compiled": lambda: int8_run(True),
+        "float16, CUDA graph": lambda: recorded(float_run(torch.float16)),
+        "int8, CUDA graph": lambda: recorded(int8_run(True)),
+        "int8, inductor's": lambda: inductors_products(int8_run(True)),
+    }
+
+
+def inductors_products(run: Run) -> Run:
+    """Linear layers by the kernels that the compiler finds fastest and fuses, which nobody has checked."""
+
+    def patched() -> Any:
+        with patch.object(gpu, "int8_product", torch._int_mm):
+            return run()
+
+    return patched
+
+
+@torch.inference_mode()
+def recorded(run: Run) -> Run:
+    """The kernels of a run without the calls that start them, which are all there is to a small batch."""
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def on_gpu(run: Run, rounds: int) -> tuple[float, float, float]:
+    """Seconds of a call in its best round, seconds of the first call, and GiB in use at most."""
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    first = time.perf_counter() - start
+    torch.cuda.reset_peak_memory_stats()
+    count, best = 3, float("inf")
+    for _ in range(rounds + 1):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(count):
+            run()
+        end.record()
+        end.synchronize()
+        seconds = 1e-3 * begin.elapsed_time(end) / count
+        if count > 3:  # the first three only tell how many are enough
+            best = min(best, seconds)
+        count = max(4, int(SECONDS_ON_GPU / seconds))
+    return best, first, torch.cuda.max_memory_allocated() / 2**30
+
+
+def show_on_gpu(title: str, made: dict[str, Callable[[], Run]], images: int, rounds: int) -> None:
+    """Row by row, as they come; a row that fails says so."""
+    print(f"\n{title}")
+    print(f"  {'':<20} {'ms/image':>9} {'images/s':>9} {'× compiled float':>17} {'first call, s':>14} {'GiB':>6}")
+    lines, reference = [], float("nan")
+    for row, make in made.items():
+        torch.compiler.reset()
+        try:
+            run = make()
+            with torch.inference_mode():
+                best, first, memory = on_gpu(run, rounds)
+        except Exception as error:
+            print(f"  {row:<20} {type(error).__name__}: {str(error)[:300]}", flush=True)
+            continue
+        reference = best if row == COMPILED else reference
+        lines.append((row, best, first, memory))
+        print(f"  {row:<20} {1e3 * best / images:>9.4f}", flush=True)
+    for row, best, first, memory in lines:
+        speed = f"{1e3 * best / images:>9.4f} {images / best:>9.0f} {reference / best:>17.2f}"
+        print(f"  {row:<20} {speed} {first:>14.1f} {memory:>6.2f}", flush=True)
+
+
+def peak_on_gpu(rounds: int, tokens: int = 100 * 197) -> None:
+    """The products alone, in tera-operations per second."""
+    print(f"\nproducts alone, ({tokens}, K) · (K, N): TOPS")
+    for depth, columns in ((384, 1152), (384, 384), (384, 1536), (1536, 384), (768, 2304), (768, 3072), (3072, 768)):
+        x, w = torch.randn(tokens, depth, device="cuda"), torch.randn(columns, depth, device="cuda")
+        speeds = []
+        for kind in (torch.int8, torch.bfloat16, torch.float16, torch.float32):
+            a, b = (10 * x).to(kind), (10 * w).to(kind).t()
+            run = (lambda a=a, b=b: torch._int_mm(a, b)) if kind == torch.int8 else (lambda a=a, b=b: a @ b)
+            speeds.append(f"{str(kind)[6:]} {2e-12 * tokens * depth * columns / on_gpu(run, rounds)[0]:.0f}")
+        print(f"  K {depth}, N {columns}: {', '.join(speeds)}", flush=True)
+
+
+def main_on_gpu(options: argparse.Namespace) -> None:
+    exact_float32()
+    logging.basicConfig()  # blocks that are not compiled say so
+    print(f"{torch.cuda.get_device_name()}; PyTorch {torch.__version__}, CUDA {torch.version.cuda}")
+    peak_on_gpu(options.rounds)
+    for name in options.models:
+        for batch in options.batches or [16, 100, 256]:
+            images = torch.randn(batch, 3, *float_model(name).patch_embed.img_size).cuda()
+            engine = find_engine("int8", quantized(name, options.mode, options.bits, images), 0, images.device)
+            title = f"{Path(name).name}, {options.mode}, {options.bits} bits, batch {batch}; {engine}"
+            made = gpu_rows(name, images, options.mode, options.bits)
+            chosen = {row: make for row, make in made.items() if row == COMPILED or options.rows in row}
+            show_on_gpu(title, chosen, batch, options.rounds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["vit_small_patch16_224", "vit_base_patch16_224", SAMPLE])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 16])
+    parser.add_argument("--batches", nargs="+", type=int, help="default: 1 8 16; on a GPU 16 100 256")
     parser.add_argument("--mode", default="ft2")
     parser.add_argument("--bits", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-100", action="store_true", help="also eager fake quantization in batches of 100")
     parser.add_argument("--compile-time", action="store_true")
+    parser.add_argument("--use-gpu", action="store_true")
+    parser.add_argument("--rows", default="", help="on a GPU: only rows with this in their name")
     options = parser.parse_args()
+    if options.use_gpu:
+        main_on_gpu(options)
+        return
     torch.set_num_threads(options.threads)
     print(machine())
     peak(options.rounds)
     for name in options.models:
-        for batch in options.batches:
+        for batch in options.batches or [1, 8, 16]:
             size = float_model(name).patch_embed.img_size
             images = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0))
             with tempfile.TemporaryDirectory() as folder:

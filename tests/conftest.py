@@ -1,4 +1,7 @@
-"""Shared fixtures: small models and images; everything is made here, nothing is downloaded."""
+"""Shared fixtures: small models and images; everything is made here, nothing is downloaded.
+
+Ray is imported by those that start it only, so that tests of engines run where there is none, as on a borrowed GPU.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,13 @@ from urllib.request import urlopen
 
 import numpy as np
 import pytest
-import ray
 import torch
 from PIL import Image
-from tensorboardX.proto.event_pb2 import Event
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vitq_ray.calibration.calibrators import Calibration
 from vitq_ray.calibration.setting import Setting
-from vitq_ray.cluster.start import cluster
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.models.google import google_arrays
 from vitq_ray.quant.plan import Plan, SitePlan, SiteRule
@@ -274,12 +274,16 @@ def no_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One small Ray for all tests that need it."""
+    from vitq_ray.cluster.start import cluster
+
     with cluster(num_cpus=2, object_store_bytes=300_000_000, dashboard=False):
         yield
 
 
 def scrape() -> str:
     """What Prometheus reads from the metrics port of a node of the running Ray."""
+    import ray
+
     node = ray.nodes()[0]
     with urlopen(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=10) as page:
         return str(page.read().decode())
@@ -290,6 +294,8 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
 
     The start of a session at a step drops what was said of it and of later ones. A step that comes twice is an error.
     """
+    from tensorboardX.proto.event_pb2 import Event
+
     found: dict[str, dict[int, float]] = {}
     for path in sorted(folder.glob("events.*")):
         data = path.read_bytes()

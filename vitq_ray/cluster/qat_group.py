@@ -32,6 +32,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from vitq_ray.base.config import InputError
+from vitq_ray.base.device import exact_float32
 from vitq_ray.base.files import one_line, write_json
 from vitq_ray.cluster.metrics import Metrics
 from vitq_ray.cluster.stream import share, stream_batches
@@ -255,6 +256,7 @@ def _rank_main(config: dict[str, Any]) -> None:
         return
     torch.set_num_threads(shared.threads)
     context = ray.train.get_context()
+    exact_float32()
     ranks = Ranks(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     task: QatTask = ray.get(shared.task)
     bad_images: list[tuple[str, str]] = []

@@ -25,6 +25,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from torch import nn
 
 from vitq_ray.base.config import InputError
+from vitq_ray.base.device import device_for
 from vitq_ray.cluster.trials import Resources, fit, require_room
 from vitq_ray.measure.evaluation import NonFiniteLogitsError
 from vitq_ray.models.checkpoint import load_calibrated
@@ -77,7 +78,7 @@ def _train(config: dict[str, Any], shared: _Shared) -> None:
 def _train_run(
     run: TrainingRun, shared: _Shared, bad_images: list[tuple[str, str]], on_epoch: Callable[[EpochReport], None]
 ) -> None:
-    device = torch.device("cuda" if shared.use_gpu else "cpu")
+    device = device_for(shared.use_gpu)
     folder = shared.folder / run.name
     recorder = Recorder(folder)
 

@@ -29,6 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
+from vitq_ray.base.device import device_for
 from vitq_ray.cluster.images import StoredImages
 from vitq_ray.cluster.start import environment
 from vitq_ray.data.transforms import EvalTransform
@@ -195,7 +196,7 @@ class Worker:
     def __init__(self, shared: Shared) -> None:
         torch.set_num_threads(shared.threads)
         self.shared = shared
-        self.device = torch.device("cuda" if shared.use_gpu else "cpu")
+        self.device = device_for(shared.use_gpu)
         # A copy: what comes from the object store is read-only memory.
         self.model = copy.deepcopy(ray.get(shared.model)).to(self.device).eval()
         self.images = shared.images.fetch()

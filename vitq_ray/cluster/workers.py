@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
+from vitq_ray.base.device import device_for
 from vitq_ray.calibration.statistics import CalibrationStatistics, collect_statistics
 from vitq_ray.data.loader import Batch
 from vitq_ray.data.transforms import EvalTransform
@@ -59,7 +60,7 @@ class BatchWorker:
         float_model: nn.Module | None = None,
     ) -> None:
         torch.set_num_threads(threads)
-        self._device = torch.device("cuda" if use_gpu else "cpu")
+        self._device = device_for(use_gpu)
         # A copy: what comes from the object store is read-only memory.
         self._model = copy.deepcopy(model).to(self._device).eval()
         self._run = self._model if engine is None else Execution(self._model, engine)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from vitq_ray.base.config import InputError
+from vitq_ray.base.device import device_for
 from vitq_ray.base.memory import machine_memory, size_text
 from vitq_ray.calibration.setting import Setting
 from vitq_ray.commands.options import ModelOptions, SettingOptions, parameters
@@ -75,7 +76,7 @@ def device_of(options: ModelOptions) -> torch.device:
     if options.use_gpu and not torch.cuda.is_available():
         name = options.name_of("use_gpu")
         raise InputError(f"{name}: this PyTorch finds no CUDA GPU; leave the option out to run on the CPU")
-    return torch.device("cuda" if options.use_gpu else "cpu")
+    return device_for(options.use_gpu)
 
 
 def eval_transform(loaded: LoadedModel, crop_pct: float | None = None) -> EvalTransform:

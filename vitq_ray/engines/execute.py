@@ -4,8 +4,8 @@
     model that follows a plan + Engine ──► Execution: images -> logits
 
 On a CPU both engines are the fused blocks of `int8`: the engine `int8` multiplies integers, `fake` integer-valued
-float32. Their numbers are the same, bit for bit, as long as no sum of products passes 2²⁴. On a GPU `fake` is
-PyTorch's eager fake quantization, and with `int8` the linear layers of that multiply integers (`gpu`).
+float32. Their numbers are the same, bit for bit, as long as no sum of products passes 2²⁴. On a GPU `int8` is compiled
+blocks with exact products (`gpu`), and `fake` PyTorch's eager fake quantization.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
 from vitq_ray.engines.gemm import FLOAT, INTEGERS, integers
-from vitq_ray.engines.gpu import integer_products
+from vitq_ray.engines.gpu import (
+    CompiledBlocks,
+    can_compile,
+    integer_products,
+    products_of,
+    with_compiled_blocks,
+)
 from vitq_ray.engines.int8 import FusedBlocks, with_blocks
 from vitq_ray.quant.plan import Plan, SitePlan, rules_of_mode
 from vitq_ray.quant.sites import MODES
@@ -42,11 +48,13 @@ class Engine:
         name: `int8` or `fake`.
         images_per_second: {engine: its speed} where it was measured to choose.
         device: type of the device it was chosen for.
+        products: on a GPU, which exact products `int8` uses there.
     """
 
     name: str
     images_per_second: dict[str, float] = field(default_factory=dict)
     device: str = "cpu"
+    products: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """For result files: name, arithmetic on this machine, measured speeds."""
@@ -57,7 +65,7 @@ class Engine:
         if self.name == FAKE:
             return FLOAT
         if self.device != "cpu":
-            return "int8 × int8, _int_mm"
+            return self.products or "int8 × int8, _int_mm"
         kind = integers()
         return FLOAT if kind is None else INTEGERS[kind]
 
@@ -78,18 +86,28 @@ def find_engine(name: str, model: nn.Module, img_size: int, device: torch.device
     """
     if name not in ENGINES:
         raise InputError(f"engine: {name!r} is not one of {', '.join(ENGINES)}")
-    on_cpu = device.type == "cpu"
-    exact = integers() is not None if on_cpu else hasattr(torch, "_int_mm")
-    if name == INT8 and not exact:
-        raise InputError(f"engine: int8 has no exact integer products on this {'CPU' if on_cpu else 'GPU'}; use fake")
-    if name != AUTO:
-        return Engine(name, device=device.type)
-    if not exact:
+    if name == FAKE:
         return Engine(FAKE, device=device.type)
+    products = _exact_products(model, device)
+    if name == INT8 and products is None:
+        place = "CPU" if device.type == "cpu" else "GPU"
+        raise InputError(f"engine: int8 has no exact integer products on this {place}; use fake")
+    if products is None:
+        return Engine(FAKE, device=device.type)
+    if name == INT8:
+        return Engine(INT8, device=device.type, products=products)
     images = torch.randn(evaluation_batch(model, device), 3, img_size, img_size, device=device)
     speeds = {name: _speed(model, Engine(name), images) for name in (INT8, FAKE)}
     fastest = max(speeds, key=lambda name: speeds[name])
-    return Engine(fastest, {n: float(f"{s:.4g}") for n, s in speeds.items()}, device.type)
+    return Engine(fastest, {n: float(f"{s:.4g}") for n, s in speeds.items()}, device.type, products)
+
+
+def _exact_products(model: nn.Module, device: torch.device) -> str | None:
+    """Which products are exact on a device, in words where it is a GPU; None where none of integers are."""
+    if device.type == "cpu":
+        return None if integers() is None else ""
+    products = products_of(model, device)
+    return str(products) if products.int8 else None
 
 
 def unit_plan(model: nn.Module, mode: str) -> Plan:
@@ -118,24 +136,29 @@ class Execution(nn.Module):
     def __init__(self, model: nn.Module, engine: Engine) -> None:
         super().__init__()
         self._of = [model]  # not a submodule: it is the caller's
-        self._fused: FusedBlocks | None = None
-        self._frozen, self._integers = ExitStack(), engine.name == INT8
-        if next(model.parameters()).device.type == "cpu":
-            kind = integers() if engine.name == INT8 else FLOAT
-            self._fused = FusedBlocks(model, kind or FLOAT)
-            self._run = [with_blocks(model, self._fused)]
-        else:
-            self._run = [model]
-            self.follow()
+        self._blocks: FusedBlocks | CompiledBlocks | None = None
+        self._frozen, self._run = ExitStack(), [model]
+        device, is_int8 = next(model.parameters()).device, engine.name == INT8
+        if device.type == "cpu":
+            kind = integers() if is_int8 else FLOAT
+            self._blocks = FusedBlocks(model, kind or FLOAT)
+            self._run = [with_blocks(model, self._blocks)]
+            return
+        products = products_of(model, device) if is_int8 else None
+        if products is not None and can_compile(model):
+            self._blocks = CompiledBlocks(model, products)
+            self._run = [with_compiled_blocks(model, self._blocks)]
+            return
+        self._quantized_once = integer_products if products is not None and products.int8 else frozen_weights
+        self.follow()
 
     def follow(self) -> None:
         """Take over scales, rules and weights as the model has them now."""
-        if self._fused is not None:
-            self._fused.follow()
+        if self._blocks is not None:
+            self._blocks.follow()
         else:
             self._frozen.close()
-            quantized_once = integer_products if self._integers else frozen_weights
-            self._frozen.enter_context(quantized_once(self._of[0]))
+            self._frozen.enter_context(self._quantized_once(self._of[0]))
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, S, S) -> (B, classes)

@@ -88,11 +88,12 @@ class TensorQuantizer(nn.Module):
     def take(self, amax: Tensor, rule: SiteRule) -> None:
         """Do what a plan says of this site; scales are taken over in place where the shape allows it, so that compiled
         code sees them."""
+        no_waiting = self._amax.is_cuda  # site by site
         if self._amax.shape == amax.shape:
             with torch.no_grad():
-                self._amax.copy_(amax)
+                self._amax.copy_(amax, non_blocking=no_waiting)
         else:
-            self._amax = amax.detach().clone().to(self._amax.device, torch.float32)
+            self._amax = amax.detach().clone().to(self._amax.device, torch.float32, non_blocking=no_waiting)
         self.rule = rule
         self.state = State.QUANTIZE if rule.on else State.OFF
         self._frozen = None
