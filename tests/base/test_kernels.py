@@ -48,14 +48,30 @@ def test_files_with_kernels_are_read(tmp_path: Path) -> None:
     one.write_text(OWN)
     other.write_text("text")
     seen = set()
-    for change in (lambda: None, lambda: one.write_text(OWN + "#"), lambda: (tmp_path / "two.py").write_text(OWN)):
+    writes_code = tmp_path / "lanes.py"  # of which kernels are made
+    changes = (
+        lambda: None,
+        lambda: one.write_text(OWN + "#"),
+        lambda: (tmp_path / "two.py").write_text(OWN),
+        lambda: writes_code.write_text("from numba.extending import intrinsic"),
+        lambda: writes_code.write_text("from numba.extending import intrinsic  # changed"),
+    )
+    for change in changes:
         change()
         sources_of_kernels.cache_clear()
         seen.add(sources_of_kernels(tmp_path))
-    assert len(seen) == 3
+    assert len(seen) == len(changes)
     other.write_text("other text")
     sources_of_kernels.cache_clear()
     assert sources_of_kernels(tmp_path) in seen
+
+
+def test_what_kernels_are_made_of_is_read() -> None:
+    package = Path(kernels.__file__).parents[1]
+    for path in package.rglob("*.py"):
+        text = path.read_text()
+        if "import llvmlite" in text:
+            assert "import intrinsic" in text, f"{path.name} would change kernels that are in the cache"
 
 
 def test_every_kernel_of_the_package_is_stamped() -> None:
