@@ -117,6 +117,6 @@ def test_a_real_vit(mode: str) -> None:
     print(f"{mode}: {same:.1%} of 24 photos, logits differ by {difference:.2%}, by a rounding of the input {floor:.2%}")
     blocks = block_differences(model, images[0][:8])
     print(f"{mode}: blocks differ by {max(blocks):.2e} of their spread at most")
-    assert max(blocks) < 5e-4
+    assert max(blocks) < 2e-3
     assert difference <= max(0.01, 4 * floor)
     assert np.isfinite(difference)
