@@ -1,5 +1,5 @@
 """Calibration, search, training and evaluation on a GPU, next to the same on the CPU: what runs, how long, and whether
-the numbers agree. Not run yet: no GPU was there when it was written.
+the numbers agree.
 
     python benchmarks/gpu_check.py [--output DIR]
 
