@@ -38,6 +38,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from vitq_ray.base import instructions
 from vitq_ray.base.device import exact_float32
 from vitq_ray.calibration.calibrators import Calibration
 from vitq_ray.calibration.scales import Scales, kinds_needed
@@ -60,7 +61,12 @@ def machine() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     facts = dict(line.split(":", 1) for line in lines if ":" in line)
     name = {key.strip(): value.strip() for key, value in facts.items()}.get("model name", "unknown CPU")
-    has = {"AVX2": gemm.HAS_AVX2, "AVX-512 VNNI": gemm.HAS_AVX512_VNNI, "AVX-VNNI": gemm.HAS_AVX_VNNI}
+    has = {
+        "AVX2": instructions.HAS_AVX2,
+        "AVX-512 VNNI": instructions.HAS_AVX512_VNNI,
+        "AVX-VNNI": instructions.HAS_AVX_VNNI,
+        "AMX": instructions.HAS_AMX,
+    }
     sets = ", ".join(name for name, there in has.items() if there) or "no AVX2"
     return f"{name}, {sets}; {os.cpu_count()} CPUs, {torch.get_num_threads()} threads; PyTorch {torch.__version__}"
 
@@ -92,7 +98,7 @@ def rows(name: str, images: Tensor, mode: str, bits: int) -> dict[str, Run]:
     model = float_model(name)
     compiled = torch.compile(model)
     found: dict[str, Run] = {"float, eager": lambda: model(images), COMPILED: lambda: compiled(images)}
-    if "avx512bf16" in gemm._FEATURES or "amx-bf16" in gemm._FEATURES:
+    if "avx512bf16" in instructions.FEATURES or "amx-bf16" in instructions.FEATURES:
         half = torch.compile(float_model(name).bfloat16())
         found["bfloat16, compiled"] = lambda: half(images.bfloat16())
     found["fake, eager"] = eager(name, mode, bits, images)

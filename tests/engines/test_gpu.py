@@ -266,6 +266,32 @@ def test_a_weight_is_quantized_when_something_about_it_changed(
     assert len(made) == 1
 
 
+@pytest.mark.parametrize("where", ["_levels", "_in_place"])
+def test_a_plan_that_could_not_be_taken_over_is_taken_over_later(
+    where: str, quant_vit: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory of a device may be short for a moment; weights of the plan before must not meet scales of this one."""
+    quant_vit.eval()
+    plan = plan_by_hand(quant_vit, images, "ft2")
+    apply_plan(quant_vit, plan)
+    blocks = CompiledBlocks(quant_vit, INTEGERS, run_block)
+    weights = {
+        key: SitePlan(site.amax * (0.5 if "_weight_" in key else 1), site.rule) for key, site in plan.sites.items()
+    }
+    apply_plan(quant_vit, dataclasses.replace(plan, sites=weights))
+
+    def short(*_: object) -> None:
+        raise torch.cuda.OutOfMemoryError("short")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, where, short)
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            blocks.follow()
+    blocks.follow()
+    x = torch.randn(2, 5, quant_vit.embed_dim, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(blocks(x), CompiledBlocks(quant_vit, INTEGERS, run_block)(x))
+
+
 def test_fewer_images_run_as_many(quant_vit: nn.Module, images: Tensor) -> None:
     """The rest of an evaluation compiles nothing; a much smaller number is not filled up."""
     quant_vit.eval()
@@ -322,6 +348,29 @@ def test_products_are_compared_with_integers(quant_vit: nn.Module, monkeypatch: 
     exact_products.cache_clear()
     assert products_of(quant_vit, CPU) == NONE
     exact_products.cache_clear()
+
+
+def test_products_that_are_not_used_are_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_is_exact", lambda *_: True)
+    exact_products.cache_clear()
+    gpu_device = torch.device("cuda")
+    assert products_of(quantize_vit(tiny_vit()), gpu_device) == Products(True, True)
+    odd = quantize_vit(tiny_vit(embed_dim=42, num_heads=6, mlp_ratio=2.5))
+    assert not products_of(odd, gpu_device).int8, "no layer has sides that are multiples of 8"
+    assert products_of(quantize_vit(tiny_vit(act_layer=nn.SiLU)), gpu_device) == Products(True, False)
+    exact_products.cache_clear()
+
+
+def test_float32_is_float32() -> None:
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        exact_float32()
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert not torch.backends.cudnn.allow_tf32
+    finally:
+        torch.backends.cudnn.allow_tf32 = before[0]
+        torch.set_float32_matmul_precision(before[1])
 
 
 def test_int8_that_is_not_exact_is_refused(quant_vit: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -461,7 +510,7 @@ def test_a_gpu_agrees_with_the_cpu() -> None:
             same.append((found.argmax(1) == expected.argmax(1)).float().mean().item())
             off = ((found - expected).norm() / expected.norm()).item()
             print(f"{mode}, {bits} bits: same class {same[-1]:.1%}, logits off by {off:.1e}")
-            assert same[-1] >= 0.995
+            assert same[-1] >= 0.999
     assert sum(same) / len(same) >= 0.999
     assert run is not None
     assert isinstance(run._blocks, CompiledBlocks)

@@ -16,7 +16,8 @@ def device_for(use_gpu: bool) -> torch.device:
 
 def exact_float32() -> None:
     """For this process: PyTorch's convolutions on a GPU would be TF32, with 10 bits of each factor, and the embedding
-    of patches is one. Its matrix products are float32 unless a program asks for less."""
+    of patches is one. So would its matrix products be where a program has asked for it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some versions announce another name for it
         torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")

@@ -10,6 +10,8 @@ from typing import Any, TypeVar, cast
 
 import numba
 
+from vitq_ray.base.instructions import HAS_AMX
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -26,9 +28,10 @@ def compiled_with(**options: Any) -> Callable[[F], F]:
             kernel: Any = numba.njit(nogil=True, cache=True, **options)(function)
         except RuntimeError:  # numba: "cannot cache function"
             return cast(F, numba.njit(nogil=True, **options)(function))
-        # numba looks at the function's own file only; a kernel holds the code of others, too.
+        # numba looks at the function's own file and at the CPU only; a kernel holds the code of other files, too, and
+        # one that uses AMX is not for a process that may not.
         file = kernel._cache._cache_file
-        file._source_stamp = (file._source_stamp, sources_of_kernels(Path(__file__).parents[1]))
+        file._source_stamp = (file._source_stamp, sources_of_kernels(Path(__file__).parents[1]), HAS_AMX)
         return cast(F, kernel)
 
     return compile_

@@ -22,8 +22,6 @@ AMX multiplies registers that are small matrices, `tiles`. Each thread says how 
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from functools import cache
 from typing import Any
 
@@ -31,44 +29,15 @@ import llvmlite.ir as ir
 import numpy as np
 import numpy.typing as npt
 from numba import types
-from numba.core import cgutils, config
-from numba.core.codegen import get_host_cpu_features
+from numba.core import cgutils
 from numba.extending import intrinsic
 
+from vitq_ray.base.instructions import HAS_AMX, HAS_AVX2, HAS_AVX512, HAS_AVX512_VNNI, HAS_VNNI
 from vitq_ray.base.kernels import compiled, compiled_with
 
 FLOAT = "float32"
 _I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
-
-def _cpu_features() -> set[str]:
-    """What numba compiles for: this CPU's instruction sets, or those that NUMBA_CPU_NAME, NUMBA_CPU_FEATURES allow."""
-    text = config.CPU_FEATURES
-    if text is None:
-        text = "" if config.CPU_NAME == "generic" else get_host_cpu_features()
-    return {feature[1:] for feature in text.split(",") if feature.startswith("+")}
-
-
-def _may_use_tiles() -> bool:
-    """Ask Linux for AMX's registers, for this process; without a yes their first use would end it."""
-    if not sys.platform.startswith("linux"):
-        return False
-    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
-    return bool(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0)
-
-
-_FEATURES = _cpu_features()
-HAS_AVX2 = "avx2" in _FEATURES
-HAS_AVX512 = {"avx512f", "avx512bw"} <= _FEATURES
-HAS_AVX512_VNNI = HAS_AVX512 and "avx512vnni" in _FEATURES
-HAS_AVX_VNNI = "avxvnni" in _FEATURES
-HAS_VNNI = HAS_AVX512_VNNI or HAS_AVX_VNNI
-HAS_AMX = HAS_AVX512_VNNI and {"amx-tile", "amx-int8"} <= _FEATURES and _may_use_tiles()
-if {
-    "amx-tile",
-    "amx-int8",
-} <= _FEATURES and not HAS_AMX:  # kernels in the cache that use tiles are not for this process
-    config.CPU_FEATURES = ",".join(f"+{feature}" for feature in sorted(_FEATURES - {"amx-tile", "amx-int8"}))
 
 INTEGERS = {  # operands, fastest first
     "uint8": f"uint8 × int8, {'tdpbusd' if HAS_AMX else 'vpdpbusd'}",
@@ -83,8 +52,10 @@ _STEPS = {"int16": _UNROLL, "float32": _UNROLL, "uint8": _TILE if HAS_AMX else _
 _ROWS = 6  # of a block of sums; 6 rows of two vectors are twelve sums, three quarters of the registers of AVX2
 _ROWS_512 = 12  # twice as many registers
 _HEIGHT = tuple(_ROWS_512 if _LANES.get(kind) == 16 else _ROWS for kind in ("", "uint8", "int16", "", "float32"))
-COLUMN_BLOCK = 512  # columns of B that all rows of A are multiplied with before the next
-ROW_BLOCK = 48  # at most, rows of A that are multiplied with all of B before the next: they stay in the cache
+_FEWEST = tuple(_TILE if HAS_AMX and size == 1 else height for size, height in enumerate(_HEIGHT))  # rows of one block
+FEWEST_ROWS = max(_FEWEST)
+COLUMN_BLOCK = 512  # columns of B that all rows of A are multiplied with before the next: they stay in the cache
+ROW_BLOCK = 48  # rows of A, at most, that are multiplied with those columns before the next rows
 
 
 class _Arithmetic:
@@ -305,7 +276,8 @@ def multiply(a: Any, first: int, rows: int, column: int, b: Any, c: Any) -> None
     """c[:rows] = a[first : first + rows, column:] · B.
 
     Args:
-        a: (M, ≥ K) int16, uint8 or float32; elements behind K are read and multiplied with B's zeros.
+        a: (M, ≥ K) int16, uint8 or float32, made by `aligned`: up to 63 bytes behind K are read, behind the last row,
+            too, and multiplied with B's zeros.
         b: what `pack_rows` or `pack_columns` made, (panels, steps, PANEL, group).
         c: (≥ rows, ≥ panels · PANEL), int32, or float32 where A is.
 
@@ -336,6 +308,18 @@ def multiply(a: Any, first: int, rows: int, column: int, b: Any, c: Any) -> None
             for row in range(0, rows, height):
                 row = min(row, rows - height)  # the last tile overlaps the one before it: the same sums again
                 _tall(a, b, a0 + row * a_stride, a_stride, here, there + row * c_stride, c_stride, steps)
+
+
+@compiled
+def multiply_block(a: Any, origin: int, first: int, rows: int, column: int, b: Any, c: Any) -> Any:
+    """c[before : before + rows] = a[origin + first : origin + first + rows, column:] · B; returns `before`.
+
+    A few rows cost as much as a whole block of sums: of them, so many rows before them are multiplied, too, but none
+    before `origin`.
+    """
+    before = min(first, max(0, _FEWEST[a.itemsize] - rows))
+    multiply(a, origin + first - before, rows + before, column, b, c)
+    return before
 
 
 @compiled
@@ -466,13 +450,10 @@ def aligned(shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
     return memory[start : start + size].view(kind).reshape(shape)
 
 
-@compiled
-def row_block(rows: int) -> int:
-    """How many of so many rows to take at once: blocks of one size, since a few rows that are left cost as many do."""
-    return -(-rows // -(-rows // ROW_BLOCK))
-
-
 # Which integers are exact here ---------------------------------------------------------------------------------------
+
+
+SHAPES = ((50, 1536, 64), (257, 64, 257), (13, 77, 33), (16, 77, 33), (31, 100, 40), (47, 197, 64))  # rows, K, columns
 
 
 @cache
@@ -483,9 +464,7 @@ def integers() -> str | None:
     return next((kind for kind in INTEGERS if native[kind] and is_exact(kind)), None)
 
 
-def is_exact(
-    kind: str, shapes: tuple[tuple[int, int, int], ...] = ((50, 1536, 64), (257, 64, 257), (13, 77, 33))
-) -> bool:
+def is_exact(kind: str, shapes: tuple[tuple[int, int, int], ...] = SHAPES) -> bool:
     """Whether products of operands of a type equal those in int64, at values that break what is not exact.
 
     Args:

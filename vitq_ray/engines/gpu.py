@@ -6,7 +6,7 @@
 What stands between two products is one or a few kernels, written by `torch.compile`; where it cannot compile, the same
 function runs as it stands. A plan changes numbers in tensors that stay where they are, so nothing is compiled again
 but for another number of images, another choice of products, or other shapes. The arithmetic is that of the CPU's
-engine (`passes`), operation for operation; sums of floats are in the GPU's order.
+engine (`passes`); sums of floats are in the GPU's order, and a product and a sum may be rounded once or twice.
 
 Products are exact: int8 · int8 is added up in int32, and levels are integers of at most 9 bits, which float16 holds,
 and whose sums float32 holds up to 2²⁴. Both are compared with integers before they are used (`exact_products`).
@@ -243,12 +243,13 @@ class Products(NamedTuple):
 
 
 def products_of(model: nn.Module, device: torch.device) -> Products:
-    """What is exact on a device, found out at the shapes of a quantized model, once per process."""
+    """What is exact on a device and used there, found out at the shapes of a quantized model, once per process."""
     block = quant_blocks(model)[0]
     weights = (block.attn.qkv.weight, block.attn.proj.weight, block.mlp.fc1.weight, block.mlp.fc2.weight)
     tokens = model.patch_embed.num_patches + getattr(model, "num_prefix_tokens", 0)  # type: ignore[union-attr, operator]
     shapes = tuple(dict.fromkeys((w.shape[1], w.shape[0]) for w in weights))
-    return exact_products(device, int(tokens), shapes, block.attn.head_dim)
+    found = exact_products(device, int(tokens), shapes, block.attn.head_dim)
+    return found if can_compile(model) else found._replace(half=False)  # PyTorch's blocks: attention in float32
 
 
 @cache
@@ -266,7 +267,8 @@ def exact_products(device: torch.device, tokens: int, widths: tuple[tuple[int, i
     ]
     heads = [(12, tokens, dim, filled), (12, tokens, filled, dim)]
     half = device.type == "cuda" and all(_is_exact(_half, *shape, 255, torch.float16, device) for shape in heads)
-    return Products(all(_is_exact(_int8, *shape, 127, torch.int8, device) for shape in linear), half)
+    int8 = bool(linear) and all(_is_exact(_int8, *shape, 127, torch.int8, device) for shape in linear)
+    return Products(int8, half)
 
 
 def _int8(a: Tensor, b: Tensor) -> Tensor:
@@ -395,7 +397,7 @@ class _LinearPart:
     def tensors(self, old: Linear | None, of_weight: Tensor, after: Tensor, scale: Tensor, shift: Tensor) -> Linear:
         """All of them on the device; the weight is `old`'s where nothing about it has changed."""
         if old is None or self._is_new:
-            self._made, self._made_by = self._state, self._of_weight
+            self._made = ()  # until it is there: what is needed for it may not fit the device's memory
             levels = _levels(self._layer.weight.detach().float(), of_weight[..., None])
             kind = torch.int8 if self.integer else torch.float32
             weight = levels.to(kind).contiguous().t()
@@ -405,6 +407,10 @@ class _LinearPart:
         offset = (self._sums * shift).to(torch.int32 if self.integer else torch.float32)
         bias = torch.zeros_like(scale) if self._layer.bias is None else self._layer.bias.detach().float()
         return Linear(weight, offset, scale, bias, after)
+
+    def taken(self) -> None:
+        """The tensors are in their place."""
+        self._made, self._made_by = self._state, self._of_weight
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -479,6 +485,8 @@ class _BlockPart:
         gammas = _gamma(block.ls1, width, device), _gamma(block.ls2, width, device)
         new = BlockTensors(rows, numbers, *norms, q_norm, k_norm, qkv, out, fc1, fc2, *gammas)
         self.tensors = _in_place(old, new)
+        for part in self._linears.values():
+            part.taken()
 
 
 def _norm(norm: Any, device: torch.device) -> Norm:

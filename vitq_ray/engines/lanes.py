@@ -21,19 +21,13 @@ from typing import Any
 import llvmlite.ir as ir
 from numba import types
 from numba.core import cgutils
+from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
-from vitq_ray.engines.gemm import HAS_AVX512
+from vitq_ray.base.instructions import HAS_AVX512
 
 WIDTHS = (16, 4, 1) if HAS_AVX512 else (8, 4, 1)
-_I1, _I8, _I16, _I32, _I64, _F32 = (
-    ir.IntType(1),
-    ir.IntType(8),
-    ir.IntType(16),
-    ir.IntType(32),
-    ir.IntType(64),
-    ir.FloatType(),
-)
+_I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _KINDS = {"float32": _F32, "int32": _I32, "int16": _I16, "int8": _I8, "uint8": _I8}
 _ROUNDING = 1.5 * 2.0**23  # a float32 of that size has steps of one: to add it is to round
 
@@ -176,7 +170,9 @@ class Memory:
         return bool(self.kind == _F32)
 
     def load(self, at: At, plus: Memory | None = None) -> Lanes:
-        """As float32; `plus` is added before integers become float32."""
+        """float32 or int32, as float32; `plus` is added before integers become float32."""
+        if self.kind not in (_F32, _I32):
+            raise TypingError(f"a row of {self.kind} is only written to")
         value = self._raw(at)
         if plus is not None:
             value = (self._builder.fadd if self.is_float else self._builder.add)(value, plus._raw(at))
@@ -274,6 +270,8 @@ def row_loop(write: Callable[..., None]) -> Any:
             given: list[Any] = []
             for kind, value in zip(signature.args, values, strict=True):
                 if isinstance(kind, types.Array):
+                    if (kind.layout, kind.ndim) != ("C", 1):
+                        raise TypingError(f"expected a row whose elements lie side by side, got {kind}")
                     array = context.make_array(kind)(context, builder, value)
                     given.append(Memory(builder, array.data, kind.dtype.name))
                 else:

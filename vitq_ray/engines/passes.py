@@ -3,7 +3,8 @@
 A quantizer is a row of five float32: 1 / step, step, smallest and largest level, and 1 where it is on. A *level* is the
 integer that a value is rounded to; operands of the products hold levels (`shift` makes them fit unsigned types), and
 `scale` turns sums of products of levels into numbers. Where a quantizer is off its operand is float32 and holds the
-values themselves. The arithmetic is that of `quant.fake_quant`, operation for operation.
+values themselves. The arithmetic is that of `quant.fake_quant`, but that a product and the sum it is part of are
+rounded once (`times_plus`) rather than twice.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from typing import Any, NamedTuple
 from vitq_ray.base.kernels import compiled, compiled_with
 from vitq_ray.engines.gemm import (
     COLUMN_BLOCK,
+    FEWEST_ROWS,
+    ROW_BLOCK,
     begin_products,
     end_products,
     multiply,
+    multiply_block,
     multiply_row,
     pack_columns,
     pack_rows,
-    row_block,
 )
 from vitq_ray.engines.lanes import At, Lanes, Memory, Row, row_loop
 
@@ -329,17 +332,23 @@ def to_levels(x: Any, to: Any, out: Any) -> None:
 @compiled
 def linear(a: Any, layer: Any, out: Any) -> None:
     """A linear layer: a (M, ≥ K) levels -> out (M, N) float32, with its aftergemm quantizer and bias."""
-    height, panels = row_block(out.shape[0]), panels_at_once(layer.weight)
+    panels = panels_at_once(layer.weight)
     begin_products()
     for panel in range(0, layer.weight.shape[0], panels):
         here, width = columns_of(layer, panel, panels)
-        for first in range(0, out.shape[0], height):
-            rows = min(height, out.shape[0] - first)
-            multiply(a, first, rows, 0, layer.weight[panel : panel + panels], layer.sums)
+        for first in range(0, out.shape[0], ROW_BLOCK):
+            rows = min(ROW_BLOCK, out.shape[0] - first)
+            before = multiply_block(a, 0, first, rows, 0, layer.weight[panel : panel + panels], layer.sums)
             for i in range(rows):
                 y = out[first + i, here:]
                 _finish(
-                    layer.sums[i], layer.offset[here:], layer.scale[here:], layer.quantizer, layer.bias[here:], y, width
+                    layer.sums[before + i],
+                    layer.offset[here:],
+                    layer.scale[here:],
+                    layer.quantizer,
+                    layer.bias[here:],
+                    y,
+                    width,
                 )
     end_products()
 
@@ -347,16 +356,16 @@ def linear(a: Any, layer: Any, out: Any) -> None:
 @compiled
 def linear_to_levels(a: Any, layer: Any, gelu: bool, to: Any, out: Any) -> None:
     """As `linear`, then GELU where asked for, then the quantizer of what reads it: -> out (M, ≥ N) levels."""
-    height, panels = row_block(out.shape[0]), panels_at_once(layer.weight)
+    panels = panels_at_once(layer.weight)
     begin_products()
     for panel in range(0, layer.weight.shape[0], panels):
         here, width = columns_of(layer, panel, panels)
         offset, scale, bias = layer.offset[here:], layer.scale[here:], layer.bias[here:]
-        for first in range(0, out.shape[0], height):
-            rows = min(height, out.shape[0] - first)
-            multiply(a, first, rows, 0, layer.weight[panel : panel + panels], layer.sums)
+        for first in range(0, out.shape[0], ROW_BLOCK):
+            rows = min(ROW_BLOCK, out.shape[0] - first)
+            before = multiply_block(a, 0, first, rows, 0, layer.weight[panel : panel + panels], layer.sums)
             for i in range(rows):
-                sums, y = layer.sums[i], out[first + i, here:]
+                sums, y = layer.sums[before + i], out[first + i, here:]
                 if gelu:
                     _gelu_to_levels(sums, offset, scale, layer.quantizer, bias, to.quantizer, to.shift, y, width)
                 else:
@@ -367,16 +376,16 @@ def linear_to_levels(a: Any, layer: Any, gelu: bool, to: Any, out: Any) -> None:
 @compiled
 def linear_to_residual(a: Any, layer: Any, gamma: Any, q_local: Any, q_residual: Any, x: Any) -> None:
     """As `linear`, then LayerScale and the residual addition: x (M, N) = quantize(x) + quantize(gamma · y)."""
-    height, panels = row_block(x.shape[0]), panels_at_once(layer.weight)
+    panels = panels_at_once(layer.weight)
     begin_products()
     for panel in range(0, layer.weight.shape[0], panels):
         here, width = columns_of(layer, panel, panels)
         offset, scale, bias = layer.offset[here:], layer.scale[here:], layer.bias[here:]
-        for first in range(0, x.shape[0], height):
-            rows = min(height, x.shape[0] - first)
-            multiply(a, first, rows, 0, layer.weight[panel : panel + panels], layer.sums)
+        for first in range(0, x.shape[0], ROW_BLOCK):
+            rows = min(ROW_BLOCK, x.shape[0] - first)
+            before = multiply_block(a, 0, first, rows, 0, layer.weight[panel : panel + panels], layer.sums)
             for i in range(rows):
-                sums, y = layer.sums[i], x[first + i, here:]
+                sums, y = layer.sums[before + i], x[first + i, here:]
                 _finish_to_residual(
                     sums, offset, scale, layer.quantizer, bias, gamma[here:], q_local, q_residual, y, width
                 )
@@ -419,7 +428,6 @@ def attention(
         p: memory for the levels of probabilities, (ROW_BLOCK, ≥ tokens); `to_p` makes them.
         out: (images · tokens, ≥ heads · dim) levels, made by `to`.
     """
-    height = row_block(tokens)
     begin_products()
     for base in range(0, q.shape[0], tokens):
         for head in range(heads):
@@ -428,12 +436,12 @@ def attention(
             pack_columns(v, base, tokens, column, dim, mixed.packed)
             column_sums(scores.ones, scores.packed, scores.low, scores.offset)
             column_sums(mixed.ones, mixed.packed, mixed.low, mixed.offset)
-            for first in range(0, tokens, height):
-                rows = min(height, tokens - first)
-                multiply(q, base + first, rows, column, scores.packed, scores.sums)
+            for first in range(0, tokens, ROW_BLOCK):
+                rows = min(ROW_BLOCK, tokens - first)
+                before = multiply_block(q, base, first, rows, column, scores.packed, scores.sums)
                 for i in range(rows):
                     _softmax_to_levels(
-                        scores.sums[i],
+                        scores.sums[before + i],
                         scores.offset,
                         scores.scale,
                         q_scores,
@@ -444,7 +452,7 @@ def attention(
                         p[i],
                         tokens,
                     )
-                multiply(p, 0, rows, 0, mixed.packed, mixed.sums)
+                multiply(p, 0, max(rows, FEWEST_ROWS), 0, mixed.packed, mixed.sums)
                 for i in range(rows):
                     there = out[base + first + i, column : column + dim]
                     _scaled_to_levels(mixed.sums[i], mixed.offset, mixed.scale, to.quantizer, to.shift, there, dim)
