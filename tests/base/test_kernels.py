@@ -72,6 +72,7 @@ def test_what_kernels_are_made_of_is_read() -> None:
         text = path.read_text()
         if "import llvmlite" in text:
             assert "import intrinsic" in text, f"{path.name} would change kernels that are in the cache"
+    assert b"get_host_cpu_features" in (package / "base" / "instructions.py").read_bytes()
 
 
 def test_every_kernel_of_the_package_is_stamped() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from tests.conftest import ROOT
 from vitq_ray.base import instructions
+from vitq_ray.base.kernels import compiled
 from vitq_ray.engines import gemm
 
 SHAPES = (*gemm.SHAPES, (1, 1, 1), (5, 3, 2), (6, 4, 16), (7, 77, 33), (49, 1536, 40))
@@ -28,6 +29,31 @@ def test_products_equal_int64(kind: str, shape: tuple[int, int, int]) -> None:
     a[0], b[0] = high, 127
     a[-1], b[-1] = low or high, -128
     np.testing.assert_array_equal(gemm.product(a, b, kind), a @ b.T)
+
+
+@pytest.mark.parametrize("kind", RANGES)
+@pytest.mark.parametrize(
+    ("origin", "first", "rows"), [(0, 0, 3), (0, 4, 3), (5, 0, 2), (5, 4, 2), (5, 20, 1), (3, 2, 20)]
+)
+def test_a_few_rows_are_multiplied_with_those_before_them(kind: str, origin: int, first: int, rows: int) -> None:
+    random = np.random.default_rng(0)
+    a, b = random.integers(0, 60, (60, 33)), random.integers(-60, 60, (20, 33))
+    left, right = gemm.aligned((60, 48), kind), gemm.packed(20, 33, kind, gemm.FLOAT if kind == gemm.FLOAT else "int8")
+    left[:, :33] = a
+    gemm.pack_rows(b.astype(right.dtype), 0, 20, 0, 33, right)
+    sums = gemm.sums(gemm.ROW_BLOCK, 20, kind)
+    before = multiply_block_alone(left, origin, first, rows, right, sums)
+    assert before == min(first, max(0, gemm.ROWS_AT_ONCE[left.itemsize] - rows))
+    expected = a[origin + first - before : origin + first + rows] @ b.T
+    np.testing.assert_array_equal(sums[: before + rows, :20], expected)
+
+
+@compiled
+def multiply_block_alone(a: Any, origin: int, first: int, rows: int, b: Any, c: Any) -> Any:
+    gemm.begin_products()
+    before = gemm.multiply_block(a, origin, first, rows, 0, b, c)
+    gemm.end_products()
+    return before
 
 
 def test_wide_right_sides_are_exact() -> None:

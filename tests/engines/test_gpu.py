@@ -352,13 +352,12 @@ def test_products_are_compared_with_integers(quant_vit: nn.Module, monkeypatch: 
 
 def test_products_that_are_not_used_are_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "_is_exact", lambda *_: True)
-    exact_products.cache_clear()
+    monkeypatch.setattr(gpu, "exact_products", exact_products.__wrapped__)
     gpu_device = torch.device("cuda")
     assert products_of(quantize_vit(tiny_vit()), gpu_device) == Products(True, True)
     odd = quantize_vit(tiny_vit(embed_dim=42, num_heads=6, mlp_ratio=2.5))
     assert not products_of(odd, gpu_device).int8, "no layer has sides that are multiples of 8"
     assert products_of(quantize_vit(tiny_vit(act_layer=nn.SiLU)), gpu_device) == Products(True, False)
-    exact_products.cache_clear()
 
 
 def test_float32_is_float32() -> None:
@@ -511,7 +510,6 @@ def test_a_gpu_agrees_with_the_cpu() -> None:
             off = ((found - expected).norm() / expected.norm()).item()
             print(f"{mode}, {bits} bits: same class {same[-1]:.1%}, logits off by {off:.1e}")
             assert same[-1] >= 0.999
-    assert sum(same) / len(same) >= 0.999
     assert run is not None
     assert isinstance(run._blocks, CompiledBlocks)
     assert run._blocks.is_compiled

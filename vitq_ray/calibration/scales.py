@@ -78,12 +78,6 @@ def all_by_curves(setting: Setting, plan: Plan, keys: Iterable[str], depth: int)
     return all(wanted[key].calibration.row.by_curves and plan.sites[key].rule.signed for key in on)
 
 
-def has_factors(setting: Setting, keys: Iterable[str], depth: int) -> bool:
-    """Whether a rule of the setting multiplies the scale of one of the sites."""
-    wanted = _wanted(setting, depth)
-    return any(wanted[key].factor != 1 for key in keys)
-
-
 def grids_of_setting(setting: Setting, depth: int) -> dict[str, tuple[Grid, ...]]:
     """{site: grids whose loss curves say how a setting does there}. InputError as `Scales.plan`."""
     return {key: _grids(wanted.rule, wanted.grid) for key, wanted in _wanted(setting, depth).items()}

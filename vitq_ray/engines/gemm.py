@@ -52,8 +52,8 @@ _STEPS = {"int16": _UNROLL, "float32": _UNROLL, "uint8": _TILE if HAS_AMX else _
 _ROWS = 6  # of a block of sums; 6 rows of two vectors are twelve sums, three quarters of the registers of AVX2
 _ROWS_512 = 12  # twice as many registers
 _HEIGHT = tuple(_ROWS_512 if _LANES.get(kind) == 16 else _ROWS for kind in ("", "uint8", "int16", "", "float32"))
-_FEWEST = tuple(_TILE if HAS_AMX and size == 1 else height for size, height in enumerate(_HEIGHT))  # rows of one block
-FEWEST_ROWS = max(_FEWEST)
+# Rows that are multiplied at once, by the bytes of an element of A; fewer cost as much.
+ROWS_AT_ONCE = tuple(_TILE if HAS_AMX and size == 1 else height for size, height in enumerate(_HEIGHT))
 COLUMN_BLOCK = 512  # columns of B that all rows of A are multiplied with before the next: they stay in the cache
 ROW_BLOCK = 48  # rows of A, at most, that are multiplied with those columns before the next rows
 
@@ -317,7 +317,7 @@ def multiply_block(a: Any, origin: int, first: int, rows: int, column: int, b: A
     A few rows cost as much as a whole block of sums: of them, so many rows before them are multiplied, too, but none
     before `origin`.
     """
-    before = min(first, max(0, _FEWEST[a.itemsize] - rows))
+    before = min(first, max(0, ROWS_AT_ONCE[a.itemsize] - rows))
     multiply(a, origin + first - before, rows + before, column, b, c)
     return before
 

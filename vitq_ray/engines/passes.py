@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from vitq_ray.base.kernels import compiled, compiled_with
 from vitq_ray.engines.gemm import (
     COLUMN_BLOCK,
-    FEWEST_ROWS,
     ROW_BLOCK,
+    ROWS_AT_ONCE,
     begin_products,
     end_products,
     multiply,
@@ -452,7 +452,7 @@ def attention(
                         p[i],
                         tokens,
                     )
-                multiply(p, 0, max(rows, FEWEST_ROWS), 0, mixed.packed, mixed.sums)
+                multiply(p, 0, max(rows, ROWS_AT_ONCE[p.itemsize]), 0, mixed.packed, mixed.sums)
                 for i in range(rows):
                     there = out[base + first + i, column : column + dim]
                     _scaled_to_levels(mixed.sums[i], mixed.offset, mixed.scale, to.quantizer, to.shift, there, dim)
