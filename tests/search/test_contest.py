@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from dataclasses import replace
 from functools import partial
@@ -182,12 +183,10 @@ def test_a_log_of_other_settings_is_refused(
         make(quant_vit, statistics, RunFolder(tmp_path), other)
 
 
-UNFIT: dict[str, tuple[str, dict[str, object]]] = {  # message: the first event of this kind says something else
+# message: the first event of this kind says something else; the last digits of a forecast follow the CPU
+UNFIT: dict[str, tuple[str, dict[str, object]]] = {
     "candidate c000: forecast noise 0.5, same as None there, 0.0020": ("candidate", {"predicted_noise": 0.5}),
-    "candidate c000: forecast noise 0.00200088, same as c009 there, 0.00200088": (
-        "candidate",
-        {"same_as": "c009"},
-    ),
+    r"candidate c000: forecast noise 0.00200\d+, same as c009 there, 0.00200": ("candidate", {"same_as": "c009"}),
     "candidate c000: Setting: missing key 'act_bits'": ("candidate", {"setting": {}}),
     "chunk of 'c0', which is no candidate before it": ("chunk", {"name": "c0"}),
     "decision of 'c0', which is no candidate before it": ("decision", {"name": "c0"}),
@@ -217,7 +216,7 @@ def test_a_log_that_does_not_fit_is_refused(
         again.append(**{k: v for k, v in changed.items() if k != "time" and (v is not None or k == "same_as")})
     with pytest.raises(InputError) as caught:
         make(quant_vit, statistics, again)
-    assert str(caught.value).startswith(f"{folder.log.path}: {message}")
+    assert re.match(f"{re.escape(str(folder.log.path))}: {message}", str(caught.value))
     assert str(caught.value).endswith("this run cannot be resumed, begin a new one")
 
 
