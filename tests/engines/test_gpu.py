@@ -293,19 +293,20 @@ def test_a_plan_that_could_not_be_taken_over_is_taken_over_later(
 
 
 def test_fewer_images_run_as_many(quant_vit: nn.Module, images: Tensor) -> None:
-    """The rest of an evaluation compiles nothing; a much smaller number is not filled up."""
+    """The rest of an evaluation compiles nothing; a much smaller number is not filled up. Without quantizers, since
+    libraries add up another number of rows in another order, and a rounding would make a step of it."""
     quant_vit.eval()
-    apply_plan(quant_vit, plan_by_hand(quant_vit, images, "ft2"))
     sizes: list[int] = []
 
     def run(x: Tensor, *arguments: Any) -> Tensor:
         sizes.append(len(x))
         return run_block(x, *arguments)
 
-    whole = here(quant_vit, run=run)
-    expected = logits(whole, images)
-    for count in (24, 20, 12, 11, 6, 3):
-        assert torch.equal(logits(whole, images[:count]), expected[:count])
+    with quantizers_off(quant_vit):
+        whole = here(quant_vit, run=run)
+        expected = logits(whole, images)
+        for count in (24, 20, 12, 11, 6, 3):
+            torch.testing.assert_close(logits(whole, images[:count]), expected[:count], rtol=1e-4, atol=1e-4)
     assert sizes[::2] == [24, 24, 24, 24, 11, 11, 3]
 
 
