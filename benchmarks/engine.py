@@ -387,6 +387,8 @@ def main() -> None:
     parser.add_argument("--use-gpu", action="store_true")
     parser.add_argument("--rows", default="", help="on a GPU: only rows with this in their name")
     options = parser.parse_args()
+    if options.use_gpu and not torch.cuda.is_available():
+        parser.error("--use-gpu: this PyTorch finds no CUDA GPU; leave the option out to run on the CPU")
     if options.use_gpu:
         main_on_gpu(options)
         return
