@@ -309,6 +309,7 @@ def _is_exact(
     except (RuntimeError, TypeError, NotImplementedError) as error:  # not there in this version, or on this GPU
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
+        _warn_once(f"products of {kind} are not used on {device}: {type(error).__name__}: {error}")
         return False
 
 

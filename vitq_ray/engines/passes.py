@@ -9,6 +9,7 @@ rounded once (`times_plus`) rather than twice.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from vitq_ray.base.kernels import compiled, compiled_with
@@ -154,38 +155,27 @@ def _finish(
     row.each(n, lambda at: out.store(at, finished.at(at)))
 
 
-@row_loop
-def _finish_to_levels(
-    row: Row,
-    sums: Memory,
-    offset: Memory,
-    scale: Memory,
-    q: Memory,
-    bias: Memory,
-    to: Memory,
-    shift: Lanes,
-    out: Memory,
-    n: Any,
-) -> None:
-    finished, target = _Sums(row, sums, offset, scale, q, bias), _Quantizer(row, to)
-    row.each(n, lambda at: target.store(finished.at(at), shift, out, at))
+def _to_levels_after(activation: Callable[[Lanes], Lanes]) -> Any:
+    @row_loop
+    def finish(
+        row: Row,
+        sums: Memory,
+        offset: Memory,
+        scale: Memory,
+        q: Memory,
+        bias: Memory,
+        to: Memory,
+        shift: Lanes,
+        out: Memory,
+        n: Any,
+    ) -> None:
+        finished, target = _Sums(row, sums, offset, scale, q, bias), _Quantizer(row, to)
+        row.each(n, lambda at: target.store(activation(finished.at(at)), shift, out, at))
+
+    return finish
 
 
-@row_loop
-def _gelu_to_levels(
-    row: Row,
-    sums: Memory,
-    offset: Memory,
-    scale: Memory,
-    q: Memory,
-    bias: Memory,
-    to: Memory,
-    shift: Lanes,
-    out: Memory,
-    n: Any,
-) -> None:
-    finished, target = _Sums(row, sums, offset, scale, q, bias), _Quantizer(row, to)
-    row.each(n, lambda at: target.store(_gelu(finished.at(at)), shift, out, at))
+_finish_to_levels, _gelu_to_levels = _to_levels_after(lambda y: y), _to_levels_after(_gelu)
 
 
 @row_loop
