@@ -181,6 +181,43 @@ def test_fit_brings_attention_closer_to_float(model: nn.Module, move_v: bool) ->
         assert losses[1] < share * losses[0]
 
 
+def test_probabilities_have_the_scale_that_serves_with_a_fit(model: nn.Module) -> None:
+    """Too large a scale is found out, and what attention hands on has a smaller error than with the scale as it was."""
+    setting = fisher(bits=3, rules=("*.matmul_a_input_quantizer -> x 2.5",))
+    plan = planner_of(model, setting).plan(setting)
+    of_block = "transformer.encoder.layer.0.attn.{}_input_quantizer".format
+    key, losses = of_block("matmul_a"), {}
+    for may_change in (False, True):
+        fit = fitted(model, plan, IMAGES, True, {key: 1.0} if may_change else None)
+        site = plan.sites[key]
+        amax = site.amax * fit.factors[key]
+        twin = with_changed(model, fit.changes)
+        tensors, before = _shown(with_changed(model, fit.moved), IMAGES), _shown(model, IMAGES)
+        a, v = (torch.cat(tensors[of_block(f"matmul_{name}")]) for name in "av")
+        x = fake_quantize(a, amax, levels=site.rule.levels) @ v
+        out = twin.blocks[0].attn.proj(x.transpose(1, 2).flatten(2))
+        wanted = model.blocks[0].attn.proj(torch.cat(before[of_block("out.")]))
+        losses[may_change] = float((out - wanted).detach().square().sum())
+    assert fit.factors[key] < 1
+    assert losses[True] < 0.9 * losses[False]
+
+
+def test_a_rules_factor_multiplies_the_scale_that_serves(model: nn.Module) -> None:
+    """A fit would undo it, if it were to choose among the scales that the factor leads to."""
+    key = "transformer.encoder.layer.0.attn.matmul_a_input_quantizer"
+    amax = {}
+    for factor in (1.0, 2.5):
+        setting = fisher(bits=3, rules=(f"*.matmul_a_input_quantizer -> x {factor}",), corrections=("fit",))
+        amax[factor] = planner_of(model, setting).plan(setting).sites[key].amax
+    assert torch.isclose(amax[2.5], 2.5 * amax[1.0])
+
+
+def test_one_image_chooses_no_scale_of_probabilities(model: nn.Module) -> None:
+    plan = planner_of(model, fisher(bits=3)).plan(fisher(bits=3))
+    keys = [f"transformer.encoder.layer.{index}.attn.matmul_a_input_quantizer" for index in range(2)]
+    assert fitted(model, plan, IMAGES[:1], True, dict.fromkeys(keys, 1.0)).factors == dict.fromkeys(keys, 1.0)
+
+
 def test_fit_says_nothing_of_heads_from_one_image(model: nn.Module) -> None:
     plan = planner_of(model, fisher(bits=3)).plan(fisher(bits=3))
     changes, before = (
@@ -258,12 +295,12 @@ def test_a_fit_is_kept_where_images_that_were_left_out_agree() -> None:
     found, mass, weight = _columns(6)
     centre = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     lost = mass * centre
-    assert torch.allclose(_fit(*_equations(found, mass, weight, lost), True)[0][1:4], centre, atol=0.2)
-    assert not _fit(*_equations(found, mass, weight, lost), False)[0][1:4].any()
+    assert torch.allclose(_fit(*_equations(found, mass, weight, lost), True)[0][0][1:4], centre, atol=0.2)
+    assert not _fit(*_equations(found, mass, weight, lost), False)[0][0][1:4].any()
     signs = torch.tensor([1.0, -1.0] * 3, dtype=torch.float64).reshape(6, 1, 1, 1)
-    assert not _fit(*_equations(found, mass, weight, signs * (lost + 0.5 * found)), True).any()
-    assert not _fit(*_equations(found, mass, 0 * weight, lost), True).any()  # nothing depends on this head
-    assert float(_fit(*_equations(found, mass, weight, 5 * found), True)[0][0]) == 1.0  # a gain of two at most
+    assert not _fit(*_equations(found, mass, weight, signs * (lost + 0.5 * found)), True)[0].any()
+    assert not _fit(*_equations(found, mass, 0 * weight, lost), True)[0].any()  # nothing depends on this head
+    assert float(_fit(*_equations(found, mass, weight, 5 * found), True)[0][0][0]) == 1.0  # a gain of two at most
 
 
 def test_names_of_earlier_versions_are_read_and_not_planned(model: nn.Module) -> None:
@@ -285,7 +322,7 @@ def test_corrections_in_turn(model: nn.Module) -> None:
 def test_what_stays_float_needs_no_fit(model: nn.Module) -> None:
     setting = fisher(rules=("attention_probabilities -> off", "*.ffn.fc2._input_quantizer -> off"))
     plan = planner_of(model, setting).plan(setting)
-    assert fitted(model, plan, IMAGES, move_v=True) == Fit({}, {})
+    assert fitted(model, plan, IMAGES, True, {"layer.0": 1.0}) == Fit({}, {}, {})
     assert rounded(model, plan, _moments(model, setting))
 
 

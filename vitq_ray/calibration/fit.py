@@ -9,6 +9,9 @@ centre c out of v and into the projection's bias, as does the offset o: all of i
 the three terms a head gets, and how much ridge, is decided by images that were left out of the fit: few images would be
 fitted by chance, and a head's centre and offset are hard to tell apart.
 
+With a fit another scale of the probabilities serves than without one: a smaller one has finer levels, and what it cuts
+off can be made up for. So all of it is done at several scales, and a block takes that which leaves the least error.
+
 Of the input of fc2 the mean error of every channel goes into fc2's bias: values of GELU just below zero are many, and
 are rounded to one side. Nagel et al. (arXiv 1906.04721) correct biases like this.
 
@@ -17,9 +20,9 @@ Legend: B images, N tokens, H heads, D head width, P = 1 + 2·D unknowns of a he
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +36,9 @@ from vitq_ray.quant.vit import quant_blocks
 _FOLDS = 6  # groups of images, each left out once
 _RIDGES = (0.01, 0.1, 1.0)  # relative to the diagonal
 _GAINS = (-0.5, 1.0)  # least and largest γ
+_FACTORS = (1.0, 0.8, 0.64, 0.5, 0.4, 0.32, 0.25, 1.25, 1.6)  # of the probabilities' amax
+
+_PROBABILITIES = "attn.matmul_a_input_quantizer"
 
 Sums = dict[str, Tensor]  # {name: (B, H, 1 or D)}
 
@@ -45,30 +51,50 @@ class Fit:
         moved: v's bias and the projection's for the centres alone, which leave the float function as it is; empty where
             no head is served by one.
         changes: all of it, the centres included.
+        factors: {full name of a site: what its amax is to be multiplied with} of probabilities that are on.
     """
 
     moved: dict[str, Tensor]
     changes: dict[str, Tensor]
+    factors: dict[str, float]
 
 
-def fitted(model: nn.Module, plan: Plan, images: Tensor, move_v: bool, seed: int = 0) -> Fit:
+def fitted(
+    model: nn.Module,
+    plan: Plan,
+    images: Tensor,
+    move_v: bool,
+    asked: Mapping[str, float] | None = None,
+    seed: int = 0,
+) -> Fit:
     """The fit of a plan.
 
     Args:
         model: the float model with the plan's weights; it stays as it is.
         images: as it takes them, (B, 3, S, S).
         move_v: centres are allowed; scales of v, and of what is behind it, are to be chosen again.
+        asked: {site of probabilities whose scale may be changed: what a rule has multiplied it with already}; what
+            serves is found without that, so that the rule has its effect.
         seed: of the gradients' random signs.
     """
-    seen = _Seen(model, plan)
+    asked = asked if asked and len(images) > 1 else {}  # one image cannot be left out
+    seen = _Seen(model, plan, asked)
     gradient_pass(model, images, seen.take, seed)
     moved: dict[str, Tensor] = {}
+    factors: dict[str, float] = {}
     changes: dict[str, Tensor] = {}
     for index, block in enumerate(quant_blocks(model)):
         qkv, out, fc2 = block.attn.qkv, block.attn.proj, cast(nn.Linear, block.mlp.fc2)
         name = f"blocks.{index}."
         if index in seen.heads:
-            gain, centre, offset = _of_heads(_joined(seen.heads[index]), move_v and qkv.bias is not None)
+            key = site_key(index, _PROBABILITIES)
+            by_rule = asked.get(key, 1.0)
+            tried = {
+                factor: _of_heads(_joined(parts), move_v and qkv.bias is not None)
+                for factor, parts in seen.heads[index].items()
+            }
+            factors[key] = min(_factors(key, asked), key=lambda f: tried[f / by_rule].left)
+            gain, centre, offset, _ = tried[factors[key]]
             weight, bias = out.weight.detach().double(), out.bias.detach().double()
             if bool(centre.any()):
                 from_v, shifted = (centre / gain).flatten(), qkv.bias.detach().double().clone()
@@ -82,28 +108,27 @@ def fitted(model: nn.Module, plan: Plan, images: Tensor, move_v: bool, seed: int
             mean = torch.cat(seen.means[index]).mean(dim=0)
             bias = fc2.bias.detach().double() + fc2.weight.detach().double() @ mean
             changes[name + "mlp.fc2.bias"] = bias.to(fc2.bias.dtype)
-    return Fit(moved, {**moved, **changes})
+    return Fit(moved, {**moved, **changes}, factors)
 
 
 class _Seen:
     """Sums over the tokens of every image.
 
     Attributes:
-        heads: {block: sums of its attention}, a part for each pass.
+        heads: {block: {factor: sums of its attention}}, a part for each pass.
         means: {block: mean error of every channel of fc2's input, (B, C)}.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
-        self.heads: dict[int, list[Sums]] = {}
+    def __init__(self, model: nn.Module, plan: Plan, asked: Mapping[str, float]) -> None:
+        self.heads: dict[int, dict[float, list[Sums]]] = {}
+        self._asked = asked
         self.means: dict[int, list[Tensor]] = {}
         self._plan, self._kept = plan, dict[str, Tensor]()
         self._heads = [block.attn.num_heads for block in quant_blocks(model)]
-        names = {"out": "attn.out._input", "v": "attn.matmul_v_input", "a": "attn.matmul_a_input"}
-        names["fc2"] = "ffn.fc2._input"
+        names = {"out": "attn.out._input_quantizer", "v": "attn.matmul_v_input_quantizer", "a": _PROBABILITIES}
+        names["fc2"] = "ffn.fc2._input_quantizer"
         self._names = {
-            site_key(index, f"{name}_quantizer"): (index, short)
-            for index in range(len(self._heads))
-            for short, name in names.items()
+            site_key(index, name): (index, short) for index in range(len(self._heads)) for short, name in names.items()
         }
 
     def take(self, key: str, x: Tensor, g: Tensor) -> None:
@@ -120,9 +145,16 @@ class _Seen:
             self._kept[name] = x
             if {"v", "a"} <= self._kept.keys():
                 weight, a, v = (self._kept.pop(each) for each in ("weight", "a", "v"))
-                site = self._plan.sites[site_key(index, "attn.matmul_a_input_quantizer")]
-                if site.rule.on:
-                    self.heads.setdefault(index, []).append(_sums(weight, a, v, _error(a, site)))
+                own = site_key(index, _PROBABILITIES)
+                site, by_rule = self._plan.sites[own], self._asked.get(own, 1.0)
+                at = {scale: None for factor in _factors(own, self._asked) for scale in (factor, factor / by_rule)}
+                for factor in at if site.rule.on else ():
+                    lost = _error(a, replace(site, amax=site.amax * factor))
+                    self.heads.setdefault(index, {}).setdefault(factor, []).append(_sums(weight, a, v, lost))
+
+
+def _factors(key: str, asked: Mapping[str, float]) -> Sequence[float]:
+    return _FACTORS if key in asked else (1.0,)
 
 
 def _error(x: Tensor, site: SitePlan) -> Tensor:
@@ -145,6 +177,7 @@ def _sums(weight: Tensor, a: Tensor, v: Tensor, lost: Tensor) -> Sums:
         "g": (error * found).sum(dim=3, keepdim=True),
         "c": mass * error,
         "o": error,
+        "ee": (error * error).sum(dim=3, keepdim=True),
     }
     return {name: (weight * term).sum(dim=2).double() for name, term in terms.items()}
 
@@ -153,11 +186,20 @@ def _joined(parts: list[Sums]) -> Sums:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _of_heads(sums: Sums, move_v: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(gain (H, 1), centre (H, D), offset (H, D)) of every head."""
+class _OfHeads(NamedTuple):
+    """Gain (H, 1), centre (H, D) and offset (H, D) of every head; the error that is left of images left out."""
+
+    gain: Tensor
+    centre: Tensor
+    offset: Tensor
+    left: float
+
+
+def _of_heads(sums: Sums, move_v: bool) -> _OfHeads:
     width = sums["o"].shape[2]
-    found = _fit(*_normal_equations({name: _folded(column) for name, column in sums.items()}), move_v)
-    return 1 + found[:, :1], found[:, 1 : 1 + width], found[:, 1 + width :]
+    found, won = _fit(*_normal_equations({name: _folded(column) for name, column in sums.items()}), move_v)
+    left = float(sums["ee"].sum() + won.sum())
+    return _OfHeads(1 + found[:, :1], found[:, 1 : 1 + width], found[:, 1 + width :], left)
 
 
 def _folded(column: Tensor) -> Tensor:
@@ -183,15 +225,16 @@ def _normal_equations(sums: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return matrix, torch.cat([sums[name] for name in "gco"], dim=2)
 
 
-def _fit(matrix: Tensor, right: Tensor, move_v: bool) -> Tensor:
-    """What serves images best that were left out, (H, P); zeros for a head that nothing serves, and for one image.
+def _fit(matrix: Tensor, right: Tensor, move_v: bool) -> tuple[Tensor, Tensor]:
+    """What serves images best that were left out, (H, P), and by how much their error changes, (H,), at most 0; zeros
+    for a head that nothing serves, and for one image.
 
     Of (folds, H, P, P) and (folds, H, P).
     """
     folds, heads, size = right.shape
     best, result = right.new_zeros(heads), right.new_zeros(heads, size)
     if folds < 2:
-        return result
+        return result, best
     whole, wanted = matrix.sum(dim=0), right.sum(dim=0)
     gain, offset = [0], list(range(1 + size // 2, size))
     for terms in (gain, gain + offset, *([list(range(size))] if move_v else [])):
@@ -206,7 +249,7 @@ def _fit(matrix: Tensor, right: Tensor, move_v: bool) -> Tensor:
             final[:, own] = _solved(all_of_it, all_wanted, ridge)
             result = torch.where(better[:, None], final, result)
             best = torch.where(better, left, best)
-    return result
+    return result, best
 
 
 def _solved(matrix: Tensor, right: Tensor, ridge: float) -> Tensor:

@@ -30,6 +30,7 @@ from vitq_ray.calibration.scales import (
     NOISE_NEEDS,
     Scales,
     all_by_curves,
+    factors_of,
     grids_of_plan,
     grids_of_setting,
     kinds_needed,
@@ -44,6 +45,7 @@ from vitq_ray.quant.sites import MODES, WEIGHT, site_key, sites_of_blocks
 from vitq_ray.quant.vit import float_copy, quant_blocks, site_weights
 
 _BEHIND_V = ("attn.matmul_v_input_quantizer", "attn.out._input_quantizer", "attn.out._aftergemm_quantizer")
+_PROBABILITIES = "attn.matmul_a_input_quantizer"
 _PRODUCT = tuple(f"attn.matmul_{name}_input_quantizer" for name in "qk")  # share v's scale in some modes
 _OUT_WEIGHT = ".attn.out._weight_quantizer"
 Transforms = tuple[Technique, ...]
@@ -198,7 +200,8 @@ class Planner:
     def _fitted(self, setting: Setting, plan: Plan, images: Tensor) -> tuple[Plan, Moments | None]:
         """Corrected by `fit`, and what layers read then, where that is another thing than before.
 
-        v is moved only where it, and what is behind it, have symmetric scales by gradients: they are chosen again.
+        v is moved only where it, and what is behind it, have symmetric scales by gradients: they are chosen again. So
+        are scales of probabilities.
         """
         look, (model, _) = self._looks[setting.transforms], self._of(setting.transforms)
         assert look.sensitivity is not None
@@ -206,8 +209,11 @@ class Planner:
         depth = len(quant_blocks(model))
         keys = [site_key(index, name) for index in range(depth) for name in names]
         move_v = all_by_curves(setting, plan, keys, depth)
-        fit = fitted(model, plan, images, move_v, self._seed)
-        sites, moments = dict(plan.sites), None
+        p = [site_key(index, _PROBABILITIES) for index in range(depth)]
+        asked = factors_of(setting, p, depth) if all_by_curves(setting, plan, p, depth) else {}
+        fit = fitted(model, plan, images, move_v, asked, self._seed)
+        scaled = {key: replace(plan.sites[key], amax=plan.sites[key].amax * by) for key, by in fit.factors.items()}
+        sites, moments = {**plan.sites, **scaled}, None
         if fit.moved:
             twin = with_changed(self._model, {**look.weights, **fit.moved})
             grids = {key: grids for key, grids in grids_of_plan(plan, depth).items() if key in keys}

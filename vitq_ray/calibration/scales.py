@@ -78,6 +78,12 @@ def all_by_curves(setting: Setting, plan: Plan, keys: Iterable[str], depth: int)
     return all(wanted[key].calibration.row.by_curves and plan.sites[key].rule.signed for key in on)
 
 
+def factors_of(setting: Setting, keys: Iterable[str], depth: int) -> dict[str, float]:
+    """{site: what the setting's rules multiply its scale with}."""
+    wanted = _wanted(setting, depth)
+    return {key: wanted[key].factor for key in keys}
+
+
 def grids_of_setting(setting: Setting, depth: int) -> dict[str, tuple[Grid, ...]]:
     """{site: grids whose loss curves say how a setting does there}. InputError as `Scales.plan`."""
     return {key: _grids(wanted.rule, wanted.grid) for key, wanted in _wanted(setting, depth).items()}
