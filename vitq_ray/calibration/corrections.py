@@ -2,8 +2,8 @@
 
     float model, plan ──► each correction that is asked for, in the order of `CORRECTIONS` ──► changed weights
 
-`fit` has a file of its own, fit.py. `round` chooses for every weight of a layer whether it is rounded up or down by
-what the layer's output then loses (GPTQ: Frantar et al., arXiv 2210.17323).
+`split` and `fit` have files of their own. `round` chooses for every weight of a layer whether it is rounded up or down
+by what the layer's output then loses (GPTQ: Frantar et al., arXiv 2210.17323).
 `bias` takes the mean error of each branch out of the bias of its last layer, block after block (Nagel et al., arXiv
 1906.04721, with the tokens weighted by how much the output depends on them).
 
@@ -25,15 +25,16 @@ from vitq_ray.quant.plan import Plan
 from vitq_ray.quant.sites import site_key
 from vitq_ray.quant.vit import QuantBlock, apply_plan, frozen_weights, quant_blocks, site_weights
 
-FIT, ROUND, BIAS = "fit", "round", "bias"
+SPLIT, FIT, ROUND, BIAS = "split", "fit", "round", "bias"
 CORRECTIONS = {
+    SPLIT: "large values of fc2's input shared among neurons, so that its scale is smaller",
     FIT: "gain, centre and offset of every head, mean errors of what fc2 reads (least squares)",
     ROUND: "weights rounded by what the layer's output loses (GPTQ)",
     BIAS: "mean errors taken out of the biases of out and fc2, block after block",
 }
 RETIRED = {"centre": FIT}  # {correction of earlier versions: what took its place}; files may name it
 # {correction: layers of a block that must have a bias}
-_BIASES = {FIT: ("attn.proj", "mlp.fc2"), BIAS: ("attn.proj", "mlp.fc2")}
+_BIASES = {SPLIT: ("mlp.fc1", "mlp.fc2"), FIT: ("attn.proj", "mlp.fc2"), BIAS: ("attn.proj", "mlp.fc2")}
 _AT_ONCE = 8  # images in one forward pass
 _DAMP = 0.01  # of the mean diagonal, added to a layer's second moments before they are inverted
 _COLUMNS = 64  # of a weight that are rounded before the others are told

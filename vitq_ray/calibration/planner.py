@@ -20,6 +20,7 @@ from vitq_ray.calibration.corrections import (
     BIAS,
     FIT,
     ROUND,
+    SPLIT,
     debiased,
     require_correctable,
     rounded,
@@ -38,6 +39,7 @@ from vitq_ray.calibration.scales import (
 )
 from vitq_ray.calibration.sensitivity import Grid, Moments, Sensitivity, Spread, Track, collect_sensitivity, here
 from vitq_ray.calibration.setting import Setting, Technique
+from vitq_ray.calibration.split import clipped, split
 from vitq_ray.calibration.statistics import CalibrationStatistics
 from vitq_ray.calibration.transforms import require_transformable, transformed
 from vitq_ray.quant.plan import Plan, SitePlan
@@ -45,6 +47,7 @@ from vitq_ray.quant.sites import MODES, WEIGHT, site_key, sites_of_blocks
 from vitq_ray.quant.vit import float_copy, quant_blocks, site_weights
 
 _BEHIND_V = ("attn.matmul_v_input_quantizer", "attn.out._input_quantizer", "attn.out._aftergemm_quantizer")
+_FC2_INPUT = "ffn.fc2._input_quantizer"
 _PROBABILITIES = "attn.matmul_a_input_quantizer"
 _PRODUCT = tuple(f"attn.matmul_{name}_input_quantizer" for name in "qk")  # share v's scale in some modes
 _OUT_WEIGHT = ".attn.out._weight_quantizer"
@@ -184,11 +187,13 @@ class Planner:
             return plan
         if self._images is None or look.sensitivity is None:
             raise ValueError(f"setting {setting.label!r}: corrections need images, and the model's sensitivity")
-        images, moments = self._images(), None
+        images, amax, moments = self._images(), dict[str, float](), None
+        if SPLIT in names:
+            plan, amax = self._split(setting, plan, images)
         if FIT in names:
-            plan, moments = self._fitted(setting, plan, images)
+            plan, moments = self._fitted(setting, plan, images, amax)
         if (names & {ROUND, BIAS}) and moments is None:
-            moments = self._moments(setting.transforms, images)
+            moments = self._moments(setting.transforms, plan, images, amax)
         if ROUND in names:
             assert moments is not None
             plan = with_weights(plan, rounded(with_changed(self._model, plan.weights), plan, moments))
@@ -197,7 +202,21 @@ class Planner:
             plan = with_weights(plan, debiased(model, plan, images, moments))
         return plan
 
-    def _fitted(self, setting: Setting, plan: Plan, images: Tensor) -> tuple[Plan, Moments | None]:
+    def _split(self, setting: Setting, plan: Plan, images: Tensor) -> tuple[Plan, dict[str, float]]:
+        """Corrected by `split`, and where the model then clips: {site of fc2's input: amax}."""
+        model, _ = self._of(setting.transforms)
+        depth = len(quant_blocks(model))
+        factors = factors_of(setting, [site_key(index, _FC2_INPUT) for index in range(depth)], depth)
+        found = split(model, plan, images, factors, self._seed)
+        sites = {
+            key: replace(plan.sites[key], amax=torch.full_like(plan.sites[key].amax, amax))
+            for key, amax in found.amax.items()
+        }
+        return with_weights(replace(plan, sites={**plan.sites, **sites}), found.changes), found.amax
+
+    def _fitted(
+        self, setting: Setting, plan: Plan, images: Tensor, clips: Mapping[str, float]
+    ) -> tuple[Plan, Moments | None]:
         """Corrected by `fit`, and what layers read then, where that is another thing than before.
 
         v is moved only where it, and what is behind it, have symmetric scales by gradients: they are chosen again. So
@@ -211,11 +230,11 @@ class Planner:
         move_v = all_by_curves(setting, plan, keys, depth)
         p = [site_key(index, _PROBABILITIES) for index in range(depth)]
         asked = factors_of(setting, p, depth) if all_by_curves(setting, plan, p, depth) else {}
-        fit = fitted(model, plan, images, move_v, asked, self._seed)
+        fit = fitted(self._float(plan.weights, clips), plan, images, move_v, asked, self._seed)
         scaled = {key: replace(plan.sites[key], amax=plan.sites[key].amax * by) for key, by in fit.factors.items()}
         sites, moments = {**plan.sites, **scaled}, None
         if fit.moved:
-            twin = with_changed(self._model, {**look.weights, **fit.moved})
+            twin = self._float({**plan.weights, **fit.moved}, clips)
             grids = {key: grids for key, grids in grids_of_plan(plan, depth).items() if key in keys}
             seen = collect_sensitivity(twin, images, grids, self._seed)
             sensitivity = replace(look.sensitivity, curves={**look.sensitivity.curves, **seen.curves})
@@ -227,7 +246,16 @@ class Planner:
         outs = [key for key in sites if key.endswith(_OUT_WEIGHT)]  # whose scales a gain takes along
         return replace(plan, sites=sites | {key: _grown(sites[key], before[key], after[key]) for key in outs}), moments
 
-    def _moments(self, transforms: Transforms, images: Tensor) -> Moments:
+    def _float(self, weights: Mapping[str, Tensor], clips: Mapping[str, float]) -> nn.Module:
+        """The float model with these weights, whose activations clip where those of a split do."""
+        return clipped(with_changed(self._model, weights), clips)
+
+    def _moments(self, transforms: Transforms, plan: Plan, images: Tensor, clips: Mapping[str, float]) -> Moments:
+        """What layers read; where neurons are split, that is another thing than what was looked at."""
+        if clips:
+            moments = collect_sensitivity(self._float(plan.weights, clips), images, {}, self._seed).moments
+            assert moments is not None
+            return moments
         look, (model, _) = self._looks[transforms], self._of(transforms)
         assert look.sensitivity is not None
         moments = look.sensitivity.moments
