@@ -12,11 +12,16 @@ and "lost, won" are of all images: those that float gets right and the setting d
 "look" is what was seen of the float model, shared by rows with the same transforms; "plan" is scales and corrections.
 "predicted" is without corrections. Rows "loss by" add up gradient times error over other things than a token's channels
 before squaring (`calibration/sensitivity.py`).
+
+"expected" is the loss of top-1, in points, that the classes a setting says would cost on average by the float model's
+own probabilities, brought to the temperature that fits the labels best. It depends on labels through that temperature
+alone, so that it varies less from draw to draw than top-1 does: photos that float had right by luck count as luck.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitq_ray.calibration.corrections import CORRECTIONS
 from vitq_ray.calibration.planner import Look, Needs, Planner, look_at, needs_of, with_changed
 from vitq_ray.calibration.sensitivity import FORMS, TOKEN, collect_sensitivity, images_to_look_at
 from vitq_ray.calibration.setting import Setting
@@ -75,6 +81,7 @@ class Bench:
         self.seconds: dict[tuple, float] = {}
         with quantizers_off(self.model):
             self.float_logits = self._logits(self.model)
+        self.float_probabilities = calibrated(self.float_logits, self.images.labels)
 
     def _read(self, args: argparse.Namespace) -> Images:
         classes = self.loaded.geometry.num_classes
@@ -146,12 +153,21 @@ class Bench:
         cells = [_mean(kl[part], difference[part]) for part in self.images.parts]
         agreement = float(agrees(logits, self.float_logits).double().mean())
         top1 = float(right.double().mean())
+        p = self.float_probabilities
+        expected = 100 * float((p.amax(dim=1) - p.gather(1, logits.argmax(dim=1, keepdim=True))[:, 0]).mean())
         print(
             f"{name:<34} {forecast:9.4f}  {'  '.join(cells)} {agreement:8.2%} {top1:8.2%} {lost:4} "
-            f"{won:4} {look:6.0f} {seconds:6.0f}",
+            f"{won:4} {expected:8.2f} {look:6.0f} {seconds:6.0f}",
             flush=True,
         )
         return kl
+
+
+def calibrated(logits: Tensor, labels: Tensor) -> Tensor:
+    """Probabilities (B, K) at the temperature, to a tenth, that makes the labels most likely."""
+    temperatures = 1.1 ** torch.arange(-25.0, 26.0)
+    losses = [torch.nn.functional.cross_entropy(logits / t, labels) for t in temperatures]
+    return (logits / temperatures[int(torch.stack(losses).argmin())]).softmax(dim=1)
 
 
 def _mean(kl: Tensor, difference: Tensor) -> str:
@@ -165,34 +181,31 @@ def rows(setting: Setting, all_transforms: tuple[str, ...]) -> list[tuple[str, S
              (("max", "max"), ("mse", "max"), ("fisher", "max"), ("fisher", "fisher"))]  # fmt: skip
     alone = (*all_transforms, "fold", "migrate 0.1", "migrate 0.25", "migrate -0.1", "migrate -0.25")
     without = {name: tuple(t for t in all_transforms if t != name) for name in all_transforms}
-    best = ("fit", "round")
+    best = ("split", "fit", "round")
     found += [(f"{name} alone", replace(setting, transforms=(name,))) for name in alone]
     found += [(f"all but {name}", replace(setting, transforms=others)) for name, others in without.items()]
     found += [
-        (f"all but {name} + fit, round", replace(setting, transforms=others, corrections=best))
+        (f"all but {name} + split, fit, round", replace(setting, transforms=others, corrections=best))
         for name, others in without.items()
     ]
     found += [
         (f"all, {strength}", replace(setting, transforms=(*all_transforms, strength)))
         for strength in ("migrate 0.1", "migrate -0.1")
     ]
-    found.append(("no transform + fit, round", replace(setting, corrections=best)))
-    found.append(("all, weights mse + fit, round", replace(whole, weights="mse", corrections=best)))
+    found.append(("no transform + split, fit, round", replace(setting, corrections=best)))
+    found.append(("all, weights mse + split, fit, round", replace(whole, weights="mse", corrections=best)))
     found += [(f"all, {c}, weights {w}", replace(whole, calibrator=c, weights=w)) for c, w in
               (("max", "max"), ("mse", "mse"), ("fisher", "max"))]  # fmt: skip
-    for names in (
-        ("fit",),
-        ("round",),
-        ("bias",),
-        ("fit", "round"),
-        ("fit", "bias"),
-        ("round", "bias"),
-        ("fit", "round", "bias"),
-    ):
-        found.append((f"all + {', '.join(names)}", replace(whole, corrections=names)))
+    for count in range(1, 1 + len(CORRECTIONS)):
+        for names in itertools.combinations(CORRECTIONS, count):
+            found.append((f"all + {', '.join(names)}", replace(whole, corrections=names)))
     off, unsigned = (f"attention_probabilities -> {what}" for what in ("off", "unsigned"))
     found.append(("all, probabilities float", replace(whole, rules=(off,))))
     found.append(("all, probabilities unsigned", replace(whole, rules=(unsigned,))))
+    for name, rule in (("float", off), ("unsigned", unsigned)):
+        found.append(
+            (f"all, probabilities {name} + {', '.join(best)}", replace(whole, rules=(rule,), corrections=best))
+        )
     return found
 
 
@@ -219,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     right = float((bench.float_logits.argmax(1) == bench.images.labels).double().mean())
     print(f"{len(bench.images.labels)} images, float top-1 {right:.2%}; {len(bench.images.calibration)} calibrated on")
     sets = "  ".join(f"{name:>15}" for name, _ in zip(("KL of val", "KL of others"), bench.images.parts, strict=False))
-    print(f"{'setting':<34} {'predicted':>9}  {sets} {'agrees':>8} {'top-1':>8} lost  won   look   plan")
+    print(f"{'setting':<34} {'predicted':>9}  {sets} {'agrees':>8} {'top-1':>8} lost  won expected   look   plan")
     base = bench.row("all transforms", replace(setting, transforms=names))
     for name, each in rows(setting, names):
         if args.only in name:

@@ -306,7 +306,7 @@ def test_a_fit_is_kept_where_images_that_were_left_out_agree() -> None:
 def test_names_of_earlier_versions_are_read_and_not_planned(model: nn.Module) -> None:
     setting = fisher(corrections=("centre",))
     assert Setting.from_dict(setting.to_dict(), complete=True) == setting
-    with pytest.raises(InputError, match=r"corrections: \['centre'\] is not one of fit, round, bias"):
+    with pytest.raises(InputError, match=r"corrections: \['centre'\] is not one of split, fit, round, bias"):
         fisher(corrections=(["centre"],))
     with pytest.raises(InputError, match="correction centre: of an earlier version; its place was taken by fit"):
         require_techniques(model, [setting])

@@ -93,3 +93,23 @@ def test_its_parts_are_looked_at_without_corrections(searched: vitq_ray.TuneResu
         InputError, match="expected a setting without corrections, or with --run the folder of a search"
     ):
         vitq_ray.sensitivity(pretrained_dir=str(searched.checkpoint), **data)
+
+
+class _Reached(Exception):
+    pass
+
+
+@pytest.mark.parametrize("command", ["tune", "calibrate"])
+def test_the_seed_is_that_of_corrections_too(
+    options: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    def stop(*args: object) -> None:
+        raise _Reached(args[-1])
+
+    monkeypatch.setattr("vitq_ray.calibration.planner.fitted", stop)
+    own: dict[str, object] = {"output": str(tmp_path / "run")}
+    if command == "calibrate":
+        own = {"calib_output_path": str(tmp_path), "calibrator": "fisher", "corrections": "fit", "quant_mode": "ft2"}
+    taken = ("pretrained_dir", "data_path", "calib_batchsz", *(options if command == "tune" else ()))
+    with pytest.raises(_Reached, match="7"):
+        getattr(vitq_ray, command)(**{name: options[name] for name in taken}, **own, seed=7)

@@ -208,7 +208,7 @@ class _Block:
                 taken.append(place)
         if not taken:
             return loss, None
-        turns = [torch.arange(1, int(needed[place]) + 1) for place in taken]
+        turns = [torch.arange(1, int(needed[place]) + 1, device=over.device) for place in taken]
         neurons = torch.cat(
             [self.candidates[over[place]].repeat(len(turn)) for place, turn in zip(taken, turns, strict=True)]
         )

@@ -149,7 +149,7 @@ def calibrate_job(
         with watch.stage("calibrate"):
             seen, look, images = collect(job, options, workers, screen)
         with watch.stage("scales"):
-            plan = apply(job, look, images, screen)
+            plan = apply(job, look, images, options.seed, screen)
         screen.say(plan_summary(job.model, plan))
         with watch.stage("evaluate"):
             engine = engine_for(options.engine, job.model, job.loaded.geometry.img_size, job.device, workers)
@@ -273,14 +273,14 @@ def collect(
     return passes[0], look, images
 
 
-def apply(job: CalibrationJob, look: Look, images: Tensor | None, screen: Screen) -> Plan:
+def apply(job: CalibrationJob, look: Look, images: Tensor | None, seed: int, screen: Screen) -> Plan:
     """Let the model follow the plan of the setting; sites that quantize to zeros are warned of."""
 
     def first() -> Tensor:
         assert images is not None  # corrections have needed gradients, and so images
         return images
 
-    planner = Planner(job.model, {job.setting.transforms: look}, first)
+    planner = Planner(job.model, {job.setting.transforms: look}, first, seed)
     plan = planner.plan(job.setting)
     if look.sensitivity is not None:
         screen.say(f"predicted KL to the float model: {planner.forecast(job.setting, plan):.4g} nats")

@@ -183,7 +183,7 @@ def prepare(
         with watch.stage("calibrate"):
             calibration = prepare_calibration(options, None, "shuffled", start)
             _, look, looked_at = collect(calibration, options, IN_THIS_PROCESS, screen)
-            plan = apply(calibration, look, looked_at, screen)
+            plan = apply(calibration, look, looked_at, options.seed, screen)
         setting, model, crop = calibration.setting, calibration.model, options.crop_pct
         bad_images += calibration.bad_images
     if setting.corrections:

@@ -307,7 +307,7 @@ def calibrate_start(options: TrainOptions, loaded: LoadedModel, folder: Path, wa
         require_labels_of([job.images, job.val])
     with watch.stage("calibrate"):
         _, look, images = collect(job, options, IN_THIS_PROCESS, screen, unseen=True)
-        plan = apply(job, look, images, screen)
+        plan = apply(job, look, images, options.seed, screen)
     record_bad_images(folder.parent, job.bad_images)
     calibration = calibration_of(job, options)
     sidecar = Sidecar.of(

@@ -17,7 +17,7 @@ from vitq_ray.cluster.workers import torch_threads
 from vitq_ray.commands.screen import Screen, percent, result_line
 from vitq_ray.commands.tune_job import TuneJob
 from vitq_ray.engines.execute import executed
-from vitq_ray.measure.evaluation import Evaluation, evaluate
+from vitq_ray.measure.evaluation import Evaluation, evaluate, in_points
 from vitq_ray.measure.metrics import pack_text, unpack_text
 from vitq_ray.quant.plan import Plan
 from vitq_ray.quant.vit import apply_plan
@@ -174,4 +174,4 @@ def leave_in_float(
 
 def _drop(baseline: Evaluation, found: FloatSet) -> float:
     """Points of top-1 below float."""
-    return 100 * (baseline.top1 - found.selection.top1)
+    return in_points(baseline.top1 - found.selection.top1)

@@ -22,7 +22,7 @@ from vitq_ray.commands.outlets import OutletMeter
 from vitq_ray.commands.screen import Screen, accuracy
 from vitq_ray.commands.tune_job import TuneJob, sidecar_of_search
 from vitq_ray.engines.execute import executed
-from vitq_ray.measure.evaluation import Evaluation, evaluate
+from vitq_ray.measure.evaluation import Evaluation, evaluate, in_points
 from vitq_ray.models.checkpoint import load_calibrated, save_calibrated
 from vitq_ray.models.weights import weights_fingerprint
 from vitq_ray.qat.ranks import QatData, steps_per_epoch
@@ -59,12 +59,10 @@ def misses_target(job: TuneJob, contest: Contest, baseline: Evaluation, screen: 
     """Whether the winner's drop below the float model, on the selection images, is more than the target."""
     winner = contest.race.leader()
     assert winner is not None
-    drop = baseline.top1 - float(contest.race.results(winner)["correct"].mean())
-    met = 100 * drop <= job.options.target_drop
+    drop = in_points(baseline.top1 - float(contest.race.results(winner)["correct"].mean()))
+    met = drop <= job.options.target_drop
     verdict = "met, no QAT" if met else "missed: QAT"
-    screen.say(
-        f"the best setting is {100 * drop:.2f} points below float, target {job.options.target_drop:g}: {verdict}"
-    )
+    screen.say(f"the best setting is {drop:.2f} points below float, target {job.options.target_drop:g}: {verdict}")
     return not met
 
 

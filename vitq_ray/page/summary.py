@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vitq_ray.measure.evaluation import Counts, wilson_interval
+from vitq_ray.measure.evaluation import Counts, in_points, wilson_interval
 from vitq_ray.measure.paired import Interval
 from vitq_ray.page.compared import FAMILIES, family_of
 from vitq_ray.page.texts import counted, duration, nats, percent, percent_interval, signed_points
@@ -150,7 +150,7 @@ def next_step(search: SearchRun, drop: Interval | None) -> str:
     if search.result is None:
         return "Go on with it: what was done is kept."
     target = search.run["options"].get("target_drop", 0.5)
-    if "qat" in search.result or drop is None or -100 * drop.value <= target:
+    if "qat" in search.result or drop is None or -in_points(drop.value) <= target:
         return "Export it, and verify the file."
     settings = [entry.setting for entry in search.entries]
     if any(s.transforms or s.calibrator.row.by_curves for s in settings):
