@@ -322,7 +322,8 @@ def test_corrections_in_turn(model: nn.Module) -> None:
 def test_what_stays_float_needs_no_fit(model: nn.Module) -> None:
     setting = fisher(rules=("attention_probabilities -> off", "*.ffn.fc2._input_quantizer -> off"))
     plan = planner_of(model, setting).plan(setting)
-    assert fitted(model, plan, IMAGES, True, {"layer.0": 1.0}) == Fit({}, {}, {})
+    asked = {f"transformer.encoder.layer.{index}.attn.matmul_a_input_quantizer": 1.0 for index in range(2)}
+    assert fitted(model, plan, IMAGES, True, asked) == Fit({}, {}, {})
     assert rounded(model, plan, _moments(model, setting))
 
 

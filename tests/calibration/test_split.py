@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,16 +13,17 @@ from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
 from vitq_ray.calibration.planner import require_techniques, with_changed
-from vitq_ray.calibration.split import Split, clipped, split
+from vitq_ray.calibration.split import Split, split
+from vitq_ray.models.checkpoint import CalibratedModel
 from vitq_ray.quant.fake_quant import fake_quantize
 from vitq_ray.quant.plan import Plan
-from vitq_ray.quant.vit import observing, quantize_vit, tensor_keys
+from vitq_ray.quant.vit import clipped, observing, quantize_vit, site_weights, tensor_keys
 
 KEY = "transformer.encoder.layer.{}.ffn.fc2._input_quantizer".format
 LARGE = 5  # the neuron of block 0 whose values are far above all others'
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model() -> nn.Module:
     """A neuron that is about 12 for every token."""
     found = quantize_vit(tiny_vit()).eval()
@@ -53,8 +55,9 @@ def written(model: nn.Module, plan: Plan, found: Split | None) -> Tensor:
     return written
 
 
-def test_a_large_neuron_is_carried_by_spares_at_a_finer_scale(model: nn.Module) -> None:
-    plan = planner_of(model, fisher()).plan(fisher())
+@pytest.mark.parametrize("mode", ["ft1", "ft2", "tensorrt"])
+def test_a_large_neuron_is_carried_by_spares_at_a_finer_scale(model: nn.Module, mode: str) -> None:
+    plan = planner_of(model, fisher(mode=mode)).plan(fisher(mode=mode))
     found = split(model, plan, IMAGES, {})
     amax, before = found.amax[KEY(0)], float(plan.sites[KEY(0)].amax)
     assert amax < 0.6 * before
@@ -69,20 +72,35 @@ def test_a_large_neuron_is_carried_by_spares_at_a_finer_scale(model: nn.Module) 
     wanted = mlp.fc2(shown(model, KEY(0))).detach()
     errors = [float((written(model, plan, each) - wanted).square().mean()) for each in (None, found)]
     assert errors[1] < 0.3 * errors[0]
-    assert kl(model, planner_of(model, fisher(corrections=("split",))).plan(fisher(corrections=("split",))), IMAGES) < (
-        0.8 * kl(model, plan, IMAGES)
-    )
+    corrected = planner_of(model, fisher(mode=mode)).plan(fisher(mode=mode, corrections=("split",)))
+    key = KEY(0).replace("fc2._input", "fc1._weight")
+    weight, site = site_weights(with_changed(model, corrected.weights))[key], corrected.sites[key]
+    rows = fake_quantize(weight, site.amax, axis=site.rule.axis, levels=site.rule.levels)
+    assert all(torch.equal(rows[n], rows[LARGE]) for n in of_large)  # copies are quantized alike
+    assert kl(model, corrected, IMAGES) < 0.8 * kl(model, plan, IMAGES)
 
 
 def test_with_activations_that_clip_it_is_the_float_model(model: nn.Module) -> None:
     plan = planner_of(model, fisher(8)).plan(fisher(8))
     found = split(model, plan, IMAGES, {})
     with torch.inference_mode():
-        wanted = with_changed(model, {})(IMAGES)
+        wanted = model(IMAGES)
         twin = clipped(with_changed(model, found.changes), found.amax)(IMAGES)
         without_clipping = with_changed(model, found.changes)(IMAGES)
     assert float((twin - wanted).abs().max()) < 0.1 * float(wanted.std())
     assert float((without_clipping - wanted).abs().max()) > float((twin - wanted).abs().max())
+
+
+def test_a_checkpoint_without_its_quantizers_is_about_the_float_model(model: nn.Module) -> None:
+    """What export compares with, and what a training starts from."""
+    setting = fisher(8, corrections=("split",))
+    plan = planner_of(model, setting).plan(setting)
+    loaded, sidecar = SimpleNamespace(model=with_changed(model, plan.weights)), SimpleNamespace(setting=setting)
+    with torch.inference_mode():
+        wanted = model(IMAGES)
+        found = CalibratedModel(loaded, plan, sidecar).without_quantizers()(IMAGES)  # type: ignore[arg-type]
+        weights_alone = loaded.model(IMAGES)
+    assert float((found - wanted).abs().max()) < 0.1 * float(wanted.std()) < float((weights_alone - wanted).abs().max())
 
 
 def test_the_mean_of_spares_and_of_what_is_left_goes_into_the_bias(model: nn.Module) -> None:
@@ -94,33 +112,52 @@ def test_the_mean_of_spares_and_of_what_is_left_goes_into_the_bias(model: nn.Mod
 
 
 def test_other_corrections_come_on_top(model: nn.Module) -> None:
-    names = ((), ("fit", "round"), ("split", "fit", "round"), ("split", "round", "bias"))
+    names = ((), ("fit", "round"), ("split", "fit", "round"), ("split", "round"), ("split", "round", "bias"))
     planner = planner_of(model, *(fisher(corrections=each) for each in names))
     losses = {each: kl(model, planner.plan(fisher(corrections=each)), IMAGES) for each in names}
     assert losses[("split", "fit", "round")] < 0.8 * losses[("fit", "round")] < losses[()]
+    assert losses[("split", "round")] < losses[()]
     assert losses[("split", "round", "bias")] < losses[()]
 
 
 def test_nothing_is_split_where_nothing_gains(model: nn.Module) -> None:
     plain = quantize_vit(tiny_vit()).eval()
     for rules in (("*.ffn.fc2._input_quantizer -> off",), ("*.ffn.fc2._input_quantizer -> asymmetric",)):
-        setting = fisher(rules=rules, mode="ft1", corrections=("split",))
-        without = fisher(rules=rules, mode="ft1")
+        setting, without = (fisher(rules=rules, mode="ft1", corrections=names) for names in (("split",), ()))
         planner = planner_of(model, setting, without)
         assert planner.plan(setting).key == planner.plan(without).key
     with torch.no_grad():
         for block in plain.blocks:
             block.mlp.fc2.weight.zero_()  # nothing depends on what it reads
     plan = planner_of(plain, fisher()).plan(fisher())
-    assert split(plain, plan, IMAGES, {}) == Split({}, {})
+    assert split(plain, plan, IMAGES, {}) == Split({}, {}, {})
 
 
-def test_a_rules_factor_multiplies_the_scale_that_serves(model: nn.Module) -> None:
+@pytest.mark.parametrize("factor", [0.8, 8.0])
+def test_a_rules_factor_multiplies_the_scale_that_serves(model: nn.Module, factor: float) -> None:
+    """Also where nothing is above the scale that it leads to."""
     amax = {}
-    for factor in (1.0, 0.8):
-        setting = fisher(rules=(f"*.ffn.fc2._input_quantizer -> x {factor}",), corrections=("split",))
-        amax[factor] = planner_of(model, setting).plan(setting).sites[KEY(0)].amax
-    assert torch.isclose(amax[0.8], 0.8 * amax[1.0])
+    for by in (1.0, factor):
+        setting = fisher(rules=(f"*.ffn.fc2._input_quantizer -> x {by}",), corrections=("split",))
+        amax[by] = planner_of(model, setting).plan(setting).sites[KEY(0)].amax
+    assert torch.isclose(amax[factor], factor * amax[1.0])
+
+
+def test_a_neuron_takes_no_more_spares_than_there_are(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitq_ray.calibration.split._MOST", 4)
+    found = split(model, planner_of(model, fisher()).plan(fisher()), IMAGES, {})
+    spares, _ = found.copies[KEY(0).replace("fc2._input", "fc1._weight")]
+    assert 1 <= len(spares) <= 4
+    assert found.amax[KEY(0)] >= float(shown(model, KEY(0)).max()) / 5
+
+
+def test_neurons_that_are_split_are_no_spares(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.bias[:20] += 8.0
+    found = split(model, planner_of(model, fisher()).plan(fisher()), IMAGES, {})
+    spares, sources = found.copies[KEY(0).replace("fc2._input", "fc1._weight")]
+    assert len(set(spares.tolist())) == len(spares) == len(sources)
+    assert not set(spares.tolist()) & set(sources.tolist())
 
 
 def test_a_layer_without_a_bias_is_refused(model: nn.Module) -> None:

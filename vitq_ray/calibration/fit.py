@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from vitq_ray.calibration.sensitivity import gradient_pass
 from vitq_ray.quant.fake_quant import fake_quantize
 from vitq_ray.quant.plan import Plan, SitePlan
-from vitq_ray.quant.sites import site_key
+from vitq_ray.quant.sites import ATTENTION_PROBABILITIES, FC2_INPUT, site_key
 from vitq_ray.quant.vit import quant_blocks
 
 _FOLDS = 6  # groups of images, each left out once
@@ -38,19 +38,18 @@ _RIDGES = (0.01, 0.1, 1.0)  # relative to the diagonal
 _GAINS = (-0.5, 1.0)  # least and largest γ
 _FACTORS = (1.0, 0.8, 0.64, 0.5, 0.4, 0.32, 0.25, 1.25, 1.6)  # of the probabilities' amax
 
-_PROBABILITIES = "attn.matmul_a_input_quantizer"
 
 Sums = dict[str, Tensor]  # {name: (B, H, 1 or D)}
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What a fit changes, {timm name: weight or bias} each.
+    """What a fit changes.
 
     Attributes:
-        moved: v's bias and the projection's for the centres alone, which leave the float function as it is; empty where
-            no head is served by one.
-        changes: all of it, the centres included.
+        moved: {timm name: bias}, v's and the projection's, for the centres alone, which leave the float function as it
+            is; empty where no head is served by one.
+        changes: {timm name: weight or bias}: all of it, the centres included.
         factors: {full name of a site: what its amax is to be multiplied with} of probabilities that are on.
     """
 
@@ -87,7 +86,7 @@ def fitted(
         qkv, out, fc2 = block.attn.qkv, block.attn.proj, cast(nn.Linear, block.mlp.fc2)
         name = f"blocks.{index}."
         if index in seen.heads:
-            key = site_key(index, _PROBABILITIES)
+            key = site_key(index, ATTENTION_PROBABILITIES)
             by_rule = asked.get(key, 1.0)
             tried = {
                 factor: _of_heads(_joined(parts), move_v and qkv.bias is not None)
@@ -125,8 +124,8 @@ class _Seen:
         self.means: dict[int, list[Tensor]] = {}
         self._plan, self._kept = plan, dict[str, Tensor]()
         self._heads = [block.attn.num_heads for block in quant_blocks(model)]
-        names = {"out": "attn.out._input_quantizer", "v": "attn.matmul_v_input_quantizer", "a": _PROBABILITIES}
-        names["fc2"] = "ffn.fc2._input_quantizer"
+        names = {"out": "attn.out._input_quantizer", "v": "attn.matmul_v_input_quantizer", "a": ATTENTION_PROBABILITIES}
+        names["fc2"] = FC2_INPUT
         self._names = {
             site_key(index, name): (index, short) for index in range(len(self._heads)) for short, name in names.items()
         }
@@ -145,7 +144,7 @@ class _Seen:
             self._kept[name] = x
             if {"v", "a"} <= self._kept.keys():
                 weight, a, v = (self._kept.pop(each) for each in ("weight", "a", "v"))
-                own = site_key(index, _PROBABILITIES)
+                own = site_key(index, ATTENTION_PROBABILITIES)
                 site, by_rule = self._plan.sites[own], self._asked.get(own, 1.0)
                 at = {scale: None for factor in _factors(own, self._asked) for scale in (factor, factor / by_rule)}
                 for factor in at if site.rule.on else ():

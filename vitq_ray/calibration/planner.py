@@ -39,16 +39,14 @@ from vitq_ray.calibration.scales import (
 )
 from vitq_ray.calibration.sensitivity import Grid, Moments, Sensitivity, Spread, Track, collect_sensitivity, here
 from vitq_ray.calibration.setting import Setting, Technique
-from vitq_ray.calibration.split import clipped, split
+from vitq_ray.calibration.split import split
 from vitq_ray.calibration.statistics import CalibrationStatistics
 from vitq_ray.calibration.transforms import require_transformable, transformed
 from vitq_ray.quant.plan import Plan, SitePlan
-from vitq_ray.quant.sites import MODES, WEIGHT, site_key, sites_of_blocks
-from vitq_ray.quant.vit import float_copy, quant_blocks, site_weights
+from vitq_ray.quant.sites import ATTENTION_PROBABILITIES, FC2_INPUT, MODES, WEIGHT, site_key, sites_of_blocks
+from vitq_ray.quant.vit import clipped, float_copy, quant_blocks, site_weights
 
 _BEHIND_V = ("attn.matmul_v_input_quantizer", "attn.out._input_quantizer", "attn.out._aftergemm_quantizer")
-_FC2_INPUT = "ffn.fc2._input_quantizer"
-_PROBABILITIES = "attn.matmul_a_input_quantizer"
 _PRODUCT = tuple(f"attn.matmul_{name}_input_quantizer" for name in "qk")  # share v's scale in some modes
 _OUT_WEIGHT = ".attn.out._weight_quantizer"
 Transforms = tuple[Technique, ...]
@@ -187,13 +185,14 @@ class Planner:
             return plan
         if self._images is None or look.sensitivity is None:
             raise ValueError(f"setting {setting.label!r}: corrections need images, and the model's sensitivity")
-        images, amax, moments = self._images(), dict[str, float](), None
+        images, clips, moments = self._images(), dict[str, float](), None
         if SPLIT in names:
-            plan, amax = self._split(setting, plan, images)
+            plan, clips = self._split(setting, plan, images)
+        weights = plan.weights  # of a float model, which those that a fit changes are not
         if FIT in names:
-            plan, moments = self._fitted(setting, plan, images, amax)
+            plan, moments = self._fitted(setting, plan, images, clips)
         if (names & {ROUND, BIAS}) and moments is None:
-            moments = self._moments(setting.transforms, plan, images, amax)
+            moments = self._moments(setting.transforms, weights, images, clips)
         if ROUND in names:
             assert moments is not None
             plan = with_weights(plan, rounded(with_changed(self._model, plan.weights), plan, moments))
@@ -206,13 +205,17 @@ class Planner:
         """Corrected by `split`, and where the model then clips: {site of fc2's input: amax}."""
         model, _ = self._of(setting.transforms)
         depth = len(quant_blocks(model))
-        factors = factors_of(setting, [site_key(index, _FC2_INPUT) for index in range(depth)], depth)
+        factors = factors_of(setting, [site_key(index, FC2_INPUT) for index in range(depth)], depth)
         found = split(model, plan, images, factors, self._seed)
-        sites = {
-            key: replace(plan.sites[key], amax=torch.full_like(plan.sites[key].amax, amax))
-            for key, amax in found.amax.items()
-        }
-        return with_weights(replace(plan, sites={**plan.sites, **sites}), found.changes), found.amax
+        sites = dict(plan.sites)
+        for key, amax in found.amax.items():
+            sites[key] = replace(sites[key], amax=torch.full_like(sites[key].amax, amax))
+        for key, (spares, sources) in found.copies.items():
+            if sites[key].rule.axis == 0:  # a copy has its own scale there
+                scales = sites[key].amax.clone()
+                scales[spares.cpu()] = scales[sources.cpu()]
+                sites[key] = replace(sites[key], amax=scales)
+        return with_weights(replace(plan, sites=sites), found.changes), found.amax
 
     def _fitted(
         self, setting: Setting, plan: Plan, images: Tensor, clips: Mapping[str, float]
@@ -228,8 +231,8 @@ class Planner:
         depth = len(quant_blocks(model))
         keys = [site_key(index, name) for index in range(depth) for name in names]
         move_v = all_by_curves(setting, plan, keys, depth)
-        p = [site_key(index, _PROBABILITIES) for index in range(depth)]
-        asked = factors_of(setting, p, depth) if all_by_curves(setting, plan, p, depth) else {}
+        p = [site_key(index, ATTENTION_PROBABILITIES) for index in range(depth)]
+        asked = factors_of(setting, p, depth) if all_by_curves(setting, plan, p, depth, signed=False) else {}
         fit = fitted(self._float(plan.weights, clips), plan, images, move_v, asked, self._seed)
         scaled = {key: replace(plan.sites[key], amax=plan.sites[key].amax * by) for key, by in fit.factors.items()}
         sites, moments = {**plan.sites, **scaled}, None
@@ -250,10 +253,12 @@ class Planner:
         """The float model with these weights, whose activations clip where those of a split do."""
         return clipped(with_changed(self._model, weights), clips)
 
-    def _moments(self, transforms: Transforms, plan: Plan, images: Tensor, clips: Mapping[str, float]) -> Moments:
+    def _moments(
+        self, transforms: Transforms, weights: Mapping[str, Tensor], images: Tensor, clips: Mapping[str, float]
+    ) -> Moments:
         """What layers read; where neurons are split, that is another thing than what was looked at."""
         if clips:
-            moments = collect_sensitivity(self._float(plan.weights, clips), images, {}, self._seed).moments
+            moments = collect_sensitivity(self._float(weights, clips), images, {}, self._seed).moments
             assert moments is not None
             return moments
         look, (model, _) = self._looks[transforms], self._of(transforms)

@@ -72,10 +72,12 @@ def require_possible(setting: Setting, depth: int) -> None:
     _wanted(setting, depth)
 
 
-def all_by_curves(setting: Setting, plan: Plan, keys: Iterable[str], depth: int) -> bool:
-    """Whether those of the sites that are on have symmetric scales by loss curves."""
+def all_by_curves(setting: Setting, plan: Plan, keys: Iterable[str], depth: int, signed: bool = True) -> bool:
+    """Whether those of the sites that are on have scales by loss curves: symmetric ones, or without a zero point."""
     wanted, on = _wanted(setting, depth), [key for key in keys if plan.sites[key].rule.on]
-    return all(wanted[key].calibration.row.by_curves and plan.sites[key].rule.signed for key in on)
+    rules = [plan.sites[key].rule for key in on]
+    fine = all(rule.signed if signed else not rule.zero_point for rule in rules)
+    return fine and all(wanted[key].calibration.row.by_curves for key in on)
 
 
 def factors_of(setting: Setting, keys: Iterable[str], depth: int) -> dict[str, float]:

@@ -40,7 +40,7 @@ from vitq_ray.measure.evaluation import Evaluation, evaluate_variants
 from vitq_ray.measure.latency import milliseconds
 from vitq_ray.models.checkpoint import CalibratedModel, load_calibrated
 from vitq_ray.quant.plan import Plan
-from vitq_ray.quant.vit import apply_plan, float_copy
+from vitq_ray.quant.vit import apply_plan
 from vitq_ray.run.results import EXPORT, Stopwatch, left_out_rows, result_of, versions, write_result
 
 VERIFICATION = "verification.json"
@@ -208,7 +208,7 @@ def verify(job: ExportJob, options: ExportOptions, file: Path, screen: Screen) -
     engine = find_engine("auto", job.model, job.transform.size, torch.device("cpu"))
     with ExitStack() as stack:
         plan = stack.enter_context(executed(job.model, engine))
-        variants: dict[str, nn.Module] = {FLOAT: float_copy(job.model).eval(), PLAN: plan, NUDGED: Nudged(plan)}
+        variants: dict[str, nn.Module] = {FLOAT: job.calibrated.without_quantizers(), PLAN: plan, NUDGED: Nudged(plan)}
         if any(site.rule.on and not site.rule.signed for site in job.plan.sites.values()):
             twin = copy.deepcopy(job.model)
             apply_plan(twin, symmetric(job.plan))

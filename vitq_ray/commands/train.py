@@ -68,7 +68,7 @@ from vitq_ray.qat.recipe import QatConfig, recipe_of
 from vitq_ray.qat.state import STATE, EpochReport, QatOutcome, StepReport, epoch_row
 from vitq_ray.qat.task import Judgement, Meter, QatTask, Recorder, is_judged, read_judgement, run_task
 from vitq_ray.qat.teacher import TEACHER_LOGITS
-from vitq_ray.quant.vit import float_copy, scales_of
+from vitq_ray.quant.vit import scales_of
 from vitq_ray.run.folder import RunFolder, read_bad_images, record_bad_images
 from vitq_ray.run.outlets import Outlets
 from vitq_ray.run.results import TRAINING, Stopwatch, left_out_rows, result_of, versions
@@ -374,7 +374,7 @@ def load_teacher(options: TrainOptions, start: CalibratedModel) -> nn.Module | N
                 f"{options.pretrained_dir}: its weights have corrections ({', '.join(map(str, corrections))}), so that "
                 f"without quantizers it is not the float model; expected that one as {options.name_of('teacher')}"
             )
-        return float_copy(start.loaded.model).eval()
+        return start.without_quantizers()
     return load_float(options, "teacher", start.loaded, "the student")
 
 

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -22,6 +22,7 @@ from torch import Tensor
 from vitq_ray.base.config import Config, InputError, require_int
 from vitq_ray.base.files import atomic_file, exists, one_line, read_bytes, write_json
 from vitq_ray.base.formats import FORMATS, require_format
+from vitq_ray.calibration.corrections import SPLIT
 from vitq_ray.calibration.setting import Setting, read_setting
 from vitq_ray.data.transforms import EvalTransform
 from vitq_ray.models.architecture import AMAX, Architecture, vit_pytorch_architecture
@@ -30,8 +31,8 @@ from vitq_ray.models.geometry import AUTO, Geometry, build_model, named_geometry
 from vitq_ray.models.load import Channels, LoadedModel, load_model
 from vitq_ray.models.weights import VIT_PYTORCH, Checkpoint, State, read_checkpoint, weights_fingerprint
 from vitq_ray.quant.plan import Plan, SitePlan, SiteRule, rules_of_mode
-from vitq_ray.quant.sites import MODES, sites_of_blocks
-from vitq_ray.quant.vit import apply_plan, quantize_vit, require_follows, site_weights
+from vitq_ray.quant.sites import FC2_INPUT, MODES, sites_of_blocks
+from vitq_ray.quant.vit import apply_plan, clipped, float_copy, quantize_vit, require_follows, site_weights
 
 log = logging.getLogger(__name__)
 
@@ -252,6 +253,15 @@ class CalibratedModel:
     loaded: LoadedModel
     plan: Plan
     sidecar: Sidecar
+
+    def without_quantizers(self) -> VisionTransformer:
+        """A float copy, in evaluation mode. With the correction `split` its activations clip, as the weights expect;
+        even then, weights with corrections are close to those of the float model that was calibrated, and not it."""
+        twin = float_copy(self.loaded.model).eval()
+        if any(correction.name == SPLIT for correction in self.sidecar.setting.corrections):
+            sites = {key: site for key, site in self.plan.sites.items() if key.endswith(FC2_INPUT) and site.rule.on}
+            clipped(twin, {key: float(site.amax) for key, site in sites.items()})
+        return cast(VisionTransformer, twin)
 
 
 @dataclass(frozen=True)

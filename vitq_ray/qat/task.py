@@ -36,7 +36,6 @@ from vitq_ray.qat.state import (
     load_state,
     read_outcome,
 )
-from vitq_ray.quant.vit import float_copy
 
 JUDGEMENT = "judgement.json"
 _COUNTS: Schema = {"images": int, "top1_correct": int}
@@ -104,7 +103,7 @@ def judge(task: QatTask, outcome: QatOutcome, read: Reader, ranks: Ranks) -> Jud
     `float` is the teacher, or where there is none the start with its quantizers off.
     """
     data, model = task.data, task.start.loaded.model.to(ranks.device)
-    teacher = float_copy(model) if task.teacher is None else task.teacher.to(ranks.device)
+    teacher = task.start.without_quantizers() if task.teacher is None else task.teacher.to(ranks.device)
     trained = copy.deepcopy(model)
     trained.load_state_dict(outcome.best_state)
     ids, engine = np.arange(len(data.val)), default_engine(ranks.device)

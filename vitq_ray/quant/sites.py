@@ -63,6 +63,7 @@ class Mode:
 
 GEMMS = ("ffn.fc1", "ffn.fc2", "attn.query", "attn.key", "attn.value", "attn.out")
 _QKV_INPUT = "attn.query._input_quantizer"
+FC2_INPUT, ATTENTION_PROBABILITIES = "ffn.fc2._input_quantizer", "attn.matmul_a_input_quantizer"
 
 
 def _gemm_sites(gemm: str) -> tuple[Site, ...]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vitq_ray.base.config import InputError
 from vitq_ray.quant.plan import Plan
 from vitq_ray.quant.quantizer import Observer, State, TensorQuantizer
-from vitq_ray.quant.sites import FUSED_GROUPS, MODES, SITES, WEIGHT, Site, observed_tensors, site_key
+from vitq_ray.quant.sites import FC2_INPUT, FUSED_GROUPS, MODES, SITES, WEIGHT, Site, observed_tensors, site_key
 
 
 class GemmQuantizers(nn.Module):
@@ -254,6 +254,27 @@ def float_copy(model: nn.Module) -> nn.Module:
     for _, _, quantizer in sites_of(twin):
         quantizer.state = State.OFF
     return twin
+
+
+def clipped(model: nn.Module, amax: Mapping[str, float]) -> nn.Module:
+    """The model, changed in place, whose activations clip as the quantizers of {site of fc2's input: amax} do.
+
+    Weights of the correction `split` count on that: with it they compute what the float model does.
+    """
+    for index, block in enumerate(quant_blocks(model)):
+        limit = amax.get(site_key(index, FC2_INPUT))
+        if limit is not None:
+            block.mlp.act = nn.Sequential(block.mlp.act, _Ceiling(limit))
+    return model
+
+
+class _Ceiling(nn.Module):
+    def __init__(self, limit: float) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(max=self.limit)
 
 
 @contextmanager

@@ -17,5 +17,5 @@ SPACE = {
     "weights": ("fisher",),
     "num_batches": (16,),
     "transforms": (("rotate", "shift", "heads", "balance"), ("rotate",)),
-    "corrections": (("fit", "round"), ("round", "bias"), ()),
+    "corrections": (("split", "fit", "round"), ("round", "bias"), ()),
 }
