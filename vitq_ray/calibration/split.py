@@ -39,6 +39,7 @@ from vitq_ray.quant.vit import observing, quant_blocks, tensor_keys
 
 _MOST = 128  # neurons of a block that may be split, and that may be spares; at most a quarter, and an eighth, of all
 _STEPS = tuple(2.0 ** (-k / 4) for k in range(14))  # A over the largest value: 1, 0.84, … 0.1
+_PATIENCE = 4  # smaller scales that are tried behind the best one
 _FC1_OUTPUT, _FC1_WEIGHT = "ffn.fc1._aftergemm_quantizer", "ffn.fc1._weight_quantizer"
 _AT_ONCE = 8  # images in one forward pass
 
@@ -211,17 +212,17 @@ class _Seen:
     def choice(self) -> _Choice | None:
         """What gains most; None where nothing does."""
         totals = torch.cat(self._totals, dim=1)
-        plain = range(len(self.amax) // (1 if self._factor == 1 else 2))
-        parts = [self._divided(place, totals[place]) for place in plain]
-        with_any = [place for place in plain if parts[place].taken]
-        if not with_any:
-            return None
-        best = min(with_any, key=lambda place: parts[place].loss)
-        if parts[best].loss >= _loss(totals[0]):
-            return None
-        if self._factor == 1:
-            return self._choice(best, parts[best])
-        asked = best + len(plain)
+        count, best, found = len(self.amax) // (1 if self._factor == 1 else 2), 0, None
+        least = _loss(totals[0])
+        for place in range(count):
+            parts = self._divided(place, totals[place])
+            if parts.taken and parts.loss < least:
+                best, found, least = place, parts, parts.loss
+            if place - best > _PATIENCE:
+                break
+        if found is None or self._factor == 1:
+            return None if found is None else self._choice(best, found)
+        asked = best + count
         return self._choice(asked, self._divided(asked, totals[asked]))
 
     def _divided(self, place: int, totals: Tensor) -> _Parts:
