@@ -80,7 +80,7 @@ def cell(mode: str, bits: int, job: TuneJob, batches: Sequence[Batch], args: arg
     folder = args.output / f"{mode}-{bits}-{args.seed}"
     uniform: Evaluation | None = None
     checkpoint = SAMPLE / "vit.npz"
-    for name in ("uniform", "refined", "default", "trained"):
+    for name in (*SEARCHES, *(["trained"] if args.epochs else [])):
         if name == "trained":
             checkpoint, label = trained(folder / f"{name}-{args.epochs}x{args.lr:g}", checkpoint, args)
         else:
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 6, 4])
     parser.add_argument("--modes", nargs="+", default=["ft1", "ft2"])
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=8, help="of the training; 0 for none")
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0, help="of the splits, too")
     parser.add_argument("--output", type=Path, required=True)
