@@ -39,7 +39,7 @@ from vitq_ray.quant.vit import observing, quant_blocks, tensor_keys
 
 _MOST = 128  # neurons of a block that may be split, and that may be spares; at most a quarter, and an eighth, of all
 _STEPS = tuple(2.0 ** (-k / 4) for k in range(14))  # A over the largest value: 1, 0.84, … 0.1
-_PATIENCE = 4  # smaller scales that are tried behind the best one
+_PATIENCE = 5  # smaller scales that are tried behind the best one
 _FC1_OUTPUT, _FC1_WEIGHT = "ffn.fc1._aftergemm_quantizer", "ffn.fc1._weight_quantizer"
 _AT_ONCE = 8  # images in one forward pass
 
@@ -218,12 +218,14 @@ class _Seen:
             parts = self._divided(place, totals[place])
             if parts.taken and parts.loss < least:
                 best, found, least = place, parts, parts.loss
-            if place - best > _PATIENCE:
+            if place - best >= _PATIENCE:
                 break
         if found is None or self._factor == 1:
             return None if found is None else self._choice(best, found)
         asked = best + count
-        return self._choice(asked, self._divided(asked, totals[asked]))
+        parts = self._divided(asked, totals[asked])
+        gains = bool(parts.taken) and parts.loss < _loss(totals[count])
+        return self._choice(asked, parts) if gains or not int(parts.needed.max()) else None
 
     def _divided(self, place: int, totals: Tensor) -> _Parts:
         """Neurons split with one scale, one after the other, as long as that gains."""

@@ -259,8 +259,9 @@ class CalibratedModel:
         even then, weights with corrections are close to those of the float model that was calibrated, and not it."""
         twin = float_copy(self.loaded.model).eval()
         if any(correction.name == SPLIT for correction in self.sidecar.setting.corrections):
-            sites = {key: site for key, site in self.plan.sites.items() if key.endswith(FC2_INPUT) and site.rule.on}
-            clipped(twin, {key: float(site.amax) for key, site in sites.items()})
+            inputs = {key: site for key, site in self.plan.sites.items() if key.endswith(FC2_INPUT)}
+            clips = {key: float(site.amax) for key, site in inputs.items() if site.rule.on and site.rule.signed}
+            clipped(twin, clips)
         return cast(VisionTransformer, twin)
 
 
