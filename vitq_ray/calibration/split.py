@@ -224,8 +224,7 @@ class _Seen:
             return None if found is None else self._choice(best, found)
         asked = best + count
         parts = self._divided(asked, totals[asked])
-        gains = bool(parts.taken) and parts.loss < _loss(totals[count])
-        return self._choice(asked, parts) if gains or not int(parts.needed.max()) else None
+        return self._choice(asked, parts) if parts.loss < _loss(totals[count]) else None
 
     def _divided(self, place: int, totals: Tensor) -> _Parts:
         """Neurons split with one scale, one after the other, as long as that gains."""
