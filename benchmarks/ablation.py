@@ -49,6 +49,7 @@ from vitq_ray.quant.vit import apply_plan, quantize_vit, quantizers_off
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT / "vitq_ray" / "sample"
+_NAMES = 48  # characters of the longest row's name
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Bench:
         self.seconds: dict[tuple, float] = {}
         with quantizers_off(self.model):
             self.float_logits = self._logits(self.model)
-        self.float_probabilities = calibrated(self.float_logits, self.images.labels)
+        self.float_probabilities = at_best_temperature(self.float_logits, self.images.labels)
 
     def _read(self, args: argparse.Namespace) -> Images:
         classes = self.loaded.geometry.num_classes
@@ -156,14 +157,14 @@ class Bench:
         p = self.float_probabilities
         expected = 100 * float((p.amax(dim=1) - p.gather(1, logits.argmax(dim=1, keepdim=True))[:, 0]).mean())
         print(
-            f"{name:<34} {forecast:9.4f}  {'  '.join(cells)} {agreement:8.2%} {top1:8.2%} {lost:4} "
+            f"{name:<{_NAMES}} {forecast:9.4f}  {'  '.join(cells)} {agreement:8.2%} {top1:8.2%} {lost:4} "
             f"{won:4} {expected:8.2f} {look:6.0f} {seconds:6.0f}",
             flush=True,
         )
         return kl
 
 
-def calibrated(logits: Tensor, labels: Tensor) -> Tensor:
+def at_best_temperature(logits: Tensor, labels: Tensor) -> Tensor:
     """Probabilities (B, K) at the temperature, to a tenth, that makes the labels most likely."""
     temperatures = 1.1 ** torch.arange(-25.0, 26.0)
     losses = [torch.nn.functional.cross_entropy(logits / t, labels) for t in temperatures]
@@ -232,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     right = float((bench.float_logits.argmax(1) == bench.images.labels).double().mean())
     print(f"{len(bench.images.labels)} images, float top-1 {right:.2%}; {len(bench.images.calibration)} calibrated on")
     sets = "  ".join(f"{name:>15}" for name, _ in zip(("KL of val", "KL of others"), bench.images.parts, strict=False))
-    print(f"{'setting':<34} {'predicted':>9}  {sets} {'agrees':>8} {'top-1':>8} lost  won expected   look   plan")
+    print(f"{'setting':<{_NAMES}} {'predicted':>9}  {sets} {'agrees':>8} {'top-1':>8} lost  won expected   look   plan")
     base = bench.row("all transforms", replace(setting, transforms=names))
     for name, each in rows(setting, names):
         if args.only in name:

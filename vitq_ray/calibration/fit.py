@@ -38,7 +38,6 @@ _RIDGES = (0.01, 0.1, 1.0)  # relative to the diagonal
 _GAINS = (-0.5, 1.0)  # least and largest γ
 _FACTORS = (1.0, 0.8, 0.64, 0.5, 0.4, 1.25, 1.6)  # of the probabilities' amax
 
-
 Sums = dict[str, Tensor]  # {name: (B, H, 1 or D)}
 
 
