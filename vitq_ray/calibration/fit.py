@@ -11,6 +11,9 @@ fitted by chance, and a head's centre and offset are hard to tell apart.
 
 With a fit another scale of the probabilities serves than without one: a smaller one has finer levels, and what it cuts
 off can be made up for. So all of it is done at several scales, and a block takes that which leaves the least error.
+Where many keys share a row, most round to nothing: their probabilities are about half a step. So all of it is done with
+the scores of a head as they are, and multiplied with a sharpness below 1: it lifts small probabilities over the half
+step, and takes from large ones, which gain and centre give back. A head's sharpness goes into its rows of q.
 
 Of the input of fc2 the mean error of every channel goes into fc2's bias: values of GELU just below zero are many, and
 are rounded to one side. Nagel et al. (arXiv 1906.04721) correct biases like this.
@@ -36,7 +39,16 @@ from vitq_ray.quant.vit import quant_blocks
 _FOLDS = 6  # groups of images, each left out once
 _RIDGES = (0.01, 0.1, 1.0)  # relative to the diagonal
 _GAINS = (-0.5, 1.0)  # least and largest γ
-_FACTORS = (1.0, 0.8, 0.64, 0.5, 0.4, 1.25, 1.6)  # of the probabilities' amax
+_FACTORS = (1.0, 0.8, 0.64, 0.5, 1.25, 1.6)  # of the probabilities' amax
+_SHARPNESS = (1.0, 0.95, 0.9)
+
+_NAMES = {  # tensors that are seen
+    "fc2": FC2_INPUT,
+    "out": "attn.out._input_quantizer",
+    "v": "attn.matmul_v_input_quantizer",
+    "a": ATTENTION_PROBABILITIES,
+    "scores": "attn.softmax_input_quantizer",
+}
 
 Sums = dict[str, Tensor]  # {name: (B, H, 1 or D)}
 
@@ -75,8 +87,9 @@ def fitted(
             serves is found without that, so that the rule has its effect.
         seed: of the gradients' random signs.
     """
-    asked = asked if asked and len(images) > 1 else {}  # one image cannot be left out
-    seen = _Seen(model, plan, asked)
+    several = len(images) > 1  # one cannot be left out
+    asked = asked if asked and several else {}
+    seen = _Seen(model, plan, asked, several)
     gradient_pass(model, images, seen.take, seed)
     moved: dict[str, Tensor] = {}
     factors: dict[str, float] = {}
@@ -88,17 +101,21 @@ def fitted(
             key = site_key(index, ATTENTION_PROBABILITIES)
             by_rule = asked.get(key, 1.0)
             tried = {
-                factor: _of_heads(_joined(parts), move_v and qkv.bias is not None)
-                for factor, parts in seen.heads[index].items()
+                factor: _of_heads(parts, move_v and qkv.bias is not None) for factor, parts in seen.heads[index].items()
             }
-            factors[key] = min(_factors(key, asked), key=lambda f: tried[f / by_rule].left)
-            gain, centre, offset, _ = tried[factors[key]]
+            factors[key] = min(_factors(key, asked), key=lambda f: float(tried[f / by_rule].left.sum()))
+            gain, centre, offset, sharpness, _ = tried[factors[key]]
             weight, bias = out.weight.detach().double(), out.bias.detach().double()
             if bool(centre.any()):
                 from_v, shifted = (centre / gain).flatten(), qkv.bias.detach().double().clone()
                 shifted[-len(from_v) :] -= from_v
                 moved[name + "attn.qkv.bias"] = shifted.to(qkv.bias.dtype)
                 moved[name + "attn.proj.bias"] = (bias + weight @ from_v).to(out.bias.dtype)
+            if bool((sharpness != 1).any()):
+                of_qkv = {"weight": qkv.weight, **({} if qkv.bias is None else {"bias": qkv.bias})}
+                for part, own in of_qkv.items():
+                    layer = f"{name}attn.qkv.{part}"
+                    changes[layer] = _sharpened(moved.get(layer, own.detach()), sharpness)
             scaled = weight * gain.repeat_interleave(centre.shape[1])
             changes[name + "attn.proj.weight"] = scaled.to(out.weight.dtype)
             changes[name + "attn.proj.bias"] = (bias + weight @ (centre + offset).flatten()).to(out.bias.dtype)
@@ -109,62 +126,78 @@ def fitted(
     return Fit(moved, {**moved, **changes}, factors)
 
 
+def _sharpened(qkv: Tensor, sharpness: Tensor) -> Tensor:
+    """Weight or bias (3·H·D, …) of q, k and v with the rows of q multiplied by what each of the H heads takes."""
+    changed = qkv.clone()
+    q = changed[: len(qkv) // 3].unflatten(0, (len(sharpness), -1))
+    q *= sharpness.to(q).reshape(-1, *[1] * (q.ndim - 1))
+    return changed
+
+
 class _Seen:
     """Sums over the tokens of every image.
 
     Attributes:
-        heads: {block: {factor: sums of its attention}}, a part for each pass.
+        heads: {block: {factor: {sharpness: sums of its attention}}}, a part for each pass.
         means: {block: mean error of every channel of fc2's input, (B, C)}.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, asked: Mapping[str, float]) -> None:
-        self.heads: dict[int, dict[float, list[Sums]]] = {}
-        self._asked = asked
+    def __init__(self, model: nn.Module, plan: Plan, asked: Mapping[str, float], sharpen: bool) -> None:
+        self.heads: dict[int, dict[float, dict[float, list[Sums]]]] = {}
+        self._asked, self._sharpen = asked, sharpen
         self.means: dict[int, list[Tensor]] = {}
         self._plan, self._kept = plan, dict[str, Tensor]()
-        self._heads = [block.attn.num_heads for block in quant_blocks(model)]
-        names = {"out": "attn.out._input_quantizer", "v": "attn.matmul_v_input_quantizer", "a": ATTENTION_PROBABILITIES}
-        names["fc2"] = FC2_INPUT
+        self._attention = [block.attn for block in quant_blocks(model)]
         self._names = {
-            site_key(index, name): (index, short) for index in range(len(self._heads)) for short, name in names.items()
+            site_key(index, name): (index, short)
+            for index in range(len(self._attention))
+            for short, name in _NAMES.items()
         }
 
     def take(self, key: str, x: Tensor, g: Tensor) -> None:
-        """As `gradient_pass` shows them: of a block fc2, out, then v and a in any order."""
+        """As `gradient_pass` shows them: of a block fc2, out, then v, a and scores in any order."""
         if key not in self._names:
             return
         index, name = self._names[key]
         if name == "fc2":
             if self._plan.sites[key].rule.on:
-                self.means.setdefault(index, []).append(_error(x, self._plan.sites[key]).mean(dim=1).double())
+                self.means.setdefault(index, []).append((x - _quantized(x, self._plan.sites[key])).mean(dim=1).double())
         elif name == "out":
-            self._kept["weight"] = g.unflatten(2, (self._heads[index], -1)).transpose(1, 2).norm(dim=3, keepdim=True)
+            heads = self._attention[index].num_heads
+            self._kept["weight"] = g.unflatten(2, (heads, -1)).transpose(1, 2).norm(dim=3, keepdim=True)
         else:
             self._kept[name] = x
-            if {"v", "a"} <= self._kept.keys():
-                weight, a, v = (self._kept.pop(each) for each in ("weight", "a", "v"))
-                own = site_key(index, ATTENTION_PROBABILITIES)
-                site, by_rule = self._plan.sites[own], self._asked.get(own, 1.0)
-                at = {scale: None for factor in _factors(own, self._asked) for scale in (factor, factor / by_rule)}
-                for factor in at if site.rule.on else ():
-                    lost = _error(a, replace(site, amax=site.amax * factor))
-                    self.heads.setdefault(index, {}).setdefault(factor, []).append(_sums(weight, a, v, lost))
+            if {"v", "a", "scores"} <= self._kept.keys():
+                self._take_attention(index, *(self._kept.pop(each) for each in ("weight", "a", "v", "scores")))
+
+    def _take_attention(self, index: int, weight: Tensor, a: Tensor, v: Tensor, scores: Tensor) -> None:
+        """Of (B, H, N, 1), (B, H, N, N), (B, H, N, D) and (B, H, N, N), not yet divided by √D."""
+        key, attention = site_key(index, ATTENTION_PROBABILITIES), self._attention[index]
+        site, by_rule = self._plan.sites[key], self._asked.get(key, 1.0)
+        if not site.rule.on:
+            return
+        factors = dict.fromkeys(scale for factor in _factors(key, self._asked) for scale in (factor, factor / by_rule))
+        wanted, found = a @ v, self.heads.setdefault(index, {})
+        can = self._sharpen and isinstance(attention.q_norm, nn.Identity)  # a norm would take the factor away again
+        for sharpness in _SHARPNESS if can else (1.0,):
+            given = a if sharpness == 1 else (scores * (sharpness * attention.scale)).softmax(dim=-1)
+            for factor in factors:
+                quantized = _quantized(given, replace(site, amax=site.amax * factor))
+                parts = found.setdefault(factor, {}).setdefault(sharpness, [])
+                parts.append(_sums(weight, wanted, quantized @ v, 1 - quantized.sum(dim=3, keepdim=True)))
 
 
 def _factors(key: str, asked: Mapping[str, float]) -> Sequence[float]:
     return _FACTORS if key in asked else (1.0,)
 
 
-def _error(x: Tensor, site: SitePlan) -> Tensor:
-    """What quantization takes from a tensor."""
-    rule = site.rule
-    return x - fake_quantize(x, site.amax.to(x.device), levels=rule.levels)
+def _quantized(x: Tensor, site: SitePlan) -> Tensor:
+    return fake_quantize(x, site.amax.to(x.device), levels=site.rule.levels)
 
 
-def _sums(weight: Tensor, a: Tensor, v: Tensor, lost: Tensor) -> Sums:
-    """Of (B, H, N, 1), (B, H, N, N), (B, H, N, D) and the error of a."""
-    error, mass = lost @ v, 1 - (a - lost).sum(dim=3, keepdim=True)
-    found = a @ v - error
+def _sums(weight: Tensor, wanted: Tensor, found: Tensor, mass: Tensor) -> Sums:
+    """Of (B, H, N, 1), a·v and â·v (B, H, N, D), and the mass that is lost (B, H, N, 1)."""
+    error = wanted - found
     terms = {
         "gg": (found * found).sum(dim=3, keepdim=True),
         "gc": mass * found,
@@ -185,19 +218,35 @@ def _joined(parts: list[Sums]) -> Sums:
 
 
 class _OfHeads(NamedTuple):
-    """Gain (H, 1), centre (H, D) and offset (H, D) of every head; the error that is left of images left out."""
+    """Gain (H, 1), centre (H, D), offset (H, D) and sharpness (H,) of every head; the error that is left of images left
+    out (H,)."""
 
     gain: Tensor
     centre: Tensor
     offset: Tensor
-    left: float
+    sharpness: Tensor
+    left: Tensor
 
 
-def _of_heads(sums: Sums, move_v: bool) -> _OfHeads:
-    width = sums["o"].shape[2]
-    found, won = _fit(*_normal_equations({name: _folded(column) for name, column in sums.items()}), move_v)
-    left = float(sums["ee"].sum() + won.sum())
-    return _OfHeads(1 + found[:, :1], found[:, 1 : 1 + width], found[:, 1 + width :], left)
+def _of_heads(parts: Mapping[float, list[Sums]], move_v: bool) -> _OfHeads:
+    best: _OfHeads | None = None
+    for sharpness, sums in ((sharpness, _joined(each)) for sharpness, each in parts.items()):
+        width = sums["o"].shape[2]
+        found, won = _fit(*_normal_equations({name: _folded(column) for name, column in sums.items()}), move_v)
+        left = sums["ee"].sum(dim=(0, 2)) + won
+        gain, centre, offset = found.split((1, width, width), dim=1)
+        own = _OfHeads(1 + gain, centre, offset, torch.full_like(left, sharpness), left)
+        best = own if best is None else _better(own, best)
+    assert best is not None
+    return best
+
+
+def _better(one: _OfHeads, other: _OfHeads) -> _OfHeads:
+    """Of every head that which leaves less."""
+    serves = one.left < other.left
+    gain, centre, offset = (torch.where(serves[:, None], a, b) for a, b in zip(one[:3], other[:3], strict=True))
+    sharpness, left = (torch.where(serves, a, b) for a, b in zip(one[3:], other[3:], strict=True))
+    return _OfHeads(gain, centre, offset, sharpness, left)
 
 
 def _folded(column: Tensor) -> Tensor:

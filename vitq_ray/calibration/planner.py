@@ -48,7 +48,7 @@ from vitq_ray.quant.vit import clipped, float_copy, quant_blocks, site_weights
 
 _BEHIND_V = ("attn.matmul_v_input_quantizer", "attn.out._input_quantizer", "attn.out._aftergemm_quantizer")
 _PRODUCT = tuple(f"attn.matmul_{name}_input_quantizer" for name in "qk")  # share v's scale in some modes
-_OUT_WEIGHT = ".attn.out._weight_quantizer"
+_OUT_WEIGHT, _QUERY_WEIGHT = (f".attn.{name}._weight_quantizer" for name in ("out", "query"))
 Transforms = tuple[Technique, ...]
 # model that has the transforms' weights, kinds of statistics -> what a pass over all calibration images sees of it
 CollectStatistics = Callable[[nn.Module, tuple[str, ...]], CalibrationStatistics]
@@ -234,8 +234,8 @@ class Planner:
         p = [site_key(index, ATTENTION_PROBABILITIES) for index in range(depth)]
         asked = factors_of(setting, p, depth) if all_by_curves(setting, plan, p, depth, signed=False) else {}
         fit = fitted(self._float(plan.weights, clips), plan, images, move_v, asked, self._seed)
-        scaled = {key: replace(plan.sites[key], amax=plan.sites[key].amax * by) for key, by in fit.factors.items()}
-        sites, moments = {**plan.sites, **scaled}, None
+        factors = {key: replace(plan.sites[key], amax=plan.sites[key].amax * by) for key, by in fit.factors.items()}
+        sites, moments = {**plan.sites, **factors}, None
         if fit.moved:
             twin = self._float({**plan.weights, **fit.moved}, clips)
             grids = {key: grids for key, grids in grids_of_plan(plan, depth).items() if key in keys}
@@ -246,8 +246,10 @@ class Planner:
             moments = seen.moments
         plan = with_weights(replace(plan, sites=sites), fit.changes)
         before, after = site_weights(model), site_weights(with_changed(self._model, plan.weights))
-        outs = [key for key in sites if key.endswith(_OUT_WEIGHT)]  # whose scales a gain takes along
-        return replace(plan, sites=sites | {key: _grown(sites[key], before[key], after[key]) for key in outs}), moments
+        # A gain takes the scale of its weight along, a sharpness where q has a scale of its own.
+        scaled = (_OUT_WEIGHT,) if MODES[setting.mode].fuse_qkv else (_OUT_WEIGHT, _QUERY_WEIGHT)
+        grown = {key: _grown(sites[key], before[key], after[key]) for key in sites if key.endswith(scaled)}
+        return replace(plan, sites=sites | grown), moments
 
     def _float(self, weights: Mapping[str, Tensor], clips: Mapping[str, float]) -> nn.Module:
         """The float model with these weights, whose activations clip where those of a split do."""
