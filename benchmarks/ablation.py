@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitq_ray.calibration.corrections import CORRECTIONS
+from vitq_ray.calibration.corrections import CORRECTIONS, LEARN
 from vitq_ray.calibration.planner import Look, Needs, Planner, look_at, needs_of, with_changed
 from vitq_ray.calibration.sensitivity import FORMS, TOKEN, collect_sensitivity, images_to_look_at
 from vitq_ray.calibration.setting import Setting
@@ -112,7 +112,8 @@ class Bench:
             def collect(model: torch.nn.Module, kinds: tuple[str, ...]) -> CalibrationStatistics:
                 return collect_statistics(model, batches, (len(batches),), kinds=kinds)
 
-            args = (self.model, setting.transforms, needs, self.images.calibration, collect, self.seed)
+            looked_at = self.images.calibration[: images_to_look_at(self.model)]
+            args = (self.model, setting.transforms, needs, looked_at, collect, self.seed)
             self.looks[setting.transforms] = look_at(*args)
             self.seconds[setting.transforms] = time.perf_counter() - began
         return self.seconds[setting.transforms]
@@ -125,7 +126,8 @@ class Bench:
         """What was seen, with loss curves of another form."""
         look, grids = self.looks[setting.transforms], self._needs(setting).grids
         twin = with_changed(self.model, look.weights)
-        sensitivity = collect_sensitivity(twin, self.images.calibration, grids, self.seed, form=form)
+        looked_at = self.images.calibration[: images_to_look_at(self.model)]
+        sensitivity = collect_sensitivity(twin, looked_at, grids, self.seed, form=form)
         return {setting.transforms: replace(look, sensitivity=sensitivity)}
 
     def plan(self, setting: Setting, form: str) -> tuple[Plan, float, float]:
@@ -197,9 +199,11 @@ def rows(setting: Setting, all_transforms: tuple[str, ...]) -> list[tuple[str, S
     found.append(("all, weights mse + split, fit, round", replace(whole, weights="mse", corrections=best)))
     found += [(f"all, {c}, weights {w}", replace(whole, calibrator=c, weights=w)) for c, w in
               (("max", "max"), ("mse", "mse"), ("fisher", "max"))]  # fmt: skip
-    for count in range(1, 1 + len(CORRECTIONS)):
-        for names in itertools.combinations(CORRECTIONS, count):
-            found.append((f"all + {', '.join(names)}", replace(whole, corrections=names)))
+    closed = tuple(name for name in CORRECTIONS if name != LEARN)
+    combinations = [names for n in range(1, 1 + len(closed)) for names in itertools.combinations(closed, n)]
+    learnt = [(*names, LEARN) for names in ((), ("round",), ("round", "bias"), best)]
+    for names in (*combinations, *learnt):
+        found.append((f"all + {', '.join(names)}", replace(whole, corrections=names)))
     off, unsigned = (f"attention_probabilities -> {what}" for what in ("off", "unsigned"))
     found.append(("all, probabilities float", replace(whole, rules=(off,))))
     found.append(("all, probabilities unsigned", replace(whole, rules=(unsigned,))))
@@ -217,7 +221,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quant-mode", default="ft2", choices=list(MODES))
     parser.add_argument("--wprec", type=int, default=8)
     parser.add_argument("--aprec", type=int, default=8)
-    parser.add_argument("--calibration-images", type=int, help="default: as many as gradients are taken of")
+    parser.add_argument(
+        "--calibration-images",
+        type=int,
+        help="default: as many as gradients are taken of; of more, those are the first, and `learn` takes all",
+    )
     parser.add_argument("--select-images", type=int, help="of val; default: all")
     parser.add_argument("--other-images", type=int, default=0, help="of train, not calibrated on, in addition")
     parser.add_argument("--only", default="", help="rows whose name holds this text")

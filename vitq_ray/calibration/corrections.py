@@ -2,8 +2,8 @@
 
     float model, plan ──► each correction that is asked for, in the order of `CORRECTIONS` ──► changed weights
 
-`split` and `fit` have files of their own. `round` chooses for every weight of a layer whether it is rounded up or down
-by what the layer's output then loses (GPTQ: Frantar et al., arXiv 2210.17323).
+`split`, `fit` and `learn` have files of their own. `round` chooses for every weight of a layer whether it is rounded
+up or down by what the layer's output then loses (GPTQ: Frantar et al., arXiv 2210.17323).
 `bias` takes the mean error of each branch out of the bias of its last layer, block after block (Nagel et al., arXiv
 1906.04721, with the tokens weighted by how much the output depends on them).
 
@@ -25,12 +25,13 @@ from vitq_ray.quant.plan import Plan
 from vitq_ray.quant.sites import site_key
 from vitq_ray.quant.vit import QuantBlock, apply_plan, frozen_weights, quant_blocks, site_weights
 
-SPLIT, FIT, ROUND, BIAS = "split", "fit", "round", "bias"
+SPLIT, FIT, ROUND, BIAS, LEARN = "split", "fit", "round", "bias", "learn"
 CORRECTIONS = {
     SPLIT: "large values of fc2's input shared among neurons, so that its scale is smaller",
     FIT: "gain, centre and offset of every head, mean errors of what fc2 reads (least squares)",
     ROUND: "weights rounded by what the layer's output loses (GPTQ)",
     BIAS: "mean errors taken out of the biases of out and fc2, block after block",
+    LEARN: "scales, biases and norms by gradient descent on KL to float, all calibration images, no labels",
 }
 RETIRED = {"centre": FIT}  # {correction of earlier versions: what took its place}; files may name it
 # {correction: layers of a block that must have a bias}

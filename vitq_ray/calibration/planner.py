@@ -19,6 +19,7 @@ from vitq_ray.base.config import InputError
 from vitq_ray.calibration.corrections import (
     BIAS,
     FIT,
+    LEARN,
     ROUND,
     SPLIT,
     debiased,
@@ -27,6 +28,7 @@ from vitq_ray.calibration.corrections import (
     with_weights,
 )
 from vitq_ray.calibration.fit import fitted
+from vitq_ray.calibration.learn import MOST, learned
 from vitq_ray.calibration.scales import (
     NOISE_NEEDS,
     Scales,
@@ -37,7 +39,16 @@ from vitq_ray.calibration.scales import (
     kinds_needed,
     noise_per_site,
 )
-from vitq_ray.calibration.sensitivity import Grid, Moments, Sensitivity, Spread, Track, collect_sensitivity, here
+from vitq_ray.calibration.sensitivity import (
+    Grid,
+    Moments,
+    Sensitivity,
+    Spread,
+    Track,
+    collect_sensitivity,
+    here,
+    images_to_look_at,
+)
 from vitq_ray.calibration.setting import Setting, Technique
 from vitq_ray.calibration.split import split
 from vitq_ray.calibration.statistics import CalibrationStatistics
@@ -86,6 +97,12 @@ def needs_sensitivity(setting: Setting) -> bool:
     """Whether a setting needs gradients of the float model."""
     curves = any(calibration.row.by_curves for calibration in (*setting.calibrations, *setting.calibrations_of_weights))
     return curves or bool(setting.corrections)
+
+
+def images_needed(model: nn.Module, settings: Iterable[Setting], calibrated_on: int) -> int:
+    """The first of so many calibration images that a planner must hand out: those of looks, or what `learn` takes."""
+    learns = any(correction.name == LEARN for setting in settings for correction in setting.corrections)
+    return min(MOST if learns else images_to_look_at(model), calibrated_on)
 
 
 def needs_of(settings: Iterable[Setting], depth: int) -> dict[Transforms, Needs]:
@@ -169,7 +186,7 @@ class Planner:
         images: Callable[[], Tensor] | None = None,
         seed: int = 0,
     ) -> None:
-        """`images` hands out those of `look_at`, for corrections; `model` stays as it is."""
+        """`images` hands out `images_needed`, those of `look_at` first, for corrections; `model` stays as it is."""
         self._model, self._looks, self._images, self._seed = model, looks, images, seed
         self._scales: dict[Transforms, tuple[nn.Module, Scales]] = {}
 
@@ -185,7 +202,7 @@ class Planner:
             return plan
         if self._images is None or look.sensitivity is None:
             raise ValueError(f"setting {setting.label!r}: corrections need images, and the model's sensitivity")
-        images, clips, moments = self._images(), dict[str, float](), None
+        images, clips, moments = self._looked_at(), dict[str, float](), None
         if SPLIT in names:
             plan, clips = self._split(setting, plan, images)
         weights = plan.weights  # of a float model, which those that a fit changes are not
@@ -199,7 +216,14 @@ class Planner:
         if BIAS in names:
             assert moments is not None
             plan = with_weights(plan, debiased(model, plan, images, moments))
+        if LEARN in names:
+            own = self._images()[: setting.num_batches * setting.batch_size]
+            plan = learned(with_changed(self._model, {}), plan, own, self._seed).of(plan)
         return plan
+
+    def _looked_at(self) -> Tensor:
+        assert self._images is not None
+        return self._images()[: images_to_look_at(self._model)]
 
     def _split(self, setting: Setting, plan: Plan, images: Tensor) -> tuple[Plan, dict[str, float]]:
         """Corrected by `split`, and where the model then clips: {site of fc2's input: amax}."""
@@ -304,7 +328,7 @@ class Planner:
         if missing:
             assert self._images is not None
             model, _ = self._of(setting.transforms)
-            more = collect_sensitivity(model, self._images(), missing, self._seed)
+            more = collect_sensitivity(model, self._looked_at(), missing, self._seed)
             sensitivity = replace(look.sensitivity, curves={**known, **more.curves})
             self._looks = {**self._looks, setting.transforms: replace(look, sensitivity=sensitivity)}
             del self._scales[setting.transforms]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vitq_ray.base.files import output_folder
-from vitq_ray.calibration.planner import Look, Planner, look_at, needs_of, require_techniques
+from vitq_ray.calibration.planner import Look, Planner, images_needed, look_at, needs_of, require_techniques
 from vitq_ray.calibration.sensitivity import images_to_look_at
 from vitq_ray.calibration.setting import Setting
 from vitq_ray.calibration.statistics import RANGE, CalibrationStatistics
@@ -261,13 +261,14 @@ def collect(
     needs = replace(needs, kinds=needs.kinds or (RANGE,))  # the float model is judged on these images in any case
     images = None
     if needs.grids:
-        images = first_images(batches([]), job.to_input, min(images_to_look_at(job.model), size * count))
+        images = first_images(batches([]), job.to_input, images_needed(job.model, [setting], size * count))
 
     def track(parts: Sequence[int]) -> Iterable[int]:
         return screen.track(parts, len(parts), "gradients")
 
     with looking(workers, job.transform, bool(needs.grids)) as how:
-        look = look_at(job.model, setting.transforms, needs, images, statistics, options.seed, track, how.spread)
+        looked_at = None if images is None else images[: images_to_look_at(job.model)]
+        look = look_at(job.model, setting.transforms, needs, looked_at, statistics, options.seed, track, how.spread)
     if problem := sanity_problem(passes[0].evaluation, job.loaded.geometry.num_classes):
         screen.warn(f"{problem} (measured on the calibration images)")
     return passes[0], look, images

@@ -15,7 +15,7 @@ from vitq_ray.base.cpus import available_cpus
 from vitq_ray.base.files import atomic_file
 from vitq_ray.base.records import checked, own_error
 from vitq_ray.calibration.look_files import look_from_bytes, look_to_bytes
-from vitq_ray.calibration.planner import Look, Needs, Planner, Transforms, look_at, needs_of
+from vitq_ray.calibration.planner import Look, Needs, Planner, Transforms, images_needed, look_at, needs_of
 from vitq_ray.calibration.sensitivity import images_to_look_at
 from vitq_ray.calibration.statistics import CalibrationStatistics
 from vitq_ray.cluster.workers import torch_threads
@@ -55,7 +55,7 @@ class _LazyImages:
     def __call__(self) -> Tensor:
         if self._images is None:
             job, size = self._job, self._job.options.calib_batchsz
-            count = min(images_to_look_at(job.model), size * job.snapshots[-1])
+            count = images_needed(job.model, job.settings_to_come, size * job.snapshots[-1])
             job = replace(job, bad_images=[])  # those of the pass count
             self._images = first_images(job.stream(job.calib, job.splits.calibration, size), job.to_input, count)
         return self._images
@@ -86,7 +86,7 @@ def _look(
         def collect(model: nn.Module, kinds: tuple[str, ...]) -> CalibrationStatistics:
             return statistics_of(job, model, kinds, on_batch, screen, how.collect)
 
-        shown = None if plain else images()
+        shown = None if plain else images()[: images_to_look_at(job.model)]
         look = look_at(job.model, transforms, needs, shown, collect, job.options.seed, track, how.spread)
     if plain:
         assert look.statistics is not None

@@ -1,0 +1,124 @@
+"""The correction `learn`: gradient descent on KL to float, of scales, biases and norms."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_vit
+from torch import Tensor, nn
+
+from vitq_ray.calibration.learn import FEWEST, learned
+from vitq_ray.calibration.planner import Look, Planner, images_needed, look_at, needs_of
+from vitq_ray.calibration.sensitivity import images_to_look_at
+from vitq_ray.calibration.setting import Setting
+from vitq_ray.calibration.statistics import CalibrationStatistics, collect_statistics
+from vitq_ray.measure.fidelity import kl_to_float
+from vitq_ray.quant.plan import Plan
+from vitq_ray.quant.sites import FUSED_GROUPS, site_key
+from vitq_ray.quant.vit import apply_plan, quantize_vit, site_weights
+
+
+def drawn(count: int, seed: int) -> Tensor:
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+IMAGES, OTHERS = drawn(256, 3), drawn(256, 4)
+
+
+def setting(mode: str = "ft2", batches: int = 32, **more: object) -> Setting:
+    return Setting(mode=mode, calibrator="fisher", weights="fisher", num_batches=batches, weight_bits=4, act_bits=4,
+                   **more)  # type: ignore[arg-type]  # fmt: skip
+
+
+def planner_of(model: nn.Module, *settings: Setting) -> Planner:
+    def collect(seen: nn.Module, kinds: tuple[str, ...]) -> CalibrationStatistics:
+        return collect_statistics(seen, list(enumerate(IMAGES.split(8))), (32,), kinds=kinds)
+
+    looks: dict[tuple, Look] = {}
+    for transforms, needs in needs_of(settings, 2).items():
+        looks[transforms] = look_at(model, transforms, needs, IMAGES[: images_to_look_at(model)], collect)
+    return Planner(model, looks, lambda: IMAGES)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return quantize_vit(tiny_vit()).eval()
+
+
+@pytest.fixture(scope="module")
+def plan(model: nn.Module) -> Plan:
+    return planner_of(model, setting()).plan(setting())
+
+
+def kl(model: nn.Module, plan: Plan, images: Tensor) -> float:
+    twin = copy.deepcopy(model)
+    apply_plan(twin, plan)
+    with torch.inference_mode():
+        return float(kl_to_float(twin(images), model(images)).mean())
+
+
+def test_other_images_lose_less_and_no_weight_of_a_gemm_changes(model: nn.Module, plan: Plan) -> None:
+    found = learned(model, plan, IMAGES)
+    after = found.of(plan)
+    assert found.after < found.before
+    assert kl(model, after, OTHERS) < 0.9 * kl(model, plan, OTHERS)
+    assert all(name.endswith(".bias") or ".norm" in name for name in found.changes)
+    weights, on = site_weights(model), [key for key, site in plan.sites.items() if site.rule.on]
+    assert found.amax.keys() == set(on) - set(weights)
+    assert all(torch.equal(after.sites[key].amax, plan.sites[key].amax) for key in weights)
+    for index in range(2):
+        for group in FUSED_GROUPS:
+            first, *rest = (after.sites[site_key(index, name)].amax for name in group)
+            assert all(torch.equal(first, other) for other in rest), group
+
+
+def test_what_it_says_of_images_left_out_is_what_they_lose(model: nn.Module, plan: Plan) -> None:
+    found = learned(model, plan, IMAGES)
+    assert found.before == pytest.approx(kl(model, plan, IMAGES[::8]), rel=1e-4)
+    assert found.after == pytest.approx(kl(model, found.of(plan), IMAGES[::8]), rel=1e-4)
+
+
+def test_the_model_and_its_plan_stay(model: nn.Module, plan: Plan) -> None:
+    before, scales = copy.deepcopy(model.state_dict()), {k: s.amax.clone() for k, s in plan.sites.items()}
+    learned(model, plan, IMAGES[:32])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(site.amax, scales[key]) for key, site in plan.sites.items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_seed_decides_the_order(model: nn.Module, plan: Plan) -> None:
+    keys = [learned(model, plan, IMAGES[:64], seed).of(plan).key for seed in (1, 1, 2)]
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_nothing_changes_where_images_left_out_lose_more(
+    model: nn.Module, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitq_ray.calibration.learn._RATE", 1e3)
+    found = learned(model, plan, IMAGES[:64])
+    assert found.of(plan).key == plan.key
+    assert found.after == found.before
+
+
+def test_too_few_images_change_nothing(model: nn.Module, plan: Plan) -> None:
+    assert learned(model, plan, IMAGES[: FEWEST - 1]).of(plan).key == plan.key
+
+
+@pytest.mark.parametrize("mode", ["ft1", "ft2"])
+def test_a_setting_learns_from_its_calibration_images_behind_its_other_corrections(model: nn.Module, mode: str) -> None:
+    plain = setting(mode, 8, transforms=("rotate",), corrections=("round",))
+    both = setting(mode, 8, transforms=("rotate",), corrections=("round", "learn"))
+    planner = planner_of(model, plain)
+    before, after = planner.plan(plain), planner.plan(both)
+    assert after.key == learned(model, before, IMAGES[:64]).of(before).key != before.key
+
+
+def test_images_that_a_planner_hands_out(model: nn.Module) -> None:
+    looked_at = images_to_look_at(model)
+    plain, learns = setting(), setting(corrections=("learn",))
+    assert images_needed(model, [plain], 1000) == looked_at < 1000
+    assert images_needed(model, [plain, learns], 1000) == 1000
+    assert images_needed(model, [plain], 8) == 8
+    assert images_needed(model, [learns], 10**6) == 4096

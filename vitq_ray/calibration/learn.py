@@ -1,0 +1,171 @@
+"""The correction `learn`: scales of activations, biases and norms follow the gradient of the KL to the float model.
+
+    float model ──► its probabilities for the calibration images ─┐
+    plan ──► quantized model ──► KL ──► gradients ──► Adam ───────┴──► scales, biases, norms that lose less
+
+No labels are used, and no weight of a matrix product changes: they keep the levels that `round` may have chosen. What
+closed forms cannot see, errors that add up over tokens and sites, the gradient does. Gradients pass a quantizer
+straight through (Bengio et al., arXiv 1308.3432), those of scales are LSQ's (Esser et al., arXiv 1902.08153).
+
+Every eighth image is left out. Behind every pass over the others, those left out say what the model loses; the best
+state stays, the one from before if nothing gained: a few images are easily learned by heart.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from vitq_ray.quant.plan import Plan
+from vitq_ray.quant.vit import apply_plan, frozen_weights, learn_amax, quant_blocks, scales_of, site_weights
+
+FEWEST = 16  # images
+MOST = 4096
+_LEFT_OUT = 8  # every so many images
+_AT_ONCE = 8
+_BATCHES = 28  # per pass at least, so far as batches have eight images; larger ones of many images
+_WORK = 1.3e12  # multiplications of forward passes that are spent: two passes over 112 images of a ViT-S/14
+_PASSES = (2, 20)  # least, and most
+_RATE = 1.3e-3  # of biases and norms, over the levels of an activation
+_RATE_OF_SCALES = 0.0225  # relative to a scale, over the root of the levels
+_FLOOR = 0.1  # of a scale as it was, below which it does not go
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What was learned.
+
+    Attributes:
+        changes: {timm name: bias, or weight of a norm}; empty where nothing gained.
+        amax: {full name of a site: its new scale}.
+        before, after: mean KL of the images left out, in nats.
+    """
+
+    changes: dict[str, Tensor]
+    amax: dict[str, Tensor]
+    before: float
+    after: float
+
+    def of(self, plan: Plan) -> Plan:
+        """The plan with it."""
+        sites = {key: replace(site, amax=self.amax.get(key, site.amax)) for key, site in plan.sites.items()}
+        return Plan(plan.mode, sites, {**plan.weights, **self.changes})
+
+
+def learned(model: nn.Module, plan: Plan, images: Tensor, seed: int = 0) -> Learned:
+    """What gradient descent gains beyond a plan.
+
+    Args:
+        model: the float model, before any plan; it stays as it is.
+        images: as it takes them, (B, 3, S, S).
+        seed: of the order of the images.
+
+    Fewer images than `FEWEST` change nothing.
+    """
+    if len(images) < FEWEST:
+        return Learned({}, {}, float("nan"), float("nan"))
+    images = images[:MOST]
+    wanted = _probabilities(model, images)
+    twin = copy.deepcopy(model).eval().requires_grad_(False)
+    apply_plan(twin, plan)
+    state = _State(twin, plan)
+    held = torch.arange(0, len(images), _LEFT_OUT)
+    own = torch.tensor([i for i in range(len(images)) if i % _LEFT_OUT])
+    passes = _passes(twin, len(own), images)
+    size = max(_AT_ONCE, min(32, len(own) // _BATCHES))
+    optimizer = torch.optim.Adam(state.groups(), betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, passes * -(-len(own) // size))
+    order = torch.Generator().manual_seed(seed)
+    with frozen_weights(twin):
+        before = least = _kl(twin, images, wanted, held)
+        best = state.now()
+        for _ in range(passes):
+            for batch in own[torch.randperm(len(own), generator=order)].split(size):
+                with torch.enable_grad():
+                    loss = _loss(twin(images[batch]), wanted[batch]).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                state.limit()
+            left = _kl(twin, images, wanted, held)
+            if left < least:
+                least, best = left, state.now()
+    changes, amax = best if least < before else ({}, {})
+    return Learned(changes, amax, before, least)
+
+
+class _State:
+    """What a quantized model may learn: biases, norms, and scales of activations that are on."""
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        self._model = model
+        self._names = [name for name, _ in model.named_parameters() if name.startswith("blocks.") and _may_learn(name)]
+        weights = set(site_weights(model))
+        self._keys = [key for key, site in plan.sites.items() if site.rule.on and key not in weights]
+        self._levels = max((plan.sites[key].rule.levels[1] for key in self._keys), default=127)
+        learn_amax(model, plan)
+        parameters = dict(model.named_parameters())
+        self._tensors = [parameters[name].requires_grad_(True) for name in self._names]
+        scales = scales_of(model)
+        mine = {id(scales[key]): scales[key] for key in self._keys if isinstance(scales[key], nn.Parameter)}
+        self._scales = list(mine.values())
+        for scale in self._scales:
+            scale.requires_grad_(True)
+        self._floors = [_FLOOR * scale.detach() for scale in self._scales]
+
+    def groups(self) -> Sequence[dict[str, object]]:
+        """Parameters and learning rates, as an optimizer takes them."""
+        rate = _RATE_OF_SCALES / self._levels**0.5
+        of_scales = [{"params": [scale], "lr": rate * float(scale.detach())} for scale in self._scales]
+        return [{"params": self._tensors, "lr": _RATE / self._levels}, *of_scales]
+
+    def limit(self) -> None:
+        """Scales stay above their floors."""
+        with torch.no_grad():
+            for scale, floor in zip(self._scales, self._floors, strict=True):
+                scale.clamp_(min=floor)
+
+    def now(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Copies of what has been learned: {timm name: tensor}, {site: amax}."""
+        scales = scales_of(self._model)
+        changes = {n: t.detach().clone() for n, t in zip(self._names, self._tensors, strict=True)}
+        return changes, {key: scales[key].detach().clone() for key in self._keys}
+
+
+def _may_learn(name: str) -> bool:
+    return name.endswith(".bias") or ".norm" in name
+
+
+def _passes(model: nn.Module, count: int, images: Tensor) -> int:
+    """As many as `_WORK` allows."""
+    seen: list[int] = []
+    hook = quant_blocks(model)[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    with torch.inference_mode():
+        model(images[:1])
+    hook.remove()
+    per_image = seen[0] * sum(weight.numel() for weight in site_weights(model).values())
+    low, high = _PASSES
+    return min(high, max(low, round(_WORK / (count * per_image))))
+
+
+def _probabilities(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.inference_mode():
+        parts = [model(part).softmax(dim=1) for part in images.split(_AT_ONCE)]
+    return torch.cat(parts).clone()
+
+
+def _loss(logits: Tensor, wanted: Tensor) -> Tensor:
+    """KL(float ‖ quantized) of every image, (B,), of (B, K) each."""
+    logs = wanted.clamp(min=1e-30).log()
+    return (wanted * (logs - logits.log_softmax(dim=1))).sum(dim=1)
+
+
+def _kl(model: nn.Module, images: Tensor, wanted: Tensor, which: Tensor) -> float:
+    with torch.inference_mode():
+        parts = [_loss(model(images[part]), wanted[part]) for part in which.split(_AT_ONCE)]
+    return float(torch.cat(parts).double().mean())
