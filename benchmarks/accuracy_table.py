@@ -1,10 +1,11 @@
-"""Best uniform setting, one refined, best with transforms and corrections, that one trained: on the same report images.
+"""Best uniform setting, one refined, best with transforms and corrections, that with learned scales, one trained: on
+the same report images.
 
     python benchmarks/accuracy_table.py --output runs/table                             # 8, 6, 4 bits; ft1, ft2
     python benchmarks/accuracy_table.py --bits 4 --modes ft2 --epochs 16 --output runs/table
 
 Every cell of mode and bits runs what a user would, with `--target MODE`: `tune_calib.py --search-space calib`;
-`--search-space quick --refine`; the default space; then `qat.py` from the winner of the last.
+`--search-space quick --refine`; the default space; `learned_ptq`; then `qat.py` from the winner of the default space.
 The folders are kept, named after what made them: a command goes on where it was stopped. Each model is then run on the
 report images, which no decision has seen. Differences of top-1 are paired, image by image, with 95 % intervals
 (`measure/paired.py`); KL is to the float model, in nats, also as a multiple of the uniform setting's. On the bundled
@@ -35,6 +36,7 @@ SEARCHES: dict[str, dict[str, object]] = {
     "uniform": {"search_space": "calib"},
     "refined": {"search_space": "quick", "refine": True},
     "default": {},
+    "learned": {"search_space": "learned_ptq"},
 }
 SAMPLE = Path(vitq_ray.__file__).parent / "sample"
 # What `search_spaces/qat.py` has for every run; learning rate and epochs are options here.
@@ -79,12 +81,13 @@ def cell(mode: str, bits: int, job: TuneJob, batches: Sequence[Batch], args: arg
     common = {"target": mode, "wprec": bits, "aprec": bits, "seed": args.seed, "split_seed": args.seed}
     folder = args.output / f"{mode}-{bits}-{args.seed}"
     uniform: Evaluation | None = None
-    checkpoint = SAMPLE / "vit.npz"
+    checkpoint = of_default = SAMPLE / "vit.npz"
     for name in (*SEARCHES, *(["trained"] if args.epochs else [])):
         if name == "trained":
-            checkpoint, label = trained(folder / f"{name}-{args.epochs}x{args.lr:g}", checkpoint, args)
+            checkpoint, label = trained(folder / f"{name}-{args.epochs}x{args.lr:g}", of_default, args)
         else:
             checkpoint, label = searched(folder / name, **SEARCHES[name], **common)
+            of_default = checkpoint if name == "default" else of_default
         found = evaluated(checkpoint, job, batches)
         uniform = uniform or found
         change = accuracy_difference(found.results["correct"], uniform.results["correct"])

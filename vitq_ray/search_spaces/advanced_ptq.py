@@ -14,5 +14,5 @@ SPACE = {
     "weights": ("fisher",),
     "num_batches": (16,),
     "transforms": (("rotate", "shift", "heads", "balance"),),
-    "corrections": (("split", "fit", "round"), ("round", "bias"), ()),
+    "corrections": (("split", "fit", "round", "learn"), ("round", "bias"), ()),
 }

@@ -1,0 +1,16 @@
+"""As the default space, and every candidate has learned its scales, biases and norms: 16 settings.
+
+python scripts/tune_calib.py --search-space search_spaces/learned_ptq.py --wprec 4 --aprec 4
+
+Needs 1,024 calibration images, without labels: for few bits, small images, and more time than `ptq` takes. What
+`learn` does is gradient descent; no weight of a matrix product changes. `docs/accuracy.md` has the figures.
+"""
+
+SPACE = {
+    "mode": ("ft1", "ft2"),
+    "calibrator": ("fisher", "mse"),
+    "weights": ("fisher",),
+    "num_batches": (128,),
+    "transforms": (("rotate", "shift", "heads", "balance"), ("rotate",)),
+    "corrections": (("split", "fit", "round", "learn"), ("round", "bias", "learn")),
+}
