@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitq_ray.calibration.corrections import CORRECTIONS, LEARN
+from vitq_ray.calibration.corrections import CORRECTIONS, FEWEST_TO_LEARN, LEARN
 from vitq_ray.calibration.planner import Look, Needs, Planner, look_at, needs_of, with_changed
 from vitq_ray.calibration.sensitivity import FORMS, TOKEN, collect_sensitivity, images_to_look_at
 from vitq_ray.calibration.setting import Setting
@@ -202,7 +202,8 @@ def rows(setting: Setting, all_transforms: tuple[str, ...]) -> list[tuple[str, S
     closed = tuple(name for name in CORRECTIONS if name != LEARN)
     combinations = [names for n in range(1, 1 + len(closed)) for names in itertools.combinations(closed, n)]
     learnt = [(*names, LEARN) for names in ((), ("round",), ("round", "bias"), best)]
-    for names in (*combinations, *learnt):
+    learns = setting.num_batches * setting.batch_size >= FEWEST_TO_LEARN
+    for names in (*combinations, *(learnt if learns else ())):
         found.append((f"all + {', '.join(names)}", replace(whole, corrections=names)))
     off, unsigned = (f"attention_probabilities -> {what}" for what in ("off", "unsigned"))
     found.append(("all, probabilities float", replace(whole, rules=(off,))))
@@ -224,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--calibration-images",
         type=int,
-        help="default: as many as gradients are taken of; of more, those are the first, and `learn` takes all",
+        help="default: as many as gradients are taken of; of more, those are the first, and rows of `learn` take all",
     )
     parser.add_argument("--select-images", type=int, help="of val; default: all")
     parser.add_argument("--other-images", type=int, default=0, help="of train, not calibrated on, in addition")

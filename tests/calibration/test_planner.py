@@ -275,6 +275,7 @@ def test_a_gain_takes_the_scale_of_the_weight_along(model: nn.Module) -> None:
         )
         plan = planner_of(model, plain, corrected).plan(corrected)
         weights = site_weights(with_changed(model, plan.weights))
+        assert float(min(sharpness_of(with_changed(model, {}), plan.weights, index).min() for index in (0, 1))) < 1
         for name in (f"transformer.encoder.layer.{i}.attn." for i in (0, 1)):
             for key in (f"{name}{layer}._weight_quantizer" for layer in layers):
                 largest = weights[key].detach().abs().amax(dim=1 if plan.sites[key].rule.axis == 0 else (0, 1))
@@ -315,9 +316,10 @@ def _of_attention(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def test_a_norm_of_q_would_undo_a_sharpness() -> None:
-    model = quantize_vit(tiny_vit(qk_norm=True)).eval()
-    plan = planner_of(model, fisher()).plan(fisher())
-    assert not any("qkv.weight" in name for name in fitted(model, plan, IMAGES, True).changes)
+    for qk_norm in (False, True):
+        model = quantize_vit(tiny_vit(qk_norm=qk_norm)).eval()
+        plan = planner_of(model, fisher(bits=3)).plan(fisher(bits=3))
+        assert any("qkv.weight" in name for name in fitted(model, plan, IMAGES, True).changes) != qk_norm
 
 
 def test_fit_moves_v_only_where_scales_are_chosen_by_gradients(model: nn.Module) -> None:

@@ -388,7 +388,8 @@ def test_bundled_spaces_are_found_by_name(name: str, tmp_path: Path, monkeypatch
 
 
 def test_an_unknown_space_lists_the_bundled_ones() -> None:
-    message = r"wider\.py: no such file; .*or one of advanced_ptq, calib, calib_qat, learned_ptq, ptq, qat, quick, rules, wide"
+    names = "advanced_ptq, calib, calib_qat, learned_ptq, ptq, qat, quick, rules, wide"
+    message = rf"wider\.py: no such file; .*or one of {names}"
     with pytest.raises(InputError, match=message):
         find_space("wider.py")
     with pytest.raises(InputError, match=r"mine/calib\.py: no such file"):

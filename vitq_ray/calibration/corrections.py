@@ -36,6 +36,7 @@ CORRECTIONS = {
 RETIRED = {"centre": FIT}  # {correction of earlier versions: what took its place}; files may name it
 # {correction: layers of a block that must have a bias}
 _BIASES = {SPLIT: ("mlp.fc1", "mlp.fc2"), FIT: ("attn.proj", "mlp.fc2"), BIAS: ("attn.proj", "mlp.fc2")}
+FEWEST_TO_LEARN = 32  # calibration images that `learn` needs
 _AT_ONCE = 8  # images in one forward pass
 _DAMP = 0.01  # of the mean diagonal, added to a layer's second moments before they are inverted
 _COLUMNS = 64  # of a weight that are rounded before the others are told

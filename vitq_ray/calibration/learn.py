@@ -8,7 +8,10 @@ closed forms cannot see, errors that add up over tokens and sites, the gradient 
 straight through (Bengio et al., arXiv 1308.3432), those of scales are LSQ's (Esser et al., arXiv 1902.08153).
 
 Every eighth image is left out. Behind every pass over the others, those left out say what the model loses; the best
-state stays, the one from before if nothing gained: a few images are easily learned by heart.
+state stays, the one from before if nothing gained: a few images are easily learned by heart. Work is bounded: large
+models learn from the first 120 images or so.
+
+What learns is in the blocks: their biases and norms, not LayerScale, the last norm or the head.
 """
 
 from __future__ import annotations
@@ -16,22 +19,26 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vitq_ray.base.config import InputError
+from vitq_ray.calibration.corrections import FEWEST_TO_LEARN
 from vitq_ray.quant.plan import Plan
-from vitq_ray.quant.vit import apply_plan, frozen_weights, learn_amax, quant_blocks, scales_of, site_weights
+from vitq_ray.quant.vit import apply_plan, frozen_weights, learn_amax, scales_of, site_weights
 
-FEWEST = 16  # images
-MOST = 4096
+_MOST_BYTES = 2**30  # of images
 _LEFT_OUT = 8  # every so many images
-_AT_ONCE = 8
-_BATCHES = 28  # per pass at least, so far as batches have eight images; larger ones of many images
-_WORK = 1.3e12  # multiplications of forward passes that are spent: two passes over 112 images of a ViT-S/14
-_PASSES = (2, 20)  # least, and most
-_RATE = 1.3e-3  # of biases and norms, over the levels of an activation
-_RATE_OF_SCALES = 0.0225  # relative to a scale, over the root of the levels
+_AT_ONCE = 4  # images in one forward and backward pass
+_BATCH = (8, 32)  # images between steps, at least and at most
+_BATCHES = 28  # per pass, within these limits
+_WORK = 1.3e12  # multiplications of weights in forward passes over images learned from: 240 of a ViT-S/14
+_PASSES = (2, 20)  # least, of as many images as that allows, and most
+_RATE = 1.3e-3  # of biases and norms, over the largest level of a signed grid with an activation's bits
+_RATE_OF_SCALES = 0.0225  # relative to a scale, over the root of that
 _FLOOR = 0.1  # of a scale as it was, below which it does not go
 
 
@@ -42,7 +49,7 @@ class Learned:
     Attributes:
         changes: {timm name: bias, or weight of a norm}; empty where nothing gained.
         amax: {full name of a site: its new scale}.
-        before, after: mean KL of the images left out, in nats.
+        before, after: mean KL of the images left out, in nats; they have chosen the state, so `after` flatters.
     """
 
     changes: dict[str, Tensor]
@@ -64,19 +71,19 @@ def learned(model: nn.Module, plan: Plan, images: Tensor, seed: int = 0) -> Lear
         images: as it takes them, (B, 3, S, S).
         seed: of the order of the images.
 
-    Fewer images than `FEWEST` change nothing.
+    Raises:
+        InputError: for fewer images than `FEWEST_TO_LEARN`.
     """
-    if len(images) < FEWEST:
-        return Learned({}, {}, float("nan"), float("nan"))
-    images = images[:MOST]
+    if len(images) < FEWEST_TO_LEARN:
+        raise InputError(f"correction learn: {len(images)} calibration images; expected at least {FEWEST_TO_LEARN}")
+    images, passes = _bounded(model, images)
     wanted = _probabilities(model, images)
     twin = copy.deepcopy(model).eval().requires_grad_(False)
     apply_plan(twin, plan)
     state = _State(twin, plan)
     held = torch.arange(0, len(images), _LEFT_OUT)
     own = torch.tensor([i for i in range(len(images)) if i % _LEFT_OUT])
-    passes = _passes(twin, len(own), images)
-    size = max(_AT_ONCE, min(32, len(own) // _BATCHES))
+    size = min(max(len(own) // _BATCHES, _BATCH[0]), _BATCH[1])
     optimizer = torch.optim.Adam(state.groups(), betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, passes * -(-len(own) // size))
     order = torch.Generator().manual_seed(seed)
@@ -85,10 +92,11 @@ def learned(model: nn.Module, plan: Plan, images: Tensor, seed: int = 0) -> Lear
         best = state.now()
         for _ in range(passes):
             for batch in own[torch.randperm(len(own), generator=order)].split(size):
-                with torch.enable_grad():
-                    loss = _loss(twin(images[batch]), wanted[batch]).mean()
                 optimizer.zero_grad()
-                loss.backward()
+                for part in batch.split(_AT_ONCE):
+                    with torch.enable_grad():
+                        loss = _loss(twin(images[part]), wanted[part]).sum() / len(batch)
+                    loss.backward()
                 optimizer.step()
                 schedule.step()
                 state.limit()
@@ -107,22 +115,24 @@ class _State:
         self._names = [name for name, _ in model.named_parameters() if name.startswith("blocks.") and _may_learn(name)]
         weights = set(site_weights(model))
         self._keys = [key for key, site in plan.sites.items() if site.rule.on and key not in weights]
-        self._levels = max((plan.sites[key].rule.levels[1] for key in self._keys), default=127)
+        self._levels = {key: 2 ** (plan.sites[key].rule.bits - 1) - 1 for key in self._keys}
         learn_amax(model, plan)
         parameters = dict(model.named_parameters())
         self._tensors = [parameters[name].requires_grad_(True) for name in self._names]
         scales = scales_of(model)
-        mine = {id(scales[key]): scales[key] for key in self._keys if isinstance(scales[key], nn.Parameter)}
-        self._scales = list(mine.values())
-        for scale in self._scales:
-            scale.requires_grad_(True)
+        mine = {id(scales[key]): key for key in self._keys if isinstance(scales[key], nn.Parameter)}
+        self._leaders = list(mine.values())  # one site for each scale
+        self._scales = [scales[key] for key in self._leaders]
         self._floors = [_FLOOR * scale.detach() for scale in self._scales]
 
     def groups(self) -> Sequence[dict[str, object]]:
         """Parameters and learning rates, as an optimizer takes them."""
-        rate = _RATE_OF_SCALES / self._levels**0.5
-        of_scales = [{"params": [scale], "lr": rate * float(scale.detach())} for scale in self._scales]
-        return [{"params": self._tensors, "lr": _RATE / self._levels}, *of_scales]
+        of_scales = [
+            {"params": [scale], "lr": _RATE_OF_SCALES / self._levels[key] ** 0.5 * float(scale.detach())}
+            for key, scale in zip(self._leaders, self._scales, strict=True)
+        ]
+        levels = median(self._levels.values()) if self._levels else 127
+        return [{"params": self._tensors, "lr": _RATE / levels}, *of_scales]
 
     def limit(self) -> None:
         """Scales stay above their floors."""
@@ -134,23 +144,27 @@ class _State:
         """Copies of what has been learned: {timm name: tensor}, {site: amax}."""
         scales = scales_of(self._model)
         changes = {n: t.detach().clone() for n, t in zip(self._names, self._tensors, strict=True)}
-        return changes, {key: scales[key].detach().clone() for key in self._keys}
+        return changes, {key: scales[key].detach().cpu().clone() for key in self._keys}
 
 
 def _may_learn(name: str) -> bool:
-    return name.endswith(".bias") or ".norm" in name
+    return name.endswith(".bias") or "norm" in name.split(".")[-2]
 
 
-def _passes(model: nn.Module, count: int, images: Tensor) -> int:
-    """As many as `_WORK` allows."""
-    seen: list[int] = []
-    hook = quant_blocks(model)[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
-    with torch.inference_mode():
-        model(images[:1])
-    hook.remove()
-    per_image = seen[0] * sum(weight.numel() for weight in site_weights(model).values())
-    low, high = _PASSES
-    return min(high, max(low, round(_WORK / (count * per_image))))
+def most_images(model: Any) -> int:
+    """How many images are worth holding for it."""
+    size = model.patch_embed.img_size
+    return max(FEWEST_TO_LEARN, int(_MOST_BYTES // (12 * size[0] * size[1])))
+
+
+def _bounded(model: Any, images: Tensor) -> tuple[Tensor, int]:
+    """Images that are learned from, with those left out, and passes over them, as `_WORK` allows."""
+    tokens = model.patch_embed.num_patches + getattr(model, "num_prefix_tokens", 0)
+    per_image = tokens * sum(weight.numel() for weight in site_weights(model).values())
+    shown, (low, high) = _WORK / per_image, _PASSES
+    share = 1 - 1 / _LEFT_OUT  # of the images
+    images = images[: min(most_images(model), max(FEWEST_TO_LEARN, round(shown / low / share)))]
+    return images, min(high, max(low, round(shown / (share * len(images)))))
 
 
 def _probabilities(model: nn.Module, images: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from vitq_ray.calibration.corrections import (
     with_weights,
 )
 from vitq_ray.calibration.fit import fitted
-from vitq_ray.calibration.learn import MOST, learned
+from vitq_ray.calibration.learn import learned, most_images
 from vitq_ray.calibration.scales import (
     NOISE_NEEDS,
     Scales,
@@ -102,7 +102,7 @@ def needs_sensitivity(setting: Setting) -> bool:
 def images_needed(model: nn.Module, settings: Iterable[Setting], calibrated_on: int) -> int:
     """The first of so many calibration images that a planner must hand out: those of looks, or what `learn` takes."""
     learns = any(correction.name == LEARN for setting in settings for correction in setting.corrections)
-    return min(MOST if learns else images_to_look_at(model), calibrated_on)
+    return min(most_images(model) if learns else images_to_look_at(model), calibrated_on)
 
 
 def needs_of(settings: Iterable[Setting], depth: int) -> dict[Transforms, Needs]:

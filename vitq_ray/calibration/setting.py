@@ -19,7 +19,7 @@ from typing import Any
 
 from vitq_ray.base.config import Config, InputError, is_number, require_choice, require_int
 from vitq_ray.calibration.calibrators import CALIBRATORS, PERCENTILE, Calibration, weight_calibrators
-from vitq_ray.calibration.corrections import CORRECTIONS, RETIRED
+from vitq_ray.calibration.corrections import CORRECTIONS, FEWEST_TO_LEARN, LEARN, RETIRED
 from vitq_ray.calibration.transforms import TRANSFORMS
 from vitq_ray.quant.plan import MAX_BITS, MIN_BITS
 from vitq_ray.quant.sites import GRIDS, MODES, local_name, sites_of_blocks
@@ -216,6 +216,12 @@ class Setting(Config):
         self._set("rules", tuple(map(Rule.parse, _sequence("rules", self.rules))))
         for name in TECHNIQUES:
             self._set(name, techniques(name, getattr(self, name)))
+        images = self.num_batches * self.batch_size
+        if images < FEWEST_TO_LEARN and any(correction.name == LEARN for correction in self.corrections):
+            raise InputError(
+                f"correction {LEARN}: {self.num_batches} calibration batches of {self.batch_size} images; "
+                f"expected at least {FEWEST_TO_LEARN} images"
+            )
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

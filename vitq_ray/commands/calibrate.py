@@ -236,7 +236,7 @@ def prepare(
 def collect(
     job: CalibrationJob, options: OneSettingOptions, workers: Workers, screen: Screen, unseen: bool = False
 ) -> tuple[CalibrationPass, Look, Tensor | None]:
-    """The float pass over the calibration images, what was seen in it, and the images that gradients were taken of.
+    """The float pass over the calibration images, what was seen in it, and the first images, for corrections.
 
     With `unseen`, images of train that are in val too are not calibrated on.
     """

@@ -390,7 +390,8 @@ def learn_amax(model: nn.Module, plan: Plan) -> list[tuple[nn.Parameter, int]]:
 
 @contextmanager
 def frozen_weights(model: nn.Module) -> Iterator[None]:
-    """Quantize the weights once instead of in every forward pass: the same numbers, for evaluation only."""
+    """Quantize the weights once instead of in every forward pass: the same numbers, for as long as they do not
+    learn."""
     quantizers = {key: quantizer for key, _, quantizer in sites_of(model)}
     pairs = [(quantizers[key], weight) for key, weight in site_weights(model).items()]
     try:
