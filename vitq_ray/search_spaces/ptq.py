@@ -8,7 +8,7 @@ Bits are those of the command line. Needs 128 calibration images. `docs/accuracy
 cores with AMX: the bundled sample at 8 bits in 71 s, `ft1 fisher` with all transforms and `split, fit, round`, 91.46 %
 on the report images (float 91.50 %), KL to float 0.00016; at 4 bits in 81 s, `ft1 mse` with all transforms and `round,
 bias`, 90.24 %, KL 0.022 (`calib`: 89.96 %, 0.035). A real ViT-S/14 in 9 minutes, `ft1 fisher` with `split, fit, round`,
-KL 0.0062 on 170 report photos. `advanced_ptq`, a quarter of this space with all transforms, takes three.
+KL 0.0054 on 170 report photos. `advanced_ptq`, of one mode and with `learn`, takes six.
 """
 
 SPACE = {
