@@ -182,10 +182,24 @@ def prepare(
     else:
         with watch.stage("calibrate"):
             calibration = prepare_calibration(options, None, "shuffled", start)
+            _require_no_corrections(options, calibration.setting)
             _, look, looked_at = collect(calibration, options, IN_THIS_PROCESS, screen)
             plan = apply(calibration, look, looked_at, options.seed, screen)
         setting, model, crop = calibration.setting, calibration.model, options.crop_pct
         bad_images += calibration.bad_images
+    _require_no_corrections(options, setting)
+    transform = eval_transform(loaded, crop)
+    used = val_calibrated_on(options, start, val, setting, images_to_look_at(model))
+    drawn = np.random.default_rng(options.seed).permutation(len(val)).tolist()
+    ids = stored or sorted(drawn, key=lambda image: image in used)[: options.images]
+    if overlap := len(used.intersection(ids)):
+        screen.warn(f"{overlap} of the {len(ids)} images that parts are measured on were calibrated on")
+    images = gradient_images(options, model, transform, classes, bad_images)
+    warn_of_left_out(screen, {"val": val})
+    return SensitivityJob(loaded, model, setting, plan, transform, images, val, ids, overlap, bad_images)
+
+
+def _require_no_corrections(options: SensitivityOptions, setting: Setting) -> None:
     if setting.corrections:
         names = ", ".join(map(str, setting.corrections))
         raise InputError(
@@ -196,15 +210,6 @@ def prepare(
                 else "this run holds no checkpoint without them (trained since, or made by an earlier version)"
             )
         )
-    transform = eval_transform(loaded, crop)
-    used = val_calibrated_on(options, start, val, setting, images_to_look_at(model))
-    drawn = np.random.default_rng(options.seed).permutation(len(val)).tolist()
-    ids = stored or sorted(drawn, key=lambda image: image in used)[: options.images]
-    if overlap := len(used.intersection(ids)):
-        screen.warn(f"{overlap} of the {len(ids)} images that parts are measured on were calibrated on")
-    images = gradient_images(options, model, transform, classes, bad_images)
-    warn_of_left_out(screen, {"val": val})
-    return SensitivityJob(loaded, model, setting, plan, transform, images, val, ids, overlap, bad_images)
 
 
 def val_calibrated_on(
