@@ -32,7 +32,7 @@ from vitq_ray.quant.vit import apply_plan, frozen_weights, learn_amax, scales_of
 
 _MOST_BYTES = 2**30  # of images
 _LEFT_OUT = 8  # every so many images
-_AT_ONCE = 4  # images in one forward and backward pass
+_TOKENS = 1100  # in one forward and backward pass: four images of a ViT-S/14
 _BATCH = (8, 32)  # images between steps, at least and at most
 _BATCHES = 28  # per pass, within these limits
 _WORK = 1.3e12  # multiplications of weights in forward passes over images learned from: 240 of a ViT-S/14
@@ -77,7 +77,8 @@ def learned(model: nn.Module, plan: Plan, images: Tensor, seed: int = 0) -> Lear
     if len(images) < FEWEST_TO_LEARN:
         raise InputError(f"correction learn: {len(images)} calibration images; expected at least {FEWEST_TO_LEARN}")
     images, passes = _bounded(model, images)
-    wanted = _probabilities(model, images)
+    at_once = max(1, _TOKENS // _tokens(model))
+    wanted = _probabilities(model, images, at_once)
     twin = copy.deepcopy(model).eval().requires_grad_(False)
     apply_plan(twin, plan)
     state = _State(twin, plan)
@@ -88,19 +89,19 @@ def learned(model: nn.Module, plan: Plan, images: Tensor, seed: int = 0) -> Lear
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, passes * -(-len(own) // size))
     order = torch.Generator().manual_seed(seed)
     with frozen_weights(twin):
-        before = least = _kl(twin, images, wanted, held)
+        before = least = _kl(twin, images, wanted, held, at_once)
         best = state.now()
         for _ in range(passes):
             for batch in own[torch.randperm(len(own), generator=order)].split(size):
                 optimizer.zero_grad()
-                for part in batch.split(_AT_ONCE):
+                for part in batch.split(at_once):
                     with torch.enable_grad():
                         loss = _loss(twin(images[part]), wanted[part]).sum() / len(batch)
                     loss.backward()
                 optimizer.step()
                 schedule.step()
                 state.limit()
-            left = _kl(twin, images, wanted, held)
+            left = _kl(twin, images, wanted, held, at_once)
             if left < least:
                 least, best = left, state.now()
     changes, amax = best if least < before else ({}, {})
@@ -159,17 +160,20 @@ def most_images(model: Any) -> int:
 
 def _bounded(model: Any, images: Tensor) -> tuple[Tensor, int]:
     """Images that are learned from, with those left out, and passes over them, as `_WORK` allows."""
-    tokens = model.patch_embed.num_patches + getattr(model, "num_prefix_tokens", 0)
-    per_image = tokens * sum(weight.numel() for weight in site_weights(model).values())
+    per_image = _tokens(model) * sum(weight.numel() for weight in site_weights(model).values())
     shown, (low, high) = _WORK / per_image, _PASSES
     share = 1 - 1 / _LEFT_OUT  # of the images
     images = images[: min(most_images(model), max(FEWEST_TO_LEARN, round(shown / low / share)))]
     return images, min(high, max(low, round(shown / (share * len(images)))))
 
 
-def _probabilities(model: nn.Module, images: Tensor) -> Tensor:
+def _tokens(model: Any) -> int:
+    return int(model.patch_embed.num_patches + getattr(model, "num_prefix_tokens", 0))
+
+
+def _probabilities(model: nn.Module, images: Tensor, at_once: int) -> Tensor:
     with torch.inference_mode():
-        parts = [model(part).softmax(dim=1) for part in images.split(_AT_ONCE)]
+        parts = [model(part).softmax(dim=1) for part in images.split(at_once)]
     return torch.cat(parts).clone()
 
 
@@ -179,7 +183,7 @@ def _loss(logits: Tensor, wanted: Tensor) -> Tensor:
     return (wanted * (logs - logits.log_softmax(dim=1))).sum(dim=1)
 
 
-def _kl(model: nn.Module, images: Tensor, wanted: Tensor, which: Tensor) -> float:
+def _kl(model: nn.Module, images: Tensor, wanted: Tensor, which: Tensor, at_once: int) -> float:
     with torch.inference_mode():
-        parts = [_loss(model(images[part]), wanted[part]) for part in which.split(_AT_ONCE)]
+        parts = [_loss(model(images[part]), wanted[part]) for part in which.split(at_once)]
     return float(torch.cat(parts).double().mean())
