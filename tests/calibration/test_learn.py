@@ -44,6 +44,12 @@ def planner_of(model: nn.Module, *settings: Setting) -> Planner:
     return Planner(model, looks, lambda: IMAGES)
 
 
+@pytest.fixture(autouse=True)
+def few_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For time: a model as small as this one would take twenty."""
+    monkeypatch.setattr("vitq_ray.calibration.learn._PASSES", (2, 3))
+
+
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
     return quantize_vit(tiny_vit()).eval()
