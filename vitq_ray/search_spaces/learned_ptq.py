@@ -2,8 +2,9 @@
 
 python scripts/tune_calib.py --search-space search_spaces/learned_ptq.py --wprec 4 --aprec 4
 
-Needs 1,024 calibration images, without labels: for few bits, small images, and more time than `ptq` takes. What
-`learn` does is gradient descent; no weight of a matrix product changes. `docs/accuracy.md` has the figures.
+Needs 1,024 calibration images, without labels: for few bits, small images, and more time than `ptq` takes (half a
+minute to a minute per setting of the bundled sample). What `learn` does is gradient descent; no weight of a matrix
+product changes. Figures of single settings are in `docs/accuracy.md`; the whole search was not run to its end.
 """
 
 SPACE = {
