@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
 from vitq_ray.calibration.corrections import FEWEST_TO_LEARN
+from vitq_ray.calibration.sensitivity import tokens_of
 from vitq_ray.quant.plan import Plan
 from vitq_ray.quant.vit import apply_plan, frozen_weights, learn_amax, scales_of, site_weights
 
@@ -77,7 +78,7 @@ def learned(model: nn.Module, plan: Plan, images: Tensor, seed: int = 0) -> Lear
     if len(images) < FEWEST_TO_LEARN:
         raise InputError(f"correction learn: {len(images)} calibration images; expected at least {FEWEST_TO_LEARN}")
     images, passes = _bounded(model, images)
-    at_once = max(1, _TOKENS // _tokens(model))
+    at_once = max(1, _TOKENS // tokens_of(model))
     wanted = _probabilities(model, images, at_once)
     twin = copy.deepcopy(model).eval().requires_grad_(False)
     apply_plan(twin, plan)
@@ -153,22 +154,22 @@ def _may_learn(name: str) -> bool:
 
 
 def most_images(model: Any) -> int:
-    """How many images are worth holding for it."""
+    """How many images it learns from at most, with those left out: as memory and `_WORK` allow."""
     size = model.patch_embed.img_size
-    return max(FEWEST_TO_LEARN, int(_MOST_BYTES // (12 * size[0] * size[1])))
+    by_work = round(_shown(model) / _PASSES[0])
+    return max(FEWEST_TO_LEARN, min(by_work, int(_MOST_BYTES // (12 * size[0] * size[1]))))
 
 
 def _bounded(model: Any, images: Tensor) -> tuple[Tensor, int]:
-    """Images that are learned from, with those left out, and passes over them, as `_WORK` allows."""
-    per_image = _tokens(model) * sum(weight.numel() for weight in site_weights(model).values())
-    shown, (low, high) = _WORK / per_image, _PASSES
-    share = 1 - 1 / _LEFT_OUT  # of the images
-    images = images[: min(most_images(model), max(FEWEST_TO_LEARN, round(shown / low / share)))]
-    return images, min(high, max(low, round(shown / (share * len(images)))))
+    """Images that are learned from, with those left out, and passes over them."""
+    images, (low, high) = images[: most_images(model)], _PASSES
+    return images, min(high, max(low, round(_shown(model) / len(images))))
 
 
-def _tokens(model: Any) -> int:
-    return int(model.patch_embed.num_patches + getattr(model, "num_prefix_tokens", 0))
+def _shown(model: Any) -> float:
+    """Images that `_WORK` allows to go through the model to learn from, those left out counted along."""
+    per_image = tokens_of(model) * sum(weight.numel() for weight in site_weights(model).values())
+    return _WORK / per_image / (1 - 1 / _LEFT_OUT)
 
 
 def _probabilities(model: nn.Module, images: Tensor, at_once: int) -> Tensor:

@@ -180,8 +180,12 @@ def _input_of(gemm: str) -> str:
 
 def images_to_look_at(model: Any) -> int:
     """How many images gradients are taken of: 24, or more where they are small."""
-    tokens = model.patch_embed.num_patches + getattr(model, "num_prefix_tokens", 0)
-    return int(min(_MOST_IMAGES, max(_FEWEST_IMAGES, _TOKENS // tokens)))
+    return int(min(_MOST_IMAGES, max(_FEWEST_IMAGES, _TOKENS // tokens_of(model))))
+
+
+def tokens_of(model: Any) -> int:
+    """Tokens of an image."""
+    return int(model.patch_embed.num_patches + getattr(model, "num_prefix_tokens", 0))
 
 
 def _gemms_of(key: str) -> list[str]:
