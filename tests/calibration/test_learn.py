@@ -11,7 +11,7 @@ from conftest import tiny_vit
 from torch import Tensor, nn
 
 from vitq_ray.base.config import InputError
-from vitq_ray.calibration.learn import _State, learned, most_images
+from vitq_ray.calibration.learn import _bounded, _State, learned, most_images
 from vitq_ray.calibration.planner import Look, Planner, images_needed, look_at, needs_of
 from vitq_ray.calibration.sensitivity import images_to_look_at
 from vitq_ray.calibration.setting import Setting
@@ -71,7 +71,7 @@ def test_other_images_lose_less_and_no_weight_of_a_gemm_changes(model: nn.Module
     found = learned(model, plan, IMAGES)
     after = found.of(plan)
     assert found.after < found.before
-    assert kl(model, after, OTHERS) < 0.9 * kl(model, plan, OTHERS)
+    assert kl(model, after, OTHERS) < 0.95 * kl(model, plan, OTHERS)
     assert all(name.endswith(".bias") or ".norm" in name for name in found.changes)
     weights, on = site_weights(model), [key for key, site in plan.sites.items() if site.rule.on]
     assert found.amax.keys() == set(on) - set(weights)
@@ -167,3 +167,9 @@ def test_images_that_a_planner_hands_out(model: nn.Module) -> None:
     assert images_needed(model, [plain, learns], 1000) == 1000
     assert images_needed(model, [plain], 8) == 8
     assert images_needed(model, [learns], 10**9) == most_images(model) == 2**30 // (12 * 16 * 16)
+
+
+def test_more_images_take_fewer_passes(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitq_ray.calibration.learn._PASSES", (2, 10))
+    passes = [_bounded(model, torch.zeros(count, 3, 1, 1))[1] for count in (32, 1024, 4096, 9000)]
+    assert passes == [10, 10, 4, 2]

@@ -15,8 +15,9 @@ from vitq_ray.models.checkpoint import load_calibrated
 from vitq_ray.run.log import Log
 
 SPACE = """
-SPACE = {"mode": ("ft2",), "calibrator": ("fisher",), "weights": ("fisher",), "num_batches": (2,),
-         "transforms": (("rotate", "shift", "heads", "balance"),), "corrections": (("fit", "round", "bias"), ())}
+SPACE = {"mode": ("ft2",), "calibrator": ("fisher",), "weights": ("fisher",), "num_batches": (8,),
+         "transforms": (("rotate", "shift", "heads", "balance"),),
+         "corrections": (("fit", "round", "bias", "learn"), ())}
 """
 
 

@@ -7,9 +7,12 @@ No labels are used, and no weight of a matrix product changes: they keep the lev
 closed forms cannot see, errors that add up over tokens and sites, the gradient does. Gradients pass a quantizer
 straight through (Bengio et al., arXiv 1308.3432), those of scales are LSQ's (Esser et al., arXiv 1902.08153).
 
-Every eighth image is left out. Behind every pass over the others, those left out say what the model loses; the best
-state stays, the one from before if nothing gained: a few images are easily learned by heart. Work is bounded: large
-models learn from the first 120 images or so.
+The KL that gradients are of is that at twice the temperature (Hinton et al., arXiv 1503.02531): it says more of the
+classes that the float model takes for unlikely, and what few images teach serves others better.
+
+Every eighth image is left out. Behind every pass over the others, those left out say what the model loses, by KL as it
+is; the best state stays, the one from before if nothing gained: a few images are easily learned by heart. Work is
+bounded: large models learn from the first 120 images or so.
 
 What learns is in the blocks: their biases and norms, not LayerScale, the last norm or the head.
 """
@@ -34,10 +37,12 @@ from vitq_ray.quant.vit import apply_plan, frozen_weights, learn_amax, scales_of
 _MOST_BYTES = 2**30  # of images
 _LEFT_OUT = 8  # every so many images
 _TOKENS = 1100  # in one forward and backward pass: four images of a ViT-S/14
-_BATCH = (8, 32)  # images between steps, at least and at most
+_BATCH = (8, 16)  # images between steps, at least and at most
 _BATCHES = 28  # per pass, within these limits
 _WORK = 1.3e12  # multiplications of weights in forward passes over images learned from: 240 of a ViT-S/14
-_PASSES = (2, 20)  # least, of as many images as that allows, and most
+_PASSES = (2, 10)  # least, of as many images as that allows, and most
+_STEPS = 900  # about, where two passes have fewer: of more images, fewer passes generalize better
+_TEMPERATURE = 2  # of the KL that gradients are of: what the float model takes for unlikely counts more
 _RATE = 1.3e-3  # of biases and norms, over the largest level of a signed grid with an activation's bits
 _RATE_OF_SCALES = 0.0225  # relative to a scale, over the root of that
 _FLOOR = 0.1  # of a scale as it was, below which it does not go
@@ -79,13 +84,14 @@ def learned(model: nn.Module, plan: Plan, images: Tensor, seed: int = 0) -> Lear
         raise InputError(f"correction learn: {len(images)} calibration images; expected at least {FEWEST_TO_LEARN}")
     images, passes = _bounded(model, images)
     at_once = max(1, _TOKENS // tokens_of(model))
-    wanted = _probabilities(model, images, at_once)
+    logits = _logits(model, images, at_once)
+    wanted, warm = logits.softmax(dim=1), (logits / _TEMPERATURE).softmax(dim=1)
     twin = copy.deepcopy(model).eval().requires_grad_(False)
     apply_plan(twin, plan)
     state = _State(twin, plan)
     held = torch.arange(0, len(images), _LEFT_OUT)
     own = torch.tensor([i for i in range(len(images)) if i % _LEFT_OUT])
-    size = min(max(len(own) // _BATCHES, _BATCH[0]), _BATCH[1])
+    size = _batch(len(own))
     optimizer = torch.optim.Adam(state.groups(), betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, passes * -(-len(own) // size))
     order = torch.Generator().manual_seed(seed)
@@ -97,7 +103,7 @@ def learned(model: nn.Module, plan: Plan, images: Tensor, seed: int = 0) -> Lear
                 optimizer.zero_grad()
                 for part in batch.split(at_once):
                     with torch.enable_grad():
-                        loss = _loss(twin(images[part]), wanted[part]).sum() / len(batch)
+                        loss = _loss(twin(images[part]) / _TEMPERATURE, warm[part]).sum() / len(batch)
                     loss.backward()
                 optimizer.step()
                 schedule.step()
@@ -163,7 +169,14 @@ def most_images(model: Any) -> int:
 def _bounded(model: Any, images: Tensor) -> tuple[Tensor, int]:
     """Images that are learned from, with those left out, and passes over them."""
     images, (low, high) = images[: most_images(model)], _PASSES
-    return images, min(high, max(low, round(_shown(model) / len(images))))
+    own = len(images) - -(-len(images) // _LEFT_OUT)
+    passes = min(_shown(model) / len(images), _STEPS * _batch(own) / own)
+    return images, min(high, max(low, round(passes)))
+
+
+def _batch(own: int) -> int:
+    """Images between steps, of so many that are learned from."""
+    return min(max(own // _BATCHES, _BATCH[0]), _BATCH[1])
 
 
 def _shown(model: Any) -> float:
@@ -172,9 +185,9 @@ def _shown(model: Any) -> float:
     return _WORK / per_image / (1 - 1 / _LEFT_OUT)
 
 
-def _probabilities(model: nn.Module, images: Tensor, at_once: int) -> Tensor:
+def _logits(model: nn.Module, images: Tensor, at_once: int) -> Tensor:
     with torch.inference_mode():
-        parts = [model(part).softmax(dim=1) for part in images.split(at_once)]
+        parts = [model(part) for part in images.split(at_once)]
     return torch.cat(parts).clone()
 
 
