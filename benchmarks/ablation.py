@@ -177,8 +177,8 @@ def _mean(kl: Tensor, difference: Tensor) -> str:
     return f"{kl.mean():7.4f} ±{difference.std() / len(kl) ** 0.5:.4f}"
 
 
-def rows(setting: Setting, all_transforms: tuple[str, ...]) -> list[tuple[str, Setting]]:
-    """(name, setting) of every row but that of all transforms."""
+def rows(setting: Setting, all_transforms: tuple[str, ...], learns: bool) -> list[tuple[str, Setting]]:
+    """(name, setting) of every row but that of all transforms; with those of `learn` where there are images for it."""
     whole = replace(setting, transforms=all_transforms)
     found = [(f"no transform, {c}, weights {w}", replace(setting, calibrator=c, weights=w)) for c, w in
              (("max", "max"), ("mse", "max"), ("fisher", "max"), ("fisher", "fisher"))]  # fmt: skip
@@ -202,7 +202,6 @@ def rows(setting: Setting, all_transforms: tuple[str, ...]) -> list[tuple[str, S
     closed = tuple(name for name in CORRECTIONS if name != LEARN)
     combinations = [names for n in range(1, 1 + len(closed)) for names in itertools.combinations(closed, n)]
     learnt = [(*names, LEARN) for names in ((), ("round",), ("round", "bias"), best)]
-    learns = setting.num_batches * setting.batch_size >= FEWEST_TO_LEARN
     for names in (*combinations, *(learnt if learns else ())):
         found.append((f"all + {', '.join(names)}", replace(whole, corrections=names)))
     off, unsigned = (f"attention_probabilities -> {what}" for what in ("off", "unsigned"))
@@ -225,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--calibration-images",
         type=int,
-        help="default: as many as gradients are taken of; of more, those are the first, and rows of `learn` take all",
+        help="default: as many as gradients are taken of; of more, those are the first, and rows of `learn` take more",
     )
     parser.add_argument("--select-images", type=int, help="of val; default: all")
     parser.add_argument("--other-images", type=int, default=0, help="of train, not calibrated on, in addition")
@@ -244,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sets = "  ".join(f"{name:>15}" for name, _ in zip(("KL of val", "KL of others"), bench.images.parts, strict=False))
     print(f"{'setting':<{_NAMES}} {'predicted':>9}  {sets} {'agrees':>8} {'top-1':>8} lost  won expected   look   plan")
     base = bench.row("all transforms", replace(setting, transforms=names))
-    for name, each in rows(setting, names):
+    for name, each in rows(setting, names, len(bench.images.calibration) >= FEWEST_TO_LEARN):
         if args.only in name:
             bench.row(name, each, base)
     for form in FORMS:

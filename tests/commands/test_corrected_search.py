@@ -100,17 +100,26 @@ class _Reached(Exception):
     pass
 
 
-@pytest.mark.parametrize("command", ["tune", "calibrate"])
+@pytest.mark.parametrize(("command", "correction", "step"), [
+    ("tune", "fit", "fitted"), ("tune", "learn", "learned"), ("calibrate", "fit", "fitted"),
+    ("calibrate", "learn", "learned"),
+])  # fmt: skip
 def test_the_seed_is_that_of_corrections_too(
-    options: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+    options: dict[str, object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    correction: str,
+    step: str,
 ) -> None:
     def stop(*args: object) -> None:
         raise _Reached(args[-1])
 
-    monkeypatch.setattr("vitq_ray.calibration.planner.fitted", stop)
+    monkeypatch.setattr(f"vitq_ray.calibration.planner.{step}", stop)
     own: dict[str, object] = {"output": str(tmp_path / "run")}
     if command == "calibrate":
-        own = {"calib_output_path": str(tmp_path), "calibrator": "fisher", "corrections": "fit", "quant_mode": "ft2"}
+        own = {"calib_output_path": str(tmp_path), "calibrator": "fisher", "corrections": correction}
+        own |= {"quant_mode": "ft2", "num_calib_batch": 8}
     taken = ("pretrained_dir", "data_path", "calib_batchsz", *(options if command == "tune" else ()))
     with pytest.raises(_Reached, match="7"):
         getattr(vitq_ray, command)(**{name: options[name] for name in taken}, **own, seed=7)

@@ -288,6 +288,17 @@ def test_optuna_goes_round_settings_that_are_not_possible(
     assert {setting.mode for setting in parted} == {"ft1"}
 
 
+def test_optuna_goes_round_settings_that_have_too_few_images_to_learn_from() -> None:
+    space = SearchSpace("learns", {**SPACE.choices, "num_batches": (2, 4), "corrections": (("learn",), ())})
+    source = OptunaProposals(space, make_setting(), 32, 3, require=partial(require_possible, depth=2))
+    found = []
+    while settings := source.next_round():
+        found += settings
+        source.tell(told(dict.fromkeys(settings, 0.0)))
+    assert {s.num_batches for s in found if s.corrections} == {4}
+    assert {s.num_batches for s in found if not s.corrections} == {2, 4}
+
+
 def test_a_space_where_nothing_is_possible_is_refused() -> None:
     space = SearchSpace("parted", {"mode": ("ft2", "trt"), PARTED: ("5 bits", "off")})
     source = proposals("optuna", space, make_setting(), 8, 0, partial(require_possible, depth=2))

@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import ROOT, make_setting
 from vitq_ray.base.config import InputError
 from vitq_ray.calibration.planner import needs_of
-from vitq_ray.calibration.scales import kinds_of
+from vitq_ray.calibration.scales import kinds_of, require_possible
 from vitq_ray.calibration.setting import Setting, require_sites
 from vitq_ray.search.proposals import Round, proposals
 from vitq_ray.search.space import load_space, percentiles, space_of
@@ -169,3 +169,13 @@ def test_representatives_need_all_that_a_space_may_need() -> None:
     needs = needs_of(space.representatives(Setting(mode="ft2")), 2)
     assert [len(need.grids) > 0 for need in needs.values()] == [True, True]
     assert all(need.kinds == ("histogram",) for need in needs.values())
+
+
+def test_small_batches_are_enough_where_the_space_has_many() -> None:
+    """Representatives stand for the space: three images are too few to learn from, and no setting has so few."""
+    space = space_of({"num_batches": (16,), "corrections": (("learn",), ())}, "s.py")
+    defaults = Setting(mode="ft2", num_batches=1, batch_size=3)
+    learns = [setting for setting in space.representatives(defaults) if setting.corrections]
+    assert len(learns) == 1
+    for setting in space.grid(defaults):
+        require_possible(setting, 2)

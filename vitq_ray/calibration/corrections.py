@@ -31,7 +31,7 @@ CORRECTIONS = {
     FIT: "gain, centre and offset of every head, mean errors of what fc2 reads (least squares)",
     ROUND: "weights rounded by what the layer's output loses (GPTQ)",
     BIAS: "mean errors taken out of the biases of out and fc2, block after block",
-    LEARN: "scales, biases and norms by gradient descent on KL to float, all calibration images, no labels",
+    LEARN: "scales, biases and norms by gradient descent on KL to float, no labels",
 }
 RETIRED = {"centre": FIT}  # {correction of earlier versions: what took its place}; files may name it
 # {correction: layers of a block that must have a bias}

@@ -10,9 +10,10 @@ straight through (Bengio et al., arXiv 1308.3432), those of scales are LSQ's (Es
 The KL that gradients are of is that at twice the temperature (Hinton et al., arXiv 1503.02531): it says more of the
 classes that the float model takes for unlikely, and what few images teach serves others better.
 
-Every eighth image is left out. Behind every pass over the others, those left out say what the model loses, by KL as it
-is; the best state stays, the one from before if nothing gained: a few images are easily learned by heart. Work is
-bounded: large models learn from the first 120 images or so.
+Every eighth image is left out, of few images more often. Behind every pass over the others, those left out say what the
+model loses, by KL as it is; the best state stays, the one from before if nothing gained: a few images are easily
+learned by heart. Work is bounded: a ViT-S/14 learns from the first 120 images, a ViT-B/16 from 35. Two passes over 24
+images are the least, however large the model.
 
 What learns is in the blocks: their biases and norms, not LayerScale, the last norm or the head.
 """
@@ -35,7 +36,7 @@ from vitq_ray.quant.plan import Plan
 from vitq_ray.quant.vit import apply_plan, frozen_weights, learn_amax, scales_of, site_weights
 
 _MOST_BYTES = 2**30  # of images
-_LEFT_OUT = 8  # every so many images
+_LEFT_OUT = 8  # every so many images; and of few images so many at least
 _TOKENS = 1100  # in one forward and backward pass: four images of a ViT-S/14
 _BATCH = (8, 16)  # images between steps, at least and at most
 _BATCHES = 28  # per pass, within these limits
@@ -89,8 +90,7 @@ def learned(model: nn.Module, plan: Plan, images: Tensor, seed: int = 0) -> Lear
     twin = copy.deepcopy(model).eval().requires_grad_(False)
     apply_plan(twin, plan)
     state = _State(twin, plan)
-    held = torch.arange(0, len(images), _LEFT_OUT)
-    own = torch.tensor([i for i in range(len(images)) if i % _LEFT_OUT])
+    own, held = _parted(len(images))
     size = _batch(len(own))
     optimizer = torch.optim.Adam(state.groups(), betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, passes * -(-len(own) // size))
@@ -169,9 +169,16 @@ def most_images(model: Any) -> int:
 def _bounded(model: Any, images: Tensor) -> tuple[Tensor, int]:
     """Images that are learned from, with those left out, and passes over them."""
     images, (low, high) = images[: most_images(model)], _PASSES
-    own = len(images) - -(-len(images) // _LEFT_OUT)
+    own = len(_parted(len(images))[0])
     passes = min(_shown(model) / len(images), _STEPS * _batch(own) / own)
     return images, min(high, max(low, round(passes)))
+
+
+def _parted(count: int) -> tuple[Tensor, Tensor]:
+    """Indices of images that are learned from, and of those left out."""
+    every = min(_LEFT_OUT, count // _LEFT_OUT)
+    is_held = torch.arange(count) % every == 0
+    return (~is_held).nonzero()[:, 0], is_held.nonzero()[:, 0]
 
 
 def _batch(own: int) -> int:

@@ -68,7 +68,9 @@ class _Wanted:
 
 
 def require_possible(setting: Setting, depth: int) -> None:
-    """InputError where a model of `depth` blocks cannot do what the rules ask for; as `Scales.plan`, but at once."""
+    """InputError where a model of `depth` blocks cannot do what the rules ask for, or where the setting has too few
+    images for its corrections; as `Scales.plan` and `Planner.plan`, but at once."""
+    setting.require_images()
     _wanted(setting, depth)
 
 
@@ -110,11 +112,12 @@ def _grids(rule: SiteRule, grid: str) -> tuple[Grid, ...]:
 def require_all_possible(settings: Iterable[Setting], depth: int) -> None:
     """As `require_possible`, of many settings; the error names the first that is not.
 
-    Mode, bits and rules decide it: settings that agree in these are looked at once.
+    Settings that agree in what decides it are looked at once.
     """
     known = set()
     for setting in settings:
-        asked = (setting.mode, setting.weight_bits, setting.act_bits, setting.rules)
+        images = (setting.num_batches, setting.corrections)
+        asked = (setting.mode, setting.weight_bits, setting.act_bits, setting.rules, images)
         if asked not in known:
             known.add(asked)
             try:

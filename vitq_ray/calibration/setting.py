@@ -216,6 +216,9 @@ class Setting(Config):
         self._set("rules", tuple(map(Rule.parse, _sequence("rules", self.rules))))
         for name in TECHNIQUES:
             self._set(name, techniques(name, getattr(self, name)))
+
+    def require_images(self) -> None:
+        """InputError where a correction needs more calibration images than it has."""
         images = self.num_batches * self.batch_size
         if images < FEWEST_TO_LEARN and any(correction.name == LEARN for correction in self.corrections):
             raise InputError(

@@ -212,6 +212,7 @@ def prepare(
     """
     checkpoint, data = paths_of(options)
     setting, device = options.setting, device_of(options)
+    setting.require_images()
     split = split or default_calib_split(data)
     loaded = loaded or load_model(options.model_type, checkpoint, options.img_size, heads=options.heads)
     require_batch_fits(options, loaded.geometry, options.calib_batchsz, sees_attention=True)
